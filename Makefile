@@ -1,0 +1,66 @@
+# One stamp for each step: a target that is done starts at once, an interrupted one leaves no stamp and is done again.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed
+MATERIALS := .cache/materials
+SOURCES := pipeline tests jobs benchmarks
+
+.PHONY: help setup demo test check format schema clean distclean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)$$/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+setup: $(INSTALLED) ## virtual environment in .venv, pinned dependencies, the editable package
+
+demo: setup ## the whole job on real material: jobs/demo.yaml, report in runs/demo/report
+	@$(BIN)/python jobs/materials.py demo --cache $(MATERIALS)
+	@$(BIN)/softshard run jobs/demo.yaml
+
+test: setup ## all tests; fetches the model that the slowest few use
+	@$(BIN)/python jobs/materials.py model --cache $(MATERIALS)
+	$(BIN)/pytest $(ARGS)
+
+check: setup ## lint, format, types, direction of imports, drift of the published schemas
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/softshard schema --check
+
+format: setup ## mend what ruff can mend, and format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+schema: setup ## write the published schemas anew
+	$(BIN)/softshard schema
+
+clean: ## remove runs/, downloaded material and the caches of the tools
+	rm -rf runs .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## the same, and .venv
+	rm -rf $(VENV) pipeline/softshard.egg-info
+
+$(CREATED):
+	@python=$$(for name in $(PYTHON) python3.11 python3; do \
+	  "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && { echo "$$name"; break; } || true; \
+	done); \
+	[ -n "$$python" ] || { echo "make: no Python 3.11 or newer was found; install python3.11, or name one: make setup PYTHON=..." >&2; exit 2; }; \
+	"$$python" -c 'import ensurepip, venv' 2> /dev/null || { echo "make: $$python has no venv module; install python3-venv" >&2; exit 2; }; \
+	echo "setting up $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip --constraint constraints.txt
+	@touch $@
+
+$(INSTALLED): pyproject.toml constraints.txt | $(CREATED)
+	@rm -f $@
+	$(BIN)/python -m pip install --quiet --progress-bar off --editable '.[demo,dev]' \
+	  --constraint constraints.txt --build-constraint constraints.txt
+	@touch $@

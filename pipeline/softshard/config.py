@@ -1,0 +1,469 @@
+"""The job file: what a run reads, computes and trains, checked once at the edge.
+
+A job is YAML. `load_job` returns a frozen `Job` or raises `JobInvalid` with the file, the line and the key. Paths are
+relative to the folder in which the command runs. The core takes plain typed values from here and never reads a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from softshard.errors import JobInvalid
+
+if TYPE_CHECKING:
+    import yaml
+
+__all__ = [
+    "BaselineSettings",
+    "ClusterSettings",
+    "CorpusSettings",
+    "DataType",
+    "EvaluateSettings",
+    "FullSketch",
+    "Job",
+    "LoraSettings",
+    "NucleusSketch",
+    "OptimizerSettings",
+    "RetentionSettings",
+    "SketchSettings",
+    "SourceSettings",
+    "TeacherSettings",
+    "ThresholdSketch",
+    "TopkSketch",
+    "TrainSettings",
+    "digest_of",
+    "load_job",
+]
+
+DataType = Literal["auto", "float32", "bfloat16"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class SourceSettings(_Settings):
+    """One source of documents. A source without a licence and a rights basis is refused."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the source, a value to filter and join by."""
+    uri: str = Field(min_length=1)
+    """File, folder, glob or fsspec URI; with `format: datasets`, a data set's name or local folder."""
+    format: Literal["auto", "text", "jsonl", "parquet", "datasets"] = "auto"
+    """`auto` goes by the ending: .txt .text .md .markdown are text, .jsonl .ndjson JSON Lines, .parquet Parquet;
+    `.zst` and `.gz` may follow any of them."""
+    style: str = Field(min_length=1)
+    """Style of the writing, for example academic, conversational, literary, technical."""
+    license: str
+    """SPDX licence expression, for example CC0-1.0, MIT, CC-BY-4.0, LicenseRef-Owned."""
+    rights_basis: Literal["public-domain", "owned", "licensed", "consented"]
+    """By what right the text is used."""
+    text_field: str = "text"
+    """Field or column that holds the text (JSON Lines, Parquet, datasets)."""
+    group_field: str | None = None
+    """Field or column that names the author or any other group; without it the group is the source's name."""
+    split: str = "train"
+    """Split to read (`format: datasets` alone)."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Read at most this many documents, the first ones."""
+
+    @field_validator("license")
+    @classmethod
+    def _spdx(cls, value: str) -> str:
+        from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+        try:
+            return str(canonicalize_license_expression(value))
+        except InvalidLicenseExpression as error:
+            raise ValueError(f"{value!r} is not an SPDX licence expression ({error})") from error
+
+
+class CorpusSettings(_Settings):
+    """How documents become sequences."""
+
+    sources: tuple[SourceSettings, ...] = Field(min_length=1)
+    """Where the documents come from."""
+    holdout_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the documents, chosen by a hash of each, that no teacher and no student trains on."""
+    context_tokens: int = Field(default=512, ge=2)
+    """Most tokens of a sequence."""
+    overlap_tokens: int = Field(default=64, ge=1)
+    """Tokens that a window shares with the one before it: context that is not scored again."""
+    normalisation: Literal["NFC", "NFKC", "none"] = "NFC"
+    """Unicode normalisation."""
+    max_document_bytes: int = Field(default=64 * 2**20, ge=1)
+    """A longer document is counted, reported and left out; it is never held in memory."""
+    sequences_per_part: int = Field(default=256, ge=1)
+    """Sequences of one slice of the corpus, and so of one part."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CorpusSettings:
+        if self.overlap_tokens >= self.context_tokens:
+            raise ValueError(
+                f"overlap_tokens ({self.overlap_tokens}) must be less than context_tokens ({self.context_tokens})"
+            )
+        names = [source.name for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"source names must differ: {', '.join(twice)} is given more than once")
+        return self
+
+
+class LoraSettings(_Settings):
+    """A low-rank adapter (LoRA) on the linear layers of the decoder."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the update."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an update."""
+    last_layers: int | None = Field(default=None, ge=1)
+    """Adapt only this many of the last layers; the backward pass then ends there. Without it, all."""
+
+
+class OptimizerSettings(_Settings):
+    """AdamW with linear warm-up and a cosine down to a tenth."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Highest learning rate."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data; fractions are allowed."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Token budget of a batch, padding included; a longer sequence is a batch of its own."""
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    checkpoint_steps: int = Field(default=50, ge=1)
+    """A stopped training goes on from the last multiple of this many steps."""
+
+
+class TeacherSettings(_Settings):
+    """The model that gives the targets, and how it is adapted to the corpus."""
+
+    model: str = Field(min_length=1)
+    """Folder or hub name of a causal language model."""
+    revision: str | None = None
+    """Revision on the hub."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    dtype: DataType = "float32"
+    """Type of weights and activations while scoring; `auto` is bfloat16 where the device has it natively."""
+    num_threads: int = Field(default=1, ge=1)
+    """CPU threads of one engine."""
+    batch_tokens: int = Field(default=2048, ge=1)
+    """Token budget of a batch, padding included."""
+    folds: int = Field(default=2, ge=0)
+    """K adapters, each trained on the documents outside its fold, which it then scores; 0: the model as it is."""
+    lora: LoraSettings = LoraSettings()
+    """Shape of the adapters."""
+    optimizer: OptimizerSettings = OptimizerSettings(epochs=2.0)
+    """How the adapters are trained."""
+    training_dtype: DataType = "auto"
+    """Type of the frozen weights while the adapters are trained."""
+
+    @model_validator(mode="after")
+    def _folds(self) -> TeacherSettings:
+        if self.folds == 1:
+            raise ValueError("folds must be 0 or at least 2: with one fold no document is outside it")
+        return self
+
+
+def _fraction(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Ratio = Annotated[float, BeforeValidator(_fraction, json_schema_input_type=float | str)]
+
+
+class _Sketch(_Settings):
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by this before anything else."""
+    step: float = Field(default=0.02, gt=0, le=1)
+    """Step of the stored head log-probabilities, in nats."""
+
+
+class ThresholdSketch(_Sketch):
+    """Threshold sampling (Duffield, Lund, Thorup, 2005): unbiased, least variance for its number of entries."""
+
+    kind: Literal["threshold"] = "threshold"
+    tau: Ratio = Field(default=1 / 24, gt=0, le=1)
+    """Tokens at least this likely are stored with their probability; of the others each stored one weighs tau.
+    A fraction may be written as text: "1/24"."""
+
+
+class TopkSketch(_Sketch):
+    """The k most likely tokens and the exact mass of the rest."""
+
+    kind: Literal["topk"]
+    k: int = Field(default=64, ge=1)
+    """Entries."""
+
+
+class NucleusSketch(_Sketch):
+    """The smallest set of tokens with a given mass, and the exact mass of the rest."""
+
+    kind: Literal["nucleus"]
+    mass: float = Field(default=0.95, gt=0, lt=1)
+    """Mass of the set."""
+    max_entries: int = Field(default=512, ge=1)
+    """Most entries; a set that needs more is cut there."""
+
+
+class FullSketch(_Sketch):
+    """Every token of the vocabulary; for small vocabularies and for checking the others."""
+
+    kind: Literal["full"]
+
+
+SketchSettings = Annotated[ThresholdSketch | TopkSketch | NucleusSketch | FullSketch, Field(discriminator="kind")]
+
+
+class ClusterSettings(_Settings):
+    """Where the tasks run: a local Dask cluster, or a running one."""
+
+    workers: int = Field(default=1, ge=1)
+    """Worker processes of the local cluster; each holds one engine."""
+    scheduler: str | None = None
+    """Address of a running scheduler (tcp://host:port); its workers need the resource `teacher=1`."""
+    max_attempts: int = Field(default=3, ge=1)
+    """How often a part is tried before it is set aside."""
+
+
+class RetentionSettings(_Settings):
+    """The loss on other data that keeps what the model knew."""
+
+    sources: tuple[SourceSettings, ...] = Field(min_length=1)
+    """Text outside the style; read and split as the corpus is."""
+    weight: float = Field(default=0.1, ge=0)
+    """Retention weight lambda."""
+    objective: Literal["kl", "ce"] = "kl"
+    """`kl`: full KL to the frozen base model; `ce`: cross-entropy on the text."""
+    batch_tokens: int = Field(default=512, ge=1)
+    """Token budget of the retention batch of a step."""
+
+
+class BaselineSettings(_Settings):
+    """Ordinary fine-tuning on the same tokens, with the same steps, at its own best learning rate."""
+
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1e-4, 2e-4, 5e-4), min_length=1)
+    """Each is trained in full; the best on the hold-out is the baseline, which favours the baseline."""
+    retention_weight: float = Field(default=0.0, ge=0)
+    """Retention weight of the baseline; ordinary fine-tuning has none."""
+
+
+class TrainSettings(_Settings):
+    """KL fine-tuning of a light adapter on the stored targets."""
+
+    model: str | None = None
+    """Folder or hub name of the student; without it, the teacher's model."""
+    revision: str | None = None
+    """Revision on the hub."""
+    objective: Literal["kl", "ce"] = "kl"
+    """`kl`: the stored targets; `ce`: the corpus's own tokens, the same as alpha 1."""
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """Human weight: share of the corpus's own token in the target, mixed in at load."""
+    truncated: Literal["ghost", "renormalise"] = "ghost"
+    """What stands for the tokens that a `topk` or `nucleus` sketch leaves out: `ghost` is one token with the mass of
+    them all, `renormalise` scales the stored ones to 1, which teaches that the rest is impossible."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    dtype: DataType = "auto"
+    """Type of the frozen weights; the adapter is float32. `auto` is bfloat16 where the device has it natively."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads; without it, all cores."""
+    chunk_positions: int = Field(default=512, ge=1)
+    """Positions whose logits exist at one time in the loss."""
+    shuffle_buffer: int = Field(default=4096, ge=1)
+    """Sequences among which the stream shuffles."""
+    lora: LoraSettings = LoraSettings()
+    """Shape of the adapter."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How it is trained."""
+    retention: RetentionSettings | None = None
+    """The loss on other data; without it, none."""
+    baseline: BaselineSettings | None = BaselineSettings()
+    """The fine-tuning that everything is compared with; null: none."""
+
+
+class EvaluateSettings(_Settings):
+    """What the report measures."""
+
+    num_samples: int = Field(default=24, ge=1)
+    """Held-out beginnings that each model continues."""
+    prompt_tokens: int = Field(default=24, ge=1)
+    """Tokens of a beginning."""
+    sample_tokens: int = Field(default=96, ge=8)
+    """Most tokens of a continuation."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the whole distribution is sampled, nothing is cut."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Token budget of a scoring batch."""
+    calibration_bins: int = Field(default=15, ge=2)
+    """Bins of equal width of the calibration error."""
+
+
+class Job(_Settings):
+    """A whole run, from human writing to an adapter and its report."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the job; an output folder belongs to one name."""
+    out: str = Field(min_length=1)
+    """Output folder."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the hold-out, the folds, the sketches, the order and the samples."""
+    corpus: CorpusSettings
+    teacher: TeacherSettings
+    target: SketchSettings = ThresholdSketch()
+    cluster: ClusterSettings = ClusterSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256, in hex, of a value's canonical JSON: sorted keys, no spaces, UTF-8. Models are dumped whole."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, BaseModel):
+            return item.model_dump(mode="json")
+        raise TypeError(f"{type(item).__name__} has no canonical form")
+
+    text = json.dumps(value, default=plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_job(path: str | Path) -> Job:
+    """Read and check a job file.
+
+    Raises:
+        JobInvalid: the file cannot be read, is not YAML, or a value is unknown, missing, of the wrong type, outside
+            its range or impossible beside another; the message names the line and the key of every one.
+    """
+    import yaml
+
+    file = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise JobInvalid(file=file, place="", problem=f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise JobInvalid(file=file, place="", problem=f"is not UTF-8 at byte {error.start}") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise JobInvalid(file=file, place=place, problem=f"is not YAML: {problem}") from error
+    if not isinstance(content, dict):
+        raise JobInvalid(
+            file=file, place="line 1", problem="must be a mapping with the keys name, out, corpus, teacher"
+        )
+    _refuse_duplicate_keys(root, file)
+    try:
+        job = Job.model_validate(content)
+    except ValidationError as error:
+        found = sorted(_place_and_problem(root, dict(item)) for item in error.errors(include_url=False))
+        (_, place, problem), *rest = found
+        tail = "".join(f"; {later}: {other}" for _, later, other in rest)
+        raise JobInvalid(file=file, place=place, problem=problem + tail) from error
+    _refuse_impossible(job, root, file)
+    return job
+
+
+def _refuse_impossible(job: Job, root: yaml.Node | None, file: str) -> None:
+    def refuse(problem: str, *location: str | int) -> None:
+        raise JobInvalid(file=file, place=_place(root, location), problem=problem)
+
+    if job.teacher.engine == "vllm":
+        refuse("the vllm engine is not part of this version; use transformers", "teacher", "engine")
+    if job.target.kind == "threshold" and job.target.tau < 2**-15:
+        refuse("must be at least 1/32768; use `kind: full` to store everything", "target", "tau")
+    if "://" in job.out and not job.out.startswith("file://"):
+        refuse("must be a local folder in this version", "out")
+
+
+def _place_and_problem(root: yaml.Node | None, item: dict[str, Any]) -> tuple[int, str, str]:
+    location = tuple(part for part in item["loc"] if part not in {"threshold", "topk", "nucleus", "full"})
+    kind, message = item["type"], item["msg"]
+    if kind == "extra_forbidden":
+        message = "unknown key"
+    elif kind == "missing":
+        message = "is missing"
+    elif kind == "value_error":
+        message = str(item["ctx"]["error"])
+    elif kind == "union_tag_not_found":
+        message = "needs a `kind`: threshold, topk, nucleus or full"
+    else:
+        message = f"{message[0].lower()}{message[1:]}, not {item['input']!r}"
+    return _line(root, location), _place(root, location), message
+
+
+def _place(root: yaml.Node | None, location: tuple[str | int, ...]) -> str:
+    """`line 7, corpus.sources[0].license`, the line of the deepest key that is there."""
+    dotted = ""
+    for part in location:
+        dotted += f"[{part}]" if isinstance(part, int) else f".{part}" if dotted else part
+    line = f"line {_line(root, location)}"
+    return f"{line}, {dotted}" if dotted else line
+
+
+def _line(root: yaml.Node | None, location: tuple[str | int, ...]) -> int:
+    import yaml
+
+    node, line = root, 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            place = next(((key, value) for key, value in node.value if key.value == part), None)
+            if place is None:
+                break
+            line, node = place[0].start_mark.line + 1, place[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _refuse_duplicate_keys(node: yaml.Node | None, file: str, prefix: str = "") -> None:
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                problem = f"the key is given twice (first on line {seen[key.value]})"
+                raise JobInvalid(file=file, place=f"line {line}, {prefix}{key.value}", problem=problem)
+            seen[key.value] = line
+            _refuse_duplicate_keys(value, file, f"{prefix}{key.value}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _refuse_duplicate_keys(value, file, f"{prefix.rstrip('.')}[{index}].")

@@ -1,0 +1,209 @@
+"""The corpus stage: settings and a tokenizer in, slices of sequences, the list of documents and a manifest out.
+
+Documents are streamed: screened, tokenised in small batches, cut into windows, dealt into slices. What is held does not
+grow with the corpus, but for 16 bytes and a set's entry a document. Same input, same bytes; a corpus that is complete
+and was made from the same input is not read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softshard.config import CorpusSettings, digest_of
+from softshard.corpus.documents import DocumentsWriter, corpus_statistics
+from softshard.corpus.manifest import (
+    CORPUS_VERSION,
+    CorpusManifest,
+    read_corpus_manifest,
+    write_corpus_manifest,
+)
+from softshard.corpus.screen import Screen, ScreenedDocument
+from softshard.corpus.slices import SliceWriter
+from softshard.corpus.sources import list_source, read_documents
+from softshard.corpus.tally import CorpusCount, Tally
+from softshard.corpus.tokens import encode_texts
+from softshard.corpus.windows import document_windows, num_document_tokens
+from softshard.errors import CorpusEmpty
+from softshard.models import Tokenizer
+from softshard.shard.manifest import SourceRights
+from softshard.storage import LocalStore
+from softshard.target.types import TokenSequence
+from softshard.telemetry import Reporter, SilentReporter
+
+__all__ = ["build_corpus", "corpus_key", "count_corpus", "current_corpus", "first_sequences"]
+
+_BATCH_BYTES = 2**20
+_BATCH_DOCUMENTS = 256
+
+TokenisedDocument = tuple[ScreenedDocument, NDArray[np.int32]]
+
+
+def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, seed: int) -> str:
+    """Digest of everything that a corpus is made from; input files count by URI, size and time of change.
+
+    Raises:
+        SourceUnreadable: a source cannot be listed.
+    """
+    files = [
+        [source.name, [[ascii(file.uri), file.version] for file in list_source(source)]] for source in settings.sources
+    ]
+    return digest_of([CORPUS_VERSION, settings, tokenizer.fingerprint, tokenizer.vocab_size, folds, seed, files])
+
+
+def current_corpus(
+    *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, store: LocalStore
+) -> CorpusManifest | None:
+    """The corpus that is there, if it is complete and was made from the same input; no text is read.
+
+    Raises:
+        SourceUnreadable: a source cannot be listed.
+        PartCorrupt: the manifest that is there cannot be read.
+    """
+    return _complete(store, corpus_key(settings, tokenizer=tokenizer, folds=folds, seed=seed))
+
+
+def _complete(store: LocalStore, key: str) -> CorpusManifest | None:
+    there = read_corpus_manifest(store)
+    if there is None or there.key != key:
+        return None
+    return there if all(store.exists(path) for path in there.paths) else None
+
+
+def build_corpus(
+    *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, store: LocalStore, reporter: Reporter
+) -> CorpusManifest:
+    """Write the corpus below `store`, or give the one that is there if it was made from the same input.
+
+    Args:
+        folds: K; train documents are dealt into K folds, 0: none.
+
+    Raises:
+        SourceUnreadable: a source cannot be listed or read.
+        CorpusEmpty: nothing is left after screening, or a split is empty.
+        FoldEmpty: a fold's style teacher would have no document.
+        PartCorrupt: the manifest that is there cannot be read.
+        StorageFull: no space is left.
+    """
+    key = corpus_key(settings, tokenizer=tokenizer, folds=folds, seed=seed)
+    there = _complete(store, key)
+    if there is not None:
+        return there
+    screen, tally = Screen(settings, folds=folds, seed=seed), Tally(settings)
+    windows: dict[str, str | int] = {
+        "schema_version": CORPUS_VERSION,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "context_tokens": settings.context_tokens,
+        "overlap_tokens": settings.overlap_tokens,
+    }
+    slices = SliceWriter(store, sequences_per_slice=settings.sequences_per_part, metadata=windows)
+    documents = DocumentsWriter(store)
+    for document, token_ids in _tokenised(settings, tokenizer, screen, reporter):
+        num_tokens = num_document_tokens(token_ids, tokenizer=tokenizer)
+        num_sequences = tally.add(document, num_tokens=num_tokens)
+        documents.add(document, num_tokens=num_tokens, num_sequences=num_sequences)
+        slices.add(document, _windows(document, token_ids, tokenizer, settings))
+    tally.checked(screen.counts, folds=folds)
+    files = documents.finish()
+    manifest = CorpusManifest(
+        **windows,
+        key=key,
+        folds=folds,
+        seed=seed,
+        sources=_rights(settings),
+        counts=screen.counts,
+        slices=slices.finish(),
+        documents=files,
+        statistics=corpus_statistics(store, files),
+    )
+    write_corpus_manifest(store, manifest)
+    return manifest
+
+
+def count_corpus(
+    *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, reporter: Reporter
+) -> CorpusCount:
+    """What `build_corpus` would write, counted on the same path, with nothing written. Raises what it raises."""
+    screen, tally = Screen(settings, folds=folds, seed=seed), Tally(settings)
+    for document, token_ids in _tokenised(settings, tokenizer, screen, reporter):
+        tally.add(document, num_tokens=num_document_tokens(token_ids, tokenizer=tokenizer))
+    return tally.checked(screen.counts, folds=folds)
+
+
+def first_sequences(
+    *, settings: CorpusSettings, tokenizer: Tokenizer, seed: int, num_tokens: int
+) -> list[TokenSequence]:
+    """The first sequences of the corpus, at least `num_tokens` tokens of them if there are so many.
+
+    Raises:
+        SourceUnreadable: a source cannot be listed or read.
+        CorpusEmpty: nothing is left after screening.
+    """
+    screen = Screen(settings, folds=0, seed=seed)
+    sequences: list[TokenSequence] = []
+    given = 0
+    for document, token_ids in _tokenised(settings, tokenizer, screen, SilentReporter()):
+        for sequence in _windows(document, token_ids, tokenizer, settings):
+            sequences.append(sequence)
+            given += len(sequence.token_ids)
+            if given >= num_tokens:
+                return sequences
+    if not sequences:
+        raise CorpusEmpty(counts=screen.counts)
+    return sequences
+
+
+def _windows(
+    document: ScreenedDocument, token_ids: NDArray[np.int32], tokenizer: Tokenizer, settings: CorpusSettings
+) -> Iterator[TokenSequence]:
+    return document_windows(
+        document,
+        token_ids=token_ids,
+        tokenizer=tokenizer,
+        context_tokens=settings.context_tokens,
+        overlap_tokens=settings.overlap_tokens,
+    )
+
+
+def _rights(settings: CorpusSettings) -> tuple[SourceRights, ...]:
+    return tuple(
+        SourceRights(name=s.name, style=s.style, license=s.license, rights_basis=s.rights_basis)
+        for s in settings.sources
+    )
+
+
+def _tokenised(
+    settings: CorpusSettings, tokenizer: Tokenizer, screen: Screen, reporter: Reporter
+) -> Iterator[TokenisedDocument]:
+    """Kept documents with the ids of their text, in the order of the sources; then a line on what was left out."""
+    with reporter.progress("corpus", total=None, unit="documents") as progress:
+        for batch in _batches(settings, screen):
+            encoded = encode_texts([document.text for document in batch], tokenizer=tokenizer)
+            for document, token_ids in zip(batch, encoded, strict=True):
+                if len(token_ids):
+                    yield document, token_ids
+                else:
+                    screen.withdraw(document)
+            progress(screen.num_seen, note=f"{screen.counts['kept']:,} kept")
+    reporter.say(screen.summary())
+
+
+def _batches(settings: CorpusSettings, screen: Screen) -> Iterator[list[ScreenedDocument]]:
+    """Kept documents in batches of bounded bytes, or one document."""
+    batch: list[ScreenedDocument] = []
+    num_bytes = 0
+    for source in settings.sources:
+        for raw in read_documents(source, max_document_bytes=settings.max_document_bytes):
+            document = screen.admit(raw, source=source)
+            if document is None:
+                continue
+            batch.append(document)
+            num_bytes += document.num_bytes
+            if num_bytes >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
+                yield batch
+                batch, num_bytes = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,88 @@
+"""Hugging Face `datasets` as a source: a name or a local folder in, raw documents out, streamed.
+
+A folder may hold data files (Parquet, JSON Lines, CSV, ...) or be what `save_to_disk` left. How much is held at a time
+is the library's choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from softshard.config import SourceSettings
+from softshard.corpus.formats import RawDocument, check_columns, screen_value
+from softshard.errors import SourceUnreadable
+from softshard.storage import InputFile, list_inputs
+
+__all__ = ["list_dataset", "read_dataset"]
+
+
+def list_dataset(source: SourceSettings) -> list[InputFile]:
+    """Files of a data set: those of the folder, or the hub's, which name the commit.
+
+    Raises:
+        SourceUnreadable: there is no such data set, or the hub cannot be reached.
+    """
+    if Path(source.uri).is_dir():
+        return list_inputs(source.uri, source=source.name)
+    from datasets import load_dataset_builder
+
+    with _named_errors(source):
+        builder = load_dataset_builder(source.uri)
+    files: list[InputFile] = []
+    for names in (builder.config.data_files or {}).values():
+        for name, origin in zip(names, names.origin_metadata, strict=True):
+            files.append(InputFile(uri=str(name), size=None, version=repr(origin)))
+    return sorted(files, key=lambda file: file.uri) or [InputFile(uri=source.uri, size=None, version=str(builder.hash))]
+
+
+def read_dataset(source: SourceSettings, *, max_document_bytes: int) -> Iterator[RawDocument]:
+    """One document a row of the split asked for.
+
+    Raises:
+        SourceUnreadable: there is no such data set, split or column, or a file of it cannot be read.
+    """
+    fields = [field for field in (source.text_field, source.group_field) if field is not None]
+    with _named_errors(source):
+        rows = _open(source)
+        if rows.column_names is not None:
+            check_columns(fields, rows.column_names, source=source, uri=source.uri)
+            rows = rows.select_columns(fields)
+        for number, row in enumerate(rows, start=1):
+            check_columns(fields, list(row), source=source, uri=source.uri)
+            yield screen_value(
+                row[source.text_field],
+                group=row[source.group_field] if source.group_field is not None else None,
+                name=f"{source.uri}, {source.split}, row {number}",
+                source=source,
+                max_document_bytes=max_document_bytes,
+            )
+
+
+def _open(source: SourceSettings) -> Any:
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    folder = Path(source.uri)
+    if not any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        return load_dataset(source.uri, split=source.split, streaming=True)
+    saved = load_from_disk(source.uri)
+    splits = [str(saved.split or source.split)] if isinstance(saved, Dataset) else list(saved)
+    if source.split not in splits:
+        problem = f"has no split {source.split!r}; its splits are {', '.join(splits)}"
+        raise SourceUnreadable(source=source.name, uri=source.uri, problem=problem)
+    return saved if isinstance(saved, Dataset) else saved[source.split]
+
+
+@contextlib.contextmanager
+def _named_errors(source: SourceSettings) -> Iterator[None]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
+        problem = f"`datasets` cannot read it: {error}"
+        raise SourceUnreadable(source=source.name, uri=source.uri, problem=problem) from error

@@ -1,0 +1,138 @@
+"""The record of a corpus: what it was made from, what was left out, its slices and its statistics.
+
+`manifest.json` is written last; a corpus folder without one is not complete.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from softshard.config import digest_of
+from softshard.errors import PartCorrupt
+from softshard.shard.manifest import SourceRights, canonical_json
+from softshard.storage import Store
+
+__all__ = [
+    "CORPUS_VERSION",
+    "CorpusManifest",
+    "CorpusSlice",
+    "CorpusStatistics",
+    "DocumentsFile",
+    "read_corpus_manifest",
+    "write_corpus_manifest",
+]
+
+CORPUS_VERSION = 1
+_PATH = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class CorpusSlice(_Record):
+    """One file of sequences, all of one split and one fold."""
+
+    path: str
+    """Path below the corpus folder."""
+    split: Literal["train", "test"]
+    fold: int
+    """Fold of its documents; -1: none."""
+    sha256: str
+    num_documents: int
+    """Documents that start in this slice."""
+    num_sequences: int
+    num_labels: int
+    num_tokens: int
+    """Tokens of its sequences, those that windows share counted in each."""
+    num_bytes_text: int
+    """UTF-8 bytes of the documents that start in this slice."""
+
+
+class DocumentsFile(_Record):
+    """One file with a row a document."""
+
+    path: str
+    """Path below the corpus folder."""
+    sha256: str
+    num_documents: int
+
+
+class CorpusStatistics(_Record):
+    """Documents of one style, source and split."""
+
+    style: str
+    source: str
+    split: Literal["train", "test"]
+    num_documents: int
+    num_tokens: int
+    """Tokens of the documents, opening and closing ones counted, each once."""
+    num_sequences: int
+    num_labels: int
+    mean_tokens: float
+    """Tokens a document."""
+    median_tokens: float
+    max_tokens: int
+
+
+class CorpusManifest(_Record):
+    """The record of a whole corpus."""
+
+    schema_version: int
+    key: str
+    """Digest of everything that the corpus is made from: settings, tokenizer, folds, seed, version, input files."""
+    tokenizer_fingerprint: str
+    vocab_size: int
+    context_tokens: int
+    overlap_tokens: int
+    folds: int
+    seed: int
+    sources: tuple[SourceRights, ...]
+    counts: dict[str, int]
+    """Documents by outcome of the screening: kept, empty, undecodable, oversize, malformed, duplicate."""
+    slices: tuple[CorpusSlice, ...]
+    """The train split by fold, then the test split; within a fold in the order in which the documents came."""
+    documents: tuple[DocumentsFile, ...]
+    statistics: tuple[CorpusStatistics, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the corpus holds: of all but `key` and `documents`, which also say where each text lay, so
+        that a file that is touched, or a folder that is moved, leaves the digest as it is."""
+        return digest_of(self.model_dump(mode="json", exclude={"key", "documents"}))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all its files."""
+        return (*(part.path for part in self.slices), *(file.path for file in self.documents))
+
+    def of_split(self, split: str) -> tuple[CorpusSlice, ...]:
+        """Slices of one split."""
+        return tuple(part for part in self.slices if part.split == split)
+
+
+def write_corpus_manifest(store: Store, manifest: CorpusManifest) -> None:
+    """Make the corpus complete: write `manifest.json` in place of an older one."""
+    store.replace(_PATH, canonical_json(manifest))
+
+
+def read_corpus_manifest(store: Store) -> CorpusManifest | None:
+    """The manifest of a corpus folder; None when the corpus is not complete.
+
+    Raises:
+        PartCorrupt: it is not JSON, of another version, or lacks something.
+    """
+    uri = f"{store.uri}/{_PATH}"
+    try:
+        values: Any = json.loads(store.read(_PATH))
+        version = values["schema_version"]
+        if version == CORPUS_VERSION:
+            return CorpusManifest.model_validate(values)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise PartCorrupt(uri=uri, problem=f"is not the manifest of a corpus: {error}") from error
+    raise PartCorrupt(uri=uri, problem=f"has schema version {version}, this softshard reads {CORPUS_VERSION}")

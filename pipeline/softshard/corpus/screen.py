@@ -1,0 +1,138 @@
+"""Screening: raw documents in, normalised documents of one split and one fold out, each text once.
+
+The hold-out is chosen from a hash of (seed, text) right after normalisation, before anything else looks at the text, so
+it depends on nothing but the seed, the text and the fraction: not on the order, not on other documents. A larger
+fraction only adds to it. About 100 bytes a document are kept, for telling duplicates.
+
+Whatever the Unicode form asked for, line ends become LF and NUL characters are dropped: neither is writing, and a
+corpus that differs in them alone would have its duplicates twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+from softshard.config import CorpusSettings, SourceSettings
+from softshard.corpus.formats import RawDocument
+
+__all__ = ["Screen", "ScreenedDocument", "Split", "document_id_of", "fold_of", "normalise", "split_of"]
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScreenedDocument:
+    """A document that is used."""
+
+    document_id: str
+    """blake2b-128, in hex, of the text in UTF-8."""
+    name: str
+    """Where it was read, for messages."""
+    text: str
+    """Normalised."""
+    num_bytes: int
+    """UTF-8 bytes of the text."""
+    source: str
+    style: str
+    group: str
+    split: Split
+    fold: int
+    """Fold of a train document; -1 for a test document, and where there are no folds."""
+
+
+def normalise(text: str, *, form: Literal["NFC", "NFKC", "none"]) -> str:
+    """Text with LF line ends, without NUL, in a Unicode form; doing it twice changes nothing."""
+    plain = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "")
+    return plain if form == "none" else unicodedata.normalize(form, plain)
+
+
+def document_id_of(text: str) -> str:
+    """blake2b-128, in hex, of a normalised text in UTF-8."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def split_of(document_id: str, *, seed: int, holdout_fraction: float) -> Split:
+    """`test` where a hash of (seed, document_id), as a number in [0, 1), is below the fraction."""
+    return "test" if _hash(seed, document_id, "holdout") < holdout_fraction * 2**64 else "train"
+
+
+def fold_of(document_id: str, *, seed: int, folds: int) -> int:
+    """Fold of a train document, from another hash of (seed, document_id); -1 where there are no folds."""
+    return _hash(seed, document_id, "fold") % folds if folds else -1
+
+
+def _hash(seed: int, document_id: str, purpose: str) -> int:
+    digest = hashlib.blake2b(f"{purpose} {seed} {document_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+class Screen:
+    """Counts what is left out, and why; gives what is kept its split and its fold."""
+
+    def __init__(self, settings: CorpusSettings, *, folds: int, seed: int) -> None:
+        self._settings, self._folds, self._seed = settings, folds, seed
+        self._digests: set[bytes] = set()
+        self._first: dict[str, str] = {}
+        self._counts = dict.fromkeys(("kept", "empty", "undecodable", "oversize", "malformed", "duplicate"), 0)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Documents by outcome: kept, empty, undecodable, oversize, malformed, duplicate."""
+        return dict(self._counts)
+
+    @property
+    def num_seen(self) -> int:
+        """Documents so far, whatever became of them."""
+        return sum(self._counts.values())
+
+    def admit(self, raw: RawDocument, *, source: SourceSettings) -> ScreenedDocument | None:
+        """The document as it is used, or None for one that is left out; of equal texts the first is kept."""
+        if raw.text is None:
+            assert raw.problem is not None
+            self._leave_out(raw.problem, raw.name)
+            return None
+        text = normalise(raw.text, form=self._settings.normalisation)
+        document_id = document_id_of(text)
+        fraction = self._settings.holdout_fraction
+        split = split_of(document_id, seed=self._seed, holdout_fraction=fraction)
+        if not text or text.isspace():
+            self._leave_out("empty", raw.name)
+            return None
+        if (digest := bytes.fromhex(document_id)) in self._digests:
+            self._leave_out("duplicate", raw.name)
+            return None
+        self._digests.add(digest)
+        self._counts["kept"] += 1
+        return ScreenedDocument(
+            document_id=document_id,
+            name=raw.name,
+            text=text,
+            num_bytes=len(text.encode()),
+            source=source.name,
+            style=source.style,
+            group=raw.group,
+            split=split,
+            fold=fold_of(document_id, seed=self._seed, folds=self._folds) if split == "train" else -1,
+        )
+
+    def withdraw(self, document: ScreenedDocument) -> None:
+        """Count a kept document as empty after all: the tokenizer sees nothing in its text."""
+        self._counts["kept"] -= 1
+        self._leave_out("empty", document.name)
+
+    def summary(self) -> str:
+        """One line: what was kept, what was left out, and the first document of each problem."""
+        problems = [
+            f"{count:,} {outcome} (first: {self._first[outcome]})"
+            for outcome, count in self._counts.items()
+            if outcome != "kept" and count
+        ]
+        left_out = f"; left out {', '.join(problems)}" if problems else ""
+        return f"corpus: {self._counts['kept']:,} of {self.num_seen:,} documents kept{left_out}"
+
+    def _leave_out(self, outcome: str, name: str) -> None:
+        self._counts[outcome] += 1
+        self._first.setdefault(outcome, name)

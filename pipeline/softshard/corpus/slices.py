@@ -1,0 +1,128 @@
+"""Slices: sequences to the bytes of a Parquet file, and back; and the writer that deals sequences into slices.
+
+A slice has the columns of a part that are known before the teacher runs. Its metadata says which tokenizer and which
+windows made it. Same sequences, same bytes, for one version of pyarrow.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softshard.corpus.manifest import CORPUS_VERSION, CorpusSlice
+from softshard.corpus.screen import ScreenedDocument, Split
+from softshard.errors import PartCorrupt
+from softshard.shard.schema import PART_SCHEMA
+from softshard.storage import Store, sha256_of
+from softshard.target.types import TokenSequence
+
+__all__ = ["SLICE_SCHEMA", "SliceWriter", "decode_slice", "encode_slice"]
+
+_METADATA_KEY = b"softshard-corpus"
+_PLAIN = ("sequence_id", "document_id", "source", "style", "group", "start", "first_label")
+_ROWS_PER_GROUP = 64
+
+SLICE_SCHEMA = pa.schema([PART_SCHEMA.field(name) for name in (*_PLAIN, "token_ids")])
+
+
+def encode_slice(sequences: Sequence[TokenSequence], *, metadata: dict[str, str | int]) -> bytes:
+    """A whole slice, one row a sequence in the order given."""
+    columns = [pa.array([getattr(s, name) for s in sequences], SLICE_SCHEMA.field(name).type) for name in _PLAIN]
+    offsets = np.cumsum([0, *(len(s.token_ids) for s in sequences)], dtype=np.int32)
+    flat = np.concatenate([s.token_ids for s in sequences])
+    kind = SLICE_SCHEMA.field("token_ids").type
+    columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.int32()), type=kind))
+    schema = SLICE_SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.Table.from_arrays(columns, schema=schema),
+        sink,
+        row_group_size=_ROWS_PER_GROUP,
+        compression="zstd",
+        use_dictionary=["document_id", "source", "style", "group", "first_label"],
+        column_encoding={"token_ids.list.element": "BYTE_STREAM_SPLIT"},
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
+
+def decode_slice(content: bytes, *, uri: str) -> list[TokenSequence]:
+    """Sequences of a slice, in their order. Raises PartCorrupt when it is not Parquet with a slice's columns."""
+    try:
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise PartCorrupt(uri=uri, problem=f"is not readable as Parquet: {error}") from error
+    if not table.schema.remove_metadata().equals(SLICE_SCHEMA):
+        raise PartCorrupt(uri=uri, problem=f"its columns are not those of corpus version {CORPUS_VERSION}")
+    plain = table.select(list(_PLAIN)).to_pylist()
+    column = table.column("token_ids").combine_chunks()
+    lengths = column.value_lengths().to_numpy()
+    token_ids = np.split(column.flatten().to_numpy(), np.cumsum(lengths)[:-1]) if len(plain) else []
+    return [TokenSequence(**row, token_ids=ids) for row, ids in zip(plain, token_ids, strict=True)]
+
+
+@dataclass(slots=True)
+class _OpenSlice:
+    """What waits to be written, and how many slices of its split and fold were."""
+
+    num_written: int = 0
+    num_documents: int = 0
+    num_bytes_text: int = 0
+    sequences: list[TokenSequence] = field(default_factory=list)
+
+
+class SliceWriter:
+    """Deals sequences into slices by split and fold, and writes each slice when it is full.
+
+    One slice of each split and fold is held at most.
+    """
+
+    def __init__(self, store: Store, *, sequences_per_slice: int, metadata: dict[str, str | int]) -> None:
+        self._store, self._limit, self._metadata = store, sequences_per_slice, metadata
+        self._open: dict[tuple[Split, int], _OpenSlice] = {}
+        self._written: list[tuple[tuple[bool, int, int], CorpusSlice]] = []
+
+    def add(self, document: ScreenedDocument, sequences: Iterable[TokenSequence]) -> None:
+        """Take the sequences of a document, which may end in another slice. Raises StorageFull, PartConflict."""
+        place = (document.split, document.fold)
+        for sequence in sequences:
+            waiting = self._open.setdefault(place, _OpenSlice())
+            waiting.sequences.append(sequence)
+            if sequence.start == 0:
+                waiting.num_documents += 1
+                waiting.num_bytes_text += document.num_bytes
+            if len(waiting.sequences) == self._limit:
+                self._write(place)
+
+    def finish(self) -> tuple[CorpusSlice, ...]:
+        """Write what waits. All slices: train by fold, then test, each in the order of writing."""
+        for place, waiting in self._open.items():
+            if waiting.sequences:
+                self._write(place)
+        return tuple(part for _, part in sorted(self._written, key=lambda item: item[0]))
+
+    def _write(self, place: tuple[Split, int]) -> None:
+        (split, fold), waiting = place, self._open[place]
+        content = encode_slice(waiting.sequences, metadata={**self._metadata, "split": split, "fold": fold})
+        digest = sha256_of(content)
+        index = waiting.num_written
+        part = CorpusSlice(
+            path=f"sequences/{split}-{'all' if fold < 0 else fold}-{index:05d}-{digest[:16]}.parquet",
+            split=split,
+            fold=fold,
+            sha256=digest,
+            num_documents=waiting.num_documents,
+            num_sequences=len(waiting.sequences),
+            num_labels=sum(sequence.num_labels for sequence in waiting.sequences),
+            num_tokens=sum(len(sequence.token_ids) for sequence in waiting.sequences),
+            num_bytes_text=waiting.num_bytes_text,
+        )
+        self._store.put_once(part.path, content)
+        self._written.append(((split == "test", fold, index), part))
+        self._open[place] = _OpenSlice(num_written=index + 1)

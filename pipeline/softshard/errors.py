@@ -1,0 +1,270 @@
+"""The named errors of softshard and the exit code that each one ends the command with.
+
+Every error carries its values, says on one line what is wrong, where, and the way out. Exit codes: 0 done, 1 a bug,
+2 the job file or the arguments are wrong, 3 data is not what it claims (do not retry), 75 try again.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterMissing",
+    "CorpusEmpty",
+    "DataInvalid",
+    "FoldEmpty",
+    "HoldoutEmpty",
+    "JobInvalid",
+    "LogitsInvalid",
+    "ManifestMissing",
+    "ModelInvalid",
+    "OutputForeign",
+    "PartConflict",
+    "PartCorrupt",
+    "PartsFailed",
+    "ResumeMismatch",
+    "SequenceUnknown",
+    "SoftshardError",
+    "SourceUnreadable",
+    "StorageFull",
+    "TokenizerMismatch",
+    "TrainingDiverged",
+    "TryAgain",
+    "VocabularyMismatch",
+]
+
+EXIT_BUG = 1
+EXIT_JOB = 2
+EXIT_DATA = 3
+EXIT_TRY_AGAIN = 75
+
+
+class SoftshardError(Exception):
+    """Base of every error that softshard raises on purpose; `exit_code` is what the command ends with.
+
+    Pickles by its message, so that an error raised on a worker reaches the client whole.
+    """
+
+    exit_code = EXIT_BUG
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+    def __reduce__(self) -> tuple[object, tuple[type[SoftshardError], str, dict[str, object]]]:
+        return _rebuild, (type(self), str(self), self.__dict__)
+
+
+def _rebuild(kind: type[SoftshardError], message: str, values: dict[str, object]) -> SoftshardError:
+    error = kind.__new__(kind, message)
+    SoftshardError.__init__(error, message)
+    error.__dict__.update(values)
+    return error
+
+
+class JobInvalid(SoftshardError):
+    """The job file or an argument is wrong."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, file: str, place: str, problem: str) -> None:
+        self.file, self.place, self.problem = file, place, problem
+        super().__init__(f"{file}: {place}: {problem}" if place else f"{file}: {problem}")
+
+
+class OutputForeign(SoftshardError):
+    """The output folder belongs to another job, or to something else altogether."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, out: str, owner: str | None, job: str) -> None:
+        self.out, self.owner, self.job = out, owner, job
+        whose = f"belongs to job {owner!r}" if owner else "is not empty and holds no job.yaml of softshard"
+        super().__init__(f"{out}: this folder {whose}, not to job {job!r}; give `out` another folder")
+
+
+class DataInvalid(SoftshardError):
+    """Data is not what it claims to be; trying again cannot help."""
+
+    exit_code = EXIT_DATA
+
+
+class SourceUnreadable(DataInvalid):
+    """A source of the corpus does not exist or cannot be read as its format."""
+
+    def __init__(self, *, source: str, uri: str, problem: str) -> None:
+        self.source, self.uri, self.problem = source, uri, problem
+        super().__init__(f"{uri}: source {source!r}: {problem}")
+
+
+class CorpusEmpty(DataInvalid):
+    """No document was left after screening."""
+
+    def __init__(self, *, counts: dict[str, int], split: str | None = None) -> None:
+        self.counts, self.split = counts, split
+        seen = ", ".join(f"{count} {name}" for name, count in counts.items())
+        where = f"the {split} split of the corpus" if split else "the corpus"
+        super().__init__(f"{where} has no document ({seen}); check `corpus.sources` and `corpus.holdout_fraction`")
+
+
+class FoldEmpty(DataInvalid):
+    """A fold of the style teacher would have nothing to train on."""
+
+    def __init__(self, *, fold: int, folds: int, documents: int) -> None:
+        self.fold, self.folds, self.documents = fold, folds, documents
+        super().__init__(
+            f"corpus: style teacher {fold} of {folds} would have no document to train on"
+            f" ({documents} documents in all); add documents, or set `teacher.folds: 0` to use the model as it is"
+        )
+
+
+class HoldoutEmpty(DataInvalid):
+    """There is nothing held out to measure a model on."""
+
+    def __init__(self, *, data: str, problem: str, remedy: str) -> None:
+        self.data, self.problem, self.remedy = data, problem, remedy
+        super().__init__(f"{data}: {problem}; {remedy}")
+
+
+class TokenizerMismatch(DataInvalid):
+    """Data and model were made with different tokenizers."""
+
+    def __init__(self, *, data: str, data_fingerprint: str, model: str, model_fingerprint: str) -> None:
+        self.data, self.model = data, model
+        self.data_fingerprint, self.model_fingerprint = data_fingerprint, model_fingerprint
+        super().__init__(
+            f"{data}: made with tokenizer {data_fingerprint[:16]}, but the tokenizer of {model} is"
+            f" {model_fingerprint[:16]}; use a model with the tokenizer of the data, or recompute the data"
+        )
+
+
+class VocabularyMismatch(DataInvalid):
+    """A model's output is smaller than the vocabulary of the data."""
+
+    def __init__(self, *, data: str, data_size: int, model: str, model_size: int) -> None:
+        self.data, self.data_size, self.model, self.model_size = data, data_size, model, model_size
+        super().__init__(
+            f"{model}: gives logits for {model_size} tokens, but {data} has a vocabulary of {data_size};"
+            " teacher and student must share one tokenizer"
+        )
+
+
+class ModelInvalid(DataInvalid):
+    """A model folder cannot be loaded."""
+
+    def __init__(self, *, model: str, problem: str) -> None:
+        self.model, self.problem = model, problem
+        super().__init__(f"{model}: {problem}")
+
+
+class LogitsInvalid(DataInvalid):
+    """A model gave NaN or +inf; `setting` is the key of the job file that chooses its type."""
+
+    def __init__(
+        self,
+        *,
+        sequence_id: str,
+        position: int,
+        value: float,
+        model: str = "the teacher",
+        setting: str = "teacher.dtype",
+    ) -> None:
+        self.sequence_id, self.position, self.value = sequence_id, position, value
+        self.model, self.setting = model, setting
+        super().__init__(
+            f"sequence {sequence_id}, position {position}: the logits of {model} contain {value};"
+            f" check the model's weights, or set `{setting}: float32`"
+        )
+
+
+class PartCorrupt(DataInvalid):
+    """A part is not the bytes that its receipt names, or cannot be decoded."""
+
+    def __init__(self, *, uri: str, problem: str) -> None:
+        self.uri, self.problem = uri, problem
+        super().__init__(f"{uri}: {problem}; remove the part and its receipt, and run the job again")
+
+
+class PartConflict(DataInvalid):
+    """Another file with other bytes already has the name of this part."""
+
+    def __init__(self, *, uri: str, expected: str, actual: str) -> None:
+        self.uri, self.expected, self.actual = uri, expected, actual
+        super().__init__(
+            f"{uri}: a file with sha256 {actual[:16]} is already there where {expected[:16]} was to be written;"
+            " nothing was overwritten; move that file away and run the job again"
+        )
+
+
+class PartsFailed(DataInvalid):
+    """Parts were set aside; the others are committed, and no manifest was written."""
+
+    def __init__(self, *, failures: dict[str, str], out: str) -> None:
+        self.failures, self.out = failures, out
+        named = "; ".join(f"{part}: {why}" for part, why in list(failures.items())[:5])
+        more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+        super().__init__(
+            f"{out}: {len(failures)} part(s) were set aside, no manifest was written: {named}{more};"
+            " mend the cause and run the job again, committed parts are kept"
+        )
+
+
+class ManifestMissing(DataInvalid):
+    """A stage was asked for whose input is not complete."""
+
+    def __init__(self, *, uri: str, stage: str) -> None:
+        self.uri, self.stage = uri, stage
+        super().__init__(f"{uri}: not there, so the {stage} stage has not finished; run `softshard {stage} JOB.yaml`")
+
+
+class AdapterMissing(DataInvalid):
+    """An adapter that a stage needs is not there."""
+
+    def __init__(self, *, uri: str) -> None:
+        self.uri = uri
+        super().__init__(f"{uri}: no finished adapter is here; run `softshard train JOB.yaml` first")
+
+
+class SequenceUnknown(DataInvalid):
+    """No part holds the sequence that was asked for."""
+
+    def __init__(self, *, sequence_id: str, out: str) -> None:
+        self.sequence_id, self.out = sequence_id, out
+        super().__init__(
+            f"{out}: no sequence has an id that starts with {sequence_id!r}; `softshard status {out}` names some"
+        )
+
+
+class ResumeMismatch(DataInvalid):
+    """Saved training state belongs to other data, or to another order of it."""
+
+    def __init__(self, *, saved: str, current: str, what: str = "manifest") -> None:
+        self.saved, self.current, self.what = saved, current, what
+        super().__init__(
+            f"the saved state belongs to {what} {saved[:16]}, the data is {what} {current[:16]};"
+            " remove the checkpoint to start again"
+        )
+
+
+class TrainingDiverged(DataInvalid):
+    """A training step gave a loss or a gradient that is not finite."""
+
+    def __init__(self, *, step: int, loss: float) -> None:
+        self.step, self.loss = step, loss
+        super().__init__(
+            f"training step {step}: the loss or its gradient is not finite (loss {loss});"
+            " lower the `learning_rate`, or set `dtype: float32`"
+        )
+
+
+class TryAgain(SoftshardError):
+    """Something passed away that may be there again later."""
+
+    exit_code = EXIT_TRY_AGAIN
+
+
+class StorageFull(TryAgain):
+    """The disk is full."""
+
+    def __init__(self, *, uri: str) -> None:
+        self.uri = uri
+        super().__init__(
+            f"{uri}: no space left on the device; free some and run the job again, nothing written is lost"
+        )

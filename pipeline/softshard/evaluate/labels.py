@@ -1,0 +1,186 @@
+"""Sequences through a model to what it says of each of their labels.
+
+In: a causal language model and sequences, with entries of their targets or without. Out: numbers a label, sequence by
+sequence. Label j of a sequence is `token_ids[first_label + j]` and is predicted by the logits at the position before
+it. Logits beyond the vocabulary are left out before the softmax, which is taken in float32. Sequences are read a window
+at a time, batched by length, and logits exist for a few positions at a time, so memory does not grow with the input.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softshard.errors import LogitsInvalid
+from softshard.models import Decoder, check_vocabulary
+from softshard.target.entries import Entries
+from softshard.target.types import TokenSequence
+
+__all__ = ["LabelScores", "ScoredSequence", "score_labels"]
+
+ScoredSequence = tuple[TokenSequence, Entries | None]
+"""A sequence, and the entries of its targets where a cross-entropy against them is wanted."""
+
+_ROWS_OF_LOGITS = 256
+_SEQUENCES_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelScores:
+    """What a model q says of P labels; every array is [P]."""
+
+    nll: NDArray[np.float64]
+    """-log q(label)."""
+    cross_entropy: NDArray[np.float64]
+    """-sum_i w_i log q_i over the label's entries; 0 where none were given."""
+    entropy: NDArray[np.float64]
+    """-sum_i q_i log q_i."""
+    confidence: NDArray[np.float64]
+    """Probability of the most likely token."""
+    correct: NDArray[np.bool_]
+    """Whether the most likely token is the label; of equal ones the lowest id counts."""
+
+    def rows(self, rows: slice) -> LabelScores:
+        """Scores of some of the labels."""
+        return LabelScores(**{name: getattr(self, name)[rows] for name in self.__slots__})
+
+    @classmethod
+    def joined(cls, pieces: list[LabelScores]) -> LabelScores:
+        """Scores of several pieces, one after another."""
+        return cls(**{name: np.concatenate([getattr(one, name) for one in pieces]) for name in cls.__slots__})
+
+
+def score_labels(
+    model: Any, sequences: Iterable[ScoredSequence], *, num_valid: int, batch_tokens: int, device: str
+) -> Iterator[tuple[TokenSequence, LabelScores]]:
+    """Every sequence once, with its scores, in an order that depends on the lengths alone.
+
+    `num_valid` is the vocabulary size, `batch_tokens` the budget of a batch with its padding.
+
+    Raises:
+        LogitsInvalid: the model gave NaN or infinity, or a label no probability at all.
+        ModelInvalid: the model's logits are more than one output matrix applied to its hidden states.
+        VocabularyMismatch: it gives fewer than `num_valid` logits.
+    """
+    name = str(getattr(model.config, "name_or_path", "") or "the model")
+    decoder = Decoder.of(model, name=name)
+    check_vocabulary(model=name, model_size=decoder.output_size, data="the hold-out", data_size=num_valid)
+    stream = iter(sequences)
+    while window := list(itertools.islice(stream, _SEQUENCES_AT_A_TIME)):
+        for batch in _batches(window, batch_tokens):
+            scores = _score_batch(decoder, batch, num_valid, device)
+            start = 0
+            for sequence, _ in batch:
+                end = start + sequence.num_labels
+                yield sequence, scores.rows(slice(start, end))
+                start = end
+
+
+def _batches(sequences: list[ScoredSequence], batch_tokens: int) -> Iterator[list[ScoredSequence]]:
+    """Batches of similar length, at most `batch_tokens` with padding; a longer sequence is a batch of its own."""
+    batch: list[ScoredSequence] = []
+    for pair in sorted(sequences, key=lambda pair: -len(pair[0].token_ids)):
+        if batch and (len(batch) + 1) * len(batch[0][0].token_ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(pair)
+    yield batch
+
+
+@torch.inference_mode()
+def _score_batch(decoder: Decoder, batch: list[ScoredSequence], num_valid: int, device: str) -> LabelScores:
+    sequences = [sequence for sequence, _ in batch]
+    states = _states(decoder, sequences, device)
+    labels = np.concatenate([sequence.labels for sequence in sequences]).astype(np.int64)
+    entries = _joined(batch)
+    pieces = []
+    for start in range(0, len(labels), _ROWS_OF_LOGITS):
+        rows = slice(start, min(start + _ROWS_OF_LOGITS, len(labels)))
+        logits = decoder.logits(states[rows])[:, :num_valid].float()
+        pieces.append(_score_rows(logits, labels[rows], _entries_at(entries, rows)))
+    scores = LabelScores.joined(pieces)
+    _check_finite(scores, sequences)
+    return scores
+
+
+def _states(decoder: Decoder, sequences: list[TokenSequence], device: str) -> Tensor:
+    """[labels, d] hidden states at the position before each label; padding, on the right, is never looked at."""
+    longest = max(len(sequence.token_ids) for sequence in sequences)
+    ids = torch.zeros((len(sequences), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence.token_ids)] = torch.from_numpy(sequence.token_ids.astype(np.int64))
+        mask[row, : len(sequence.token_ids)] = 1
+    hidden = decoder.states(ids.to(device), mask.to(device))
+    return torch.cat([hidden[row, s.first_label - 1 : len(s.token_ids) - 1] for row, s in enumerate(sequences)])
+
+
+def _joined(batch: list[ScoredSequence]) -> Entries | None:
+    """Entries of all labels of a batch, in the order of its sequences."""
+    each = [entries for _, entries in batch if entries is not None]
+    if not each:
+        return None
+    counts = np.concatenate([np.diff(entries.offsets) for entries in each])
+    return Entries(
+        ids=np.concatenate([entries.ids for entries in each]),
+        weights=np.concatenate([entries.weights for entries in each]),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+    )
+
+
+def _entries_at(entries: Entries | None, rows: slice) -> Entries | None:
+    if entries is None:
+        return None
+    offsets = entries.offsets[rows.start : rows.stop + 1]
+    inside = slice(int(offsets[0]), int(offsets[-1]))
+    return Entries(ids=entries.ids[inside], weights=entries.weights[inside], offsets=offsets - offsets[0])
+
+
+def _score_rows(logits: Tensor, labels: NDArray[np.int64], entries: Entries | None) -> LabelScores:
+    """Scores of a few positions from their logits [rows, num_valid]."""
+    logq = torch.log_softmax(logits, dim=1)
+    nll = -logq.gather(1, torch.from_numpy(labels).to(logq.device)[:, None])[:, 0]
+    probabilities = logq.exp()
+    confidence, top = probabilities.max(dim=1)
+    return LabelScores(
+        nll=_float64(nll),
+        cross_entropy=np.zeros(len(labels)) if entries is None else _cross_entropy(logq, entries),
+        entropy=_float64(torch.special.entr(probabilities).sum(dim=1)),
+        confidence=_float64(confidence),
+        correct=top.cpu().numpy() == labels,
+    )
+
+
+def _cross_entropy(logq: Tensor, entries: Entries) -> NDArray[np.float64]:
+    rows = np.repeat(np.arange(len(logq)), np.diff(entries.offsets))
+    ids = torch.from_numpy(entries.ids.astype(np.int64))
+    terms = -_float64(logq[torch.from_numpy(rows).to(logq.device), ids.to(logq.device)])
+    sums = np.zeros(len(logq))
+    np.add.at(sums, rows, entries.weights * terms)
+    return sums
+
+
+def _float64(values: Tensor) -> NDArray[np.float64]:
+    numbers: NDArray[np.float64] = values.cpu().numpy().astype(np.float64)
+    return numbers
+
+
+def _check_finite(scores: LabelScores, sequences: list[TokenSequence]) -> None:
+    bad = np.flatnonzero(~np.isfinite(scores.nll + scores.cross_entropy))
+    if len(bad):
+        places = [(sequence, label) for sequence in sequences for label in range(sequence.num_labels)]
+        sequence, label = places[bad[0]]
+        raise LogitsInvalid(
+            sequence_id=sequence.sequence_id,
+            position=sequence.first_label + label - 1,
+            value=float(-scores.nll[bad[0]]),
+            model="the evaluated model",
+            setting="train.dtype",
+        )

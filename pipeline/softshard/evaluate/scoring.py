@@ -1,0 +1,232 @@
+"""A model against held-out writing: what it gives the tokens that a person wrote, and how near it is to the targets.
+
+In: a causal language model and held-out sequences, with their targets or without. Out: means over all labels, the
+reliability of its most likely token, and the sums of each document, from which standard errors are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softshard.errors import HoldoutEmpty
+from softshard.evaluate.labels import LabelScores, ScoredSequence, score_labels
+from softshard.evaluate.text import text_after
+from softshard.models import Tokenizer
+from softshard.shard.read import Row
+from softshard.shard.schema import PartMetadata
+from softshard.target.entries import entries_of
+from softshard.target.types import TokenSequence
+
+__all__ = ["DocumentSum", "HoldoutScores", "ReliabilityBin", "retention_nll", "score_holdout"]
+
+_UNBIASED = ("threshold", "full")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReliabilityBin:
+    """Labels whose most likely token has a probability in (lower, upper]."""
+
+    lower: float
+    upper: float
+    num_labels: int
+    confidence: float
+    """Mean probability of the most likely token; 0 in an empty bin."""
+    accuracy: float
+    """Share of the labels where it is the human token; 0 in an empty bin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentSum:
+    """One document's labels."""
+
+    nll_nats: float
+    """Sum of -log q(label)."""
+    num_labels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldoutScores:
+    """A model q on the hold-out. Means are over labels, the end-of-text labels included."""
+
+    human_nll_nats: float
+    """Mean of -log q(label)."""
+    bits_per_byte: float
+    """Sum of -log2 q(label) over the UTF-8 bytes of the text that the labels stand for. An end-of-text label counts in
+    the sum and has no bytes. What is context alone counts in neither: a document's first token, a beginning token, the
+    overlap of windows. A character that is split between windows has its bytes where it is completed."""
+    kl_to_teacher_nats: float | None
+    """Mean of KL(target || q) = -sum_i w_i log q_i - entropy, with the stored weights w and the stored entropy of the
+    whole target. The expectation of the weights is the target (`threshold`), or they are it (`full`), so this is
+    unbiased up to the grids of the stored values; as an estimate it can fall below 0. None where the stored form leaves
+    out the tail (`topk`, `nucleus`): what the missing tokens would add is unknown, and the KL of a renormalised head is
+    the distance from another distribution."""
+    teacher_nll_nats: float
+    """Mean of the stored -log p(label): the teacher on the same labels, at the temperature of capture."""
+    ece: float
+    """Expected calibration error (Naeini et al., 2015): sum over bins of share * |accuracy - confidence|."""
+    accuracy: float
+    """Share of the labels that are the model's most likely token."""
+    mean_entropy_nats: float
+    """Mean entropy of q."""
+    num_labels: int
+    num_sequences: int
+    num_bytes: int
+    """The bytes of `bits_per_byte`."""
+    reliability: tuple[ReliabilityBin, ...]
+    """Bins of equal width, from 0 to 1."""
+    documents: dict[str, DocumentSum]
+    """By document id; the labels of one document belong together when an error is estimated."""
+
+
+def score_holdout(
+    model: Any,
+    rows: Iterable[tuple[Row, PartMetadata]],
+    *,
+    tokenizer: Tokenizer,
+    num_valid: int,
+    batch_tokens: int,
+    num_bins: int,
+    device: str,
+    on_progress: Callable[[float], None],
+) -> HoldoutScores:
+    """Score a model, with an adapter or without, that is in evaluation mode and on `device`.
+
+    `num_valid` is the vocabulary size of the targets, `batch_tokens` the budget of a batch with its padding, and
+    `on_progress` is told the number of labels done.
+
+    Raises:
+        HoldoutEmpty: there is no row.
+        LogitsInvalid, ModelInvalid, VocabularyMismatch: see `score_labels`.
+    """
+    sums = _Sums(num_bins=num_bins)
+    sequences = sums.reading(rows, tokenizer)
+    for sequence, scores in score_labels(
+        model, sequences, num_valid=num_valid, batch_tokens=batch_tokens, device=device
+    ):
+        sums.add(sequence, scores)
+        on_progress(sums.num_labels)
+    if not sums.num_labels:
+        raise HoldoutEmpty(
+            data="the test split of the targets",
+            problem="no sequence is held out, so there is nothing to evaluate on",
+            remedy="add documents or raise `corpus.holdout_fraction`",
+        )
+    return sums.means()
+
+
+def retention_nll(
+    model: Any,
+    sequences: Iterable[TokenSequence],
+    *,
+    num_valid: int,
+    batch_tokens: int,
+    device: str,
+    on_progress: Callable[[float], None],
+) -> float:
+    """Mean of -log q(label), in nats, on held-out writing of another kind; scored as `score_holdout` does.
+
+    Raises:
+        HoldoutEmpty: there is no sequence.
+        LogitsInvalid, ModelInvalid, VocabularyMismatch: see `score_labels`.
+    """
+    nats, done = 0.0, 0
+    for sequence, scores in score_labels(
+        model,
+        ((sequence, None) for sequence in sequences),
+        num_valid=num_valid,
+        batch_tokens=batch_tokens,
+        device=device,
+    ):
+        nats += float(scores.nll.sum())
+        done += sequence.num_labels
+        on_progress(done)
+    if not done:
+        raise HoldoutEmpty(
+            data="the retention sources",
+            problem="no sequence is held out, so retention cannot be measured",
+            remedy="add documents to `train.retention.sources`",
+        )
+    return nats / done
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sums:
+    """Running sums over the hold-out."""
+
+    num_bins: int
+    num_labels: int = 0
+    num_sequences: int = 0
+    num_bytes: int = 0
+    cross_entropy: float = 0.0
+    entropy: float = 0.0
+    target_entropy: float = 0.0
+    teacher_nll: float = 0.0
+    whole: bool = True
+    """Whether every target so far stands for the whole distribution."""
+    documents: dict[str, DocumentSum] = field(default_factory=dict)
+    bins: NDArray[np.float64] = field(init=False)
+    """[num_bins, 3] labels, sum of confidence, labels that are correct."""
+
+    def __post_init__(self) -> None:
+        self.bins = np.zeros((self.num_bins, 3))
+
+    def reading(self, rows: Iterable[tuple[Row, PartMetadata]], tokenizer: Tokenizer) -> Iterator[ScoredSequence]:
+        """Count what depends on the data alone while it is read."""
+        for (sequence, targets), metadata in rows:
+            text = text_after(tokenizer, sequence.token_ids.tolist(), start=sequence.first_label)
+            self.num_bytes += len(text.encode())
+            self.num_sequences += 1
+            self.target_entropy += float(targets.entropy.sum(dtype=np.float64))
+            self.teacher_nll -= float(targets.label_logprob.sum(dtype=np.float64))
+            self.whole &= metadata.kind in _UNBIASED
+            yield sequence, entries_of(targets, step=metadata.step, tau=metadata.tau)
+
+    def add(self, sequence: TokenSequence, scores: LabelScores) -> None:
+        before = self.documents.get(sequence.document_id, DocumentSum(nll_nats=0.0, num_labels=0))
+        self.documents[sequence.document_id] = DocumentSum(
+            nll_nats=before.nll_nats + float(scores.nll.sum()),
+            num_labels=before.num_labels + sequence.num_labels,
+        )
+        self.num_labels += sequence.num_labels
+        self.cross_entropy += float(scores.cross_entropy.sum())
+        self.entropy += float(scores.entropy.sum())
+        places = np.ceil(scores.confidence * self.num_bins).astype(np.int64) - 1
+        places = np.clip(places, 0, self.num_bins - 1)
+        values = (np.ones(len(places)), scores.confidence, scores.correct)
+        for column, weights in enumerate(values):
+            self.bins[:, column] += np.bincount(places, weights=weights, minlength=self.num_bins)
+
+    def means(self) -> HoldoutScores:
+        nats = math.fsum(document.nll_nats for document in self.documents.values())
+        kl = (self.cross_entropy - self.target_entropy) / self.num_labels
+        return HoldoutScores(
+            human_nll_nats=nats / self.num_labels,
+            bits_per_byte=nats / math.log(2) / max(self.num_bytes, 1),
+            kl_to_teacher_nats=kl if self.whole else None,
+            teacher_nll_nats=self.teacher_nll / self.num_labels,
+            ece=float(np.abs(self.bins[:, 1] - self.bins[:, 2]).sum()) / self.num_labels,
+            accuracy=float(self.bins[:, 2].sum()) / self.num_labels,
+            mean_entropy_nats=self.entropy / self.num_labels,
+            num_labels=self.num_labels,
+            num_sequences=self.num_sequences,
+            num_bytes=self.num_bytes,
+            reliability=tuple(_reliability(self.bins)),
+            documents=dict(sorted(self.documents.items())),
+        )
+
+
+def _reliability(bins: NDArray[np.float64]) -> Iterator[ReliabilityBin]:
+    for index, (count, confidence, correct) in enumerate(bins.tolist()):
+        yield ReliabilityBin(
+            lower=index / len(bins),
+            upper=(index + 1) / len(bins),
+            num_labels=int(count),
+            confidence=confidence / max(count, 1),
+            accuracy=correct / max(count, 1),
+        )

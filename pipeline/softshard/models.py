@@ -1,0 +1,247 @@
+"""Causal language models and tokenizers: found, checked, named by digest, loaded.
+
+A tokenizer's fingerprint and its vocabulary size travel with everything that is made with it, and are compared
+wherever data meets a model. Nothing here runs code that comes with a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softshard.errors import ModelInvalid, TokenizerMismatch, VocabularyMismatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from softshard.config import DataType
+
+__all__ = [
+    "Decoder",
+    "Tokenizer",
+    "check_tokenizer",
+    "check_vocabulary",
+    "load_model",
+    "load_tokenizer",
+    "resolve_device",
+    "resolve_dtype",
+    "resolve_model",
+    "weights_digest",
+]
+
+
+def resolve_model(model: str, *, revision: str | None = None) -> Path:
+    """Local folder of a model: the folder itself, or a snapshot of the hub's.
+
+    Raises:
+        ModelInvalid: it is neither, or the folder has no config.json.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+            raise ModelInvalid(model=model, problem="no such folder")
+        folder = _from_hub(model, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelInvalid(model=model, problem="the folder has no config.json, so it is not a transformers model")
+    return folder
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        problem = f"no such folder, and the hub gives none of this name ({type(error).__name__})"
+        raise ModelInvalid(model=model, problem=problem) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenizer:
+    """A tokenizer and what must agree between data and models."""
+
+    backend: Any
+    """The tokenizer of transformers."""
+    fingerprint: str
+    """SHA-256, in hex, of its whole definition and of the ids that open and close a document."""
+    vocab_size: int
+    """Tokens it can give; logits beyond them are padding."""
+    bos_id: int | None
+    """Token that the tokenizer puts before a text, if it does."""
+    eos_id: int
+    """Token that closes a document."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens; a text is never cut."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.backend(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of some ids."""
+        text: str = self.backend.decode(ids, clean_up_tokenization_spaces=False)
+        return text
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the fast tokenizer of a model folder.
+
+    Raises:
+        ModelInvalid: there is none, it is not a fast one, or it has no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"the tokenizer cannot be loaded: {error}") from error
+    if not backend.is_fast:
+        raise ModelInvalid(model=str(folder), problem="the tokenizer has no fast form (tokenizer.json)")
+    if backend.eos_token_id is None:
+        raise ModelInvalid(model=str(folder), problem="the tokenizer has no end-of-text token to close a document with")
+    backend.model_max_length = 10**30
+    opening = backend("a")["input_ids"]
+    bos = backend.bos_token_id
+    bos_id = bos if bos is not None and opening[:1] == [bos] else None
+    definition = json.loads(backend.backend_tokenizer.to_str())
+    definition.pop("truncation", None)
+    definition.pop("padding", None)
+    parts = [definition, bos_id, backend.eos_token_id]
+    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return Tokenizer(
+        backend=backend,
+        fingerprint=fingerprint,
+        vocab_size=len(backend),
+        bos_id=bos_id,
+        eos_id=backend.eos_token_id,
+    )
+
+
+def check_tokenizer(tokenizer: Tokenizer, *, model: str, data: str, data_fingerprint: str) -> None:
+    """Refuse a model whose tokenizer is not the data's. Raises TokenizerMismatch."""
+    if tokenizer.fingerprint != data_fingerprint:
+        raise TokenizerMismatch(
+            data=data, data_fingerprint=data_fingerprint, model=model, model_fingerprint=tokenizer.fingerprint
+        )
+
+
+def check_vocabulary(*, model: str, model_size: int, data: str, data_size: int) -> None:
+    """Refuse a model that has no logit for some token of the data. Raises VocabularyMismatch."""
+    if model_size < data_size:
+        raise VocabularyMismatch(data=data, data_size=data_size, model=model, model_size=model_size)
+
+
+@lru_cache(maxsize=8)
+def weights_digest(folder: Path) -> str:
+    """SHA-256, in hex, of a model folder's config and weights (safetensors), in the order of their names.
+
+    Raises:
+        ModelInvalid: the folder holds no safetensors, or lacks a shard that its index names.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(named - {file.name for file in files}):
+            raise ModelInvalid(model=str(folder), problem=f"the shard {missing[0]} is missing")
+    if not files:
+        raise ModelInvalid(model=str(folder), problem="the folder has no weights (*.safetensors)")
+    digest = hashlib.sha256()
+    for file in (folder / "config.json", *files):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is `cuda` where torch sees one, else `cpu`; anything else is kept."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(dtype: DataType, *, device: str) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it natively (on a CPU: AVX-512 BF16), else float32."""
+    import torch
+
+    if dtype == "auto":
+        native = torch.cuda.is_bf16_supported() if device.startswith("cuda") else _cpu_has_bf16()
+        return torch.bfloat16 if native else torch.float32
+    chosen: torch.dtype = getattr(torch, dtype)
+    return chosen
+
+
+def _cpu_has_bf16() -> bool:
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
+    """A frozen causal language model in evaluation mode.
+
+    Raises:
+        ModelInvalid: transformers cannot load it.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"cannot be loaded: {error}") from error
+    model.requires_grad_(False)
+    return model.to(device).eval()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The two halves of a causal language model: the body, and the output matrix that makes the large tensor."""
+
+    body: Any
+    head: Any
+
+    @classmethod
+    def of(cls, model: Any, *, name: str) -> Decoder:
+        """Halves of a model of transformers; adapters that are attached to its layers stay in force.
+
+        Raises:
+            ModelInvalid: the model does more to its logits than one matrix does, so that halves would not be the whole.
+        """
+        config = model.config.get_text_config()
+        for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(config, setting, None) not in {None, 1}:
+                raise ModelInvalid(model=name, problem=f"its logits are changed by `{setting}`, which is not supported")
+        body, head = model.get_decoder(), model.get_output_embeddings()
+        if body is None or head is None or body is model:
+            raise ModelInvalid(model=name, problem="it has no decoder with an output matrix")
+        return cls(body=body, head=head)
+
+    @property
+    def output_size(self) -> int:
+        """Tokens that the output matrix gives logits for, padding included."""
+        return int(self.head.weight.shape[0])
+
+    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[batch, length, d] last hidden states."""
+        states: torch.Tensor = self.body(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return states
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., output_size] logits of some hidden states."""
+        logits: torch.Tensor = self.head(states)
+        return logits

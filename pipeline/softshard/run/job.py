@@ -1,0 +1,61 @@
+"""A whole job: the stages in their order, each doing what is missing, one cluster for those that need one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from softshard.config import Job
+from softshard.evaluate.report import Report
+from softshard.run.evaluation import ensure_report
+from softshard.run.targets import ensure_corpora, ensure_targets, ensure_teacher, lazy_cluster
+from softshard.run.training import ensure_trained
+from softshard.run.workspace import open_workspace
+from softshard.shard.manifest import Manifest
+from softshard.telemetry import Reporter
+from softshard.train.record import Trained
+
+__all__ = ["STAGES", "Outcome", "run_job"]
+
+STAGES = ("corpus", "teacher", "targets", "train", "evaluate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a job has left; None for what no stage that was asked for needs."""
+
+    out: str
+    seconds: float
+    manifest: Manifest | None = None
+    trained: Trained | None = None
+    report: Report | None = None
+
+
+def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES) -> Outcome:
+    """Run some stages. What an earlier stage makes is computed if that stage is asked for too, else it must be there.
+
+    Raises:
+        ManifestMissing: an earlier stage that was not asked for has not finished, or its settings have changed.
+        SoftshardError: see the stages.
+    """
+    started = time.monotonic()
+    workspace = open_workspace(job)
+    last = max(STAGES.index(stage) for stage in stages)
+    manifest: Manifest | None = None
+    trained: Trained | None = None
+    report: Report | None = None
+    with lazy_cluster(workspace, reporter) as cluster:
+        corpora = ensure_corpora(workspace, reporter, compute="corpus" in stages)
+        if last >= STAGES.index("teacher"):
+            compute = "teacher" in stages
+            teacher = ensure_teacher(workspace, corpora.style, reporter, cluster, compute=compute)
+            if last >= STAGES.index("targets"):
+                compute = "targets" in stages
+                manifest = ensure_targets(workspace, corpora.style, teacher, reporter, cluster, compute=compute)
+    if manifest is not None and last >= STAGES.index("train"):
+        trained = ensure_trained(workspace, manifest, corpora.retention, reporter, compute="train" in stages)
+        if last >= STAGES.index("evaluate"):
+            both = (corpora.style, corpora.retention)
+            report = ensure_report(workspace, both, manifest, trained, reporter, compute="evaluate" in stages)
+    return Outcome(out=job.out, seconds=time.monotonic() - started, manifest=manifest, trained=trained, report=report)

@@ -1,0 +1,178 @@
+"""How far an output folder is: what each stage has left there. Reads, and needs no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from softshard.corpus.manifest import read_corpus_manifest
+from softshard.errors import JobInvalid, ManifestMissing
+from softshard.run.workspace import owner_of
+from softshard.shard.manifest import Manifest, Receipt, read_manifest
+from softshard.shard.schema import Fidelity
+from softshard.shard.verify import Verification, verify_targets
+from softshard.storage import LocalStore
+
+__all__ = [
+    "StageStatus",
+    "Status",
+    "mean_fidelity",
+    "read_status",
+    "render_status",
+    "render_verification",
+    "verify_output",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStatus:
+    """One stage: whether it has been completed, and its figures."""
+
+    stage: str
+    complete: bool
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """State of an output folder."""
+
+    out: str
+    job: str
+    stages: tuple[StageStatus, ...]
+    sequences: tuple[str, ...]
+    """Ids of a few stored sequences, to be shown."""
+
+
+def mean_fidelity(receipts: tuple[Receipt, ...]) -> Fidelity | None:
+    """Fidelity of many parts: means weighted by labels. None where there is no part."""
+    labels = sum(receipt.num_labels for receipt in receipts)
+    if not labels:
+        return None
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(receipt.fidelity, name) * receipt.num_labels for receipt in receipts) / labels)
+
+    has_kl = all(receipt.fidelity.mean_kl_nats is not None for receipt in receipts)
+    return Fidelity(
+        mean_squared_error=mean("mean_squared_error"),
+        gradient_angle_degrees=mean("gradient_angle_degrees"),
+        mean_kl_nats=mean("mean_kl_nats") if has_kl else None,
+        mean_entries=mean("mean_entries"),
+    )
+
+
+def read_status(out: str) -> Status:
+    """State of an output folder.
+
+    Raises:
+        JobInvalid: there is no job in it.
+    """
+    job = owner_of(out)
+    if job is None:
+        raise JobInvalid(file=out, place="", problem="holds no output of softshard (no job.yaml with a name)")
+    store = LocalStore(out)
+    targets, sequences = _targets(store.below("targets"))
+    return Status(
+        out=out,
+        job=job,
+        stages=(_corpus(store.below("corpus")), _teacher(store), targets, _adapter(store), _report(store)),
+        sequences=sequences,
+    )
+
+
+def _corpus(store: LocalStore) -> StageStatus:
+    manifest = read_corpus_manifest(store)
+    if manifest is None:
+        return StageStatus(stage="corpus", complete=False, figures={})
+    figures: dict[str, Any] = {"documents": manifest.counts.get("kept", 0)}
+    figures["sequences"] = sum(part.num_sequences for part in manifest.slices)
+    figures["positions"] = sum(part.num_labels for part in manifest.slices)
+    figures["slices"] = len(manifest.slices)
+    return StageStatus(stage="corpus", complete=True, figures=figures)
+
+
+def _teacher(store: LocalStore) -> StageStatus:
+    adapters = sum(path.endswith("/receipt.json") for path in store.list("teacher"))
+    complete = adapters > 0 or store.exists("targets/manifest.json")
+    return StageStatus(stage="teacher", complete=complete, figures={"adapters": adapters})
+
+
+def _targets(store: LocalStore) -> tuple[StageStatus, tuple[str, ...]]:
+    manifest: Manifest | None = None
+    try:
+        manifest = read_manifest(store)
+        receipts = manifest.parts
+    except ManifestMissing:
+        paths = store.list("receipts")
+        receipts = tuple(Receipt.model_validate_json(store.read(path)) for path in paths)
+    labels = sum(receipt.num_labels for receipt in receipts)
+    figures: dict[str, Any] = {"parts": len(receipts), "positions": labels}
+    fidelity = mean_fidelity(receipts)
+    if fidelity is not None:
+        figures["bytes"] = sum(receipt.num_bytes for receipt in receipts)
+        figures["bytes_per_position"] = round(figures["bytes"] / labels, 2)
+        figures["entries_per_position"] = round(fidelity.mean_entries, 2)
+        figures["mean_squared_error"] = round(fidelity.mean_squared_error, 6)
+        figures["gradient_angle_degrees"] = round(fidelity.gradient_angle_degrees, 2)
+    status = StageStatus(stage="targets", complete=manifest is not None, figures=figures)
+    return status, _some_sequences(store, receipts)
+
+
+def _some_sequences(store: LocalStore, receipts: tuple[Receipt, ...]) -> tuple[str, ...]:
+    import polars as pl
+
+    if not receipts or not store.exists(receipts[0].path):
+        return ()
+    ids = pl.scan_parquet(store.local_path(receipts[0].path)).select("sequence_id").head(3).collect()
+    return tuple(ids["sequence_id"].to_list())
+
+
+def _adapter(store: LocalStore) -> StageStatus:
+    from softshard.train.record import read_trained
+
+    trained = read_trained(store.below("adapter"))
+    figures = (
+        {} if trained is None else {"adapter": trained.adapter.folder, "holdout_nll": trained.adapter.holdout_nll_nats}
+    )
+    return StageStatus(stage="train", complete=trained is not None, figures=figures)
+
+
+def _report(store: LocalStore) -> StageStatus:
+    complete = store.exists("report/metrics.json")
+    return StageStatus(stage="evaluate", complete=complete, figures={"report": "report/index.html"} if complete else {})
+
+
+def render_status(status: Status) -> str:
+    """The state as lines of at most 80 columns."""
+    lines = [f"{status.out}: job {status.job}", ""]
+    for stage in status.stages:
+        lines.append(f"{stage.stage:<9} {'complete' if stage.complete else 'not complete'}")
+        for name, value in stage.figures.items():
+            shown = f"{value:,}" if isinstance(value, int | float) else str(value)
+            lines.append(f"{'':<9} {name.replace('_', ' '):<24} {shown}")
+    if status.sequences:
+        lines += ["", f"softshard show {status.out} --sequence {status.sequences[0][:12]}"]
+    return "\n".join(lines) + "\n"
+
+
+def verify_output(out: str, *, deep: bool) -> Verification:
+    """Verify the targets of an output folder. Raises JobInvalid if it holds no job."""
+    if owner_of(out) is None:
+        raise JobInvalid(file=out, place="", problem="holds no output of softshard (no job.yaml with a name)")
+    return verify_targets(LocalStore(out).below("targets"), deep=deep)
+
+
+def render_verification(out: str, verification: Verification) -> str:
+    """What was verified, a line a problem."""
+    read = "decoded" if verification.deep else "read and hashed"
+    lines = [
+        f"{out}: {verification.num_parts} parts {read}, {verification.num_sequences:,} sequences,"
+        f" {verification.num_labels:,} positions, {verification.num_bytes:,} bytes",
+        *verification.problems,
+    ]
+    if verification.unnamed:
+        more = f"{len(verification.unnamed)} file(s) that the manifest does not name"
+        lines.append(f"{more}, first {verification.unnamed[0]}: no reader opens them")
+    lines.append(f"{len(verification.problems)} problem(s)" if verification.problems else "all is as it claims")
+    return "\n".join(lines) + "\n"

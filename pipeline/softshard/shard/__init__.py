@@ -1,0 +1,1 @@
+"""Sketches to Parquet parts, receipts and a manifest, and back."""

@@ -1,0 +1,53 @@
+"""The data set card: README.md of a `targets/` folder, which tells `datasets` the splits and people what this is."""
+
+from __future__ import annotations
+
+from softshard.shard.manifest import Manifest
+from softshard.storage import Store
+
+__all__ = ["write_card"]
+
+
+def write_card(store: Store, manifest: Manifest) -> None:
+    """Write README.md. It names each file where `data/` holds files that the manifest does not, else the folders."""
+    named = {part.path for part in manifest.parts}
+    globs = all(path in named for path in store.list("data"))
+    lines = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split in ("train", "test"):
+        parts = manifest.of_split(split)
+        if parts:
+            paths = [f"data/{split}/*.parquet"] if globs else [part.path for part in parts]
+            lines += [f"  - split: {split}", "    path:", *(f"    - {path}" for path in paths)]
+    licenses = sorted({source.license for source in manifest.sources})
+    lines += [
+        "tags:",
+        "- soft-labels",
+        "- knowledge-distillation",
+        "---",
+        "",
+        f"# Targets of {manifest.job}",
+        "",
+    ]
+    lines += [
+        "One row a sequence; every label of it has a sparse record of the teacher's whole next-token distribution.",
+        f"Manifest `{manifest.digest[:16]}`: {len(manifest.parts)} parts,"
+        f" {sum(part.num_sequences for part in manifest.parts):,} sequences,"
+        f" {sum(part.num_labels for part in manifest.parts):,} labels. Licences: {', '.join(licenses)}.",
+        "",
+        "| source | style | licence | rights |",
+        "|---|---|---|---|",
+        *(f"| {s.name} | {s.style} | {s.license} | {s.rights_basis} |" for s in manifest.sources),
+        "",
+        f"Sketch: {', '.join(f'{name} {value}' for name, value in manifest.target.items())}.",
+        f"Tokenizer `{manifest.tokenizer_fingerprint[:16]}`, {manifest.vocab_size:,} tokens.",
+        "",
+        "```python",
+        "import polars as pl",
+        'rows = pl.read_parquet("data/train/*.parquet")',
+        "```",
+        "",
+        "`docs/format.md` of softshard has the ten lines that turn a row into probabilities.",
+    ]
+    content = ("\n".join(lines) + "\n").encode()
+    if not store.exists("README.md") or store.read("README.md") != content:
+        store.replace("README.md", content)

@@ -1,0 +1,143 @@
+"""A part's identity, and the order in which it becomes visible.
+
+Bytes are built, hashed and put once; then the receipt is created exclusively. A part without a receipt is not
+committed: the next run computes it again, finds equal bytes and adopts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import ValidationError
+
+from softshard.config import SketchSettings, digest_of
+from softshard.errors import PartCorrupt
+from softshard.shard.encode import encode_part
+from softshard.shard.manifest import Receipt, canonical_json
+from softshard.shard.schema import SCHEMA_VERSION, Fidelity, PartMetadata
+from softshard.storage import Store, sha256_of
+from softshard.target.fidelity import FidelitySums
+from softshard.target.types import SequenceTargets, TokenSequence
+
+__all__ = ["PartPlan", "build_part", "commit_part", "find_receipt", "receipt_path"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartPlan:
+    """A part before it is computed: everything that can change its bytes."""
+
+    index: int
+    """Place in the corpus; for the file's name alone."""
+    split: Literal["train", "test"]
+    fold: int
+    """Style teacher that scores it; -1: all, averaged."""
+    slice: str
+    """SHA-256 of the slice of the corpus."""
+    tokenizer_fingerprint: str
+    vocab_size: int
+    teacher: dict[str, str | int | float | list[str]]
+    sketch: SketchSettings
+    seed: int
+
+    @property
+    def part_id(self) -> str:
+        """128 bits, in hex, of a SHA-256 over all of it but the index."""
+        return digest_of(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "slice": self.slice,
+                "split": self.split,
+                "fold": self.fold,
+                "tokenizer": self.tokenizer_fingerprint,
+                "vocab_size": self.vocab_size,
+                "teacher": self.teacher,
+                "sketch": self.sketch,
+                "seed": self.seed,
+            }
+        )[:32]
+
+    @property
+    def path(self) -> str:
+        """Path of the part below `targets/`."""
+        return f"data/{self.split}/part-{self.index:05d}-{self.part_id[:16]}.parquet"
+
+
+def receipt_path(part_id: str) -> str:
+    """Path of a receipt below `targets/`."""
+    return f"receipts/{part_id}.json"
+
+
+def find_receipt(store: Store, part_id: str) -> Receipt | None:
+    """Receipt of a committed part whose file is there; None if it has to be computed.
+
+    Raises:
+        PartCorrupt: the receipt cannot be read.
+    """
+    path = receipt_path(part_id)
+    try:
+        receipt = Receipt.model_validate_json(store.read(path))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise PartCorrupt(uri=f"{store.uri}/{path}", problem=f"is not a receipt: {error.errors()[0]['msg']}") from error
+    return receipt if store.exists(receipt.path) else None
+
+
+def build_part(
+    plan: PartPlan, rows: Sequence[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums
+) -> tuple[bytes, Receipt]:
+    """Bytes of a part, and the receipt that will say so."""
+    labels = fidelity.num_labels
+    measured = Fidelity(
+        mean_squared_error=fidelity.squared_error / labels,
+        gradient_angle_degrees=fidelity.angle_degrees / labels,
+        mean_kl_nats=fidelity.kl_nats / labels if plan.sketch.kind == "full" else None,
+        mean_entries=fidelity.num_entries / labels,
+    )
+    metadata = PartMetadata(
+        schema_version=SCHEMA_VERSION,
+        part_id=plan.part_id,
+        kind=plan.sketch.kind,
+        tau=plan.sketch.tau if plan.sketch.kind == "threshold" else None,
+        k=plan.sketch.k if plan.sketch.kind == "topk" else None,
+        nucleus_mass=plan.sketch.mass if plan.sketch.kind == "nucleus" else None,
+        step=plan.sketch.step,
+        temperature=plan.sketch.temperature,
+        seed=plan.seed,
+        tokenizer_fingerprint=plan.tokenizer_fingerprint,
+        vocab_size=plan.vocab_size,
+        teacher=plan.teacher,
+        fidelity=measured,
+    )
+    content = encode_part(rows, fold=plan.fold, metadata=metadata)
+    receipt = Receipt(
+        part_id=plan.part_id,
+        path=plan.path,
+        split=plan.split,
+        fold=plan.fold,
+        slice=plan.slice,
+        sha256=sha256_of(content),
+        num_bytes=len(content),
+        num_sequences=len(rows),
+        num_labels=labels,
+        num_head_entries=sum(len(targets.head_ids) for _, targets in rows),
+        num_tail_entries=sum(len(targets.tail_ids) for _, targets in rows),
+        label_logprob_sum=float(sum(targets.label_logprob.sum(dtype="float64") for _, targets in rows)),
+        fidelity=measured,
+    )
+    return content, receipt
+
+
+def commit_part(store: Store, content: bytes, receipt: Receipt) -> Receipt:
+    """Put the part, then its receipt; the first commit of a part wins and is returned.
+
+    Raises:
+        PartConflict: a file with other bytes has the part's name.
+        StorageFull: nothing is visible that is not whole.
+    """
+    store.put_once(receipt.path, content)
+    if store.create_exclusive(receipt_path(receipt.part_id), canonical_json(receipt)):
+        return receipt
+    return find_receipt(store, receipt.part_id) or receipt

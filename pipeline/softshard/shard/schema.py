@@ -1,0 +1,127 @@
+"""The columns and the metadata of a part, version 1.
+
+One row a sequence. Per-label values are single-level, non-nullable lists over the whole sequence. The metadata says
+all that decoding needs, so that a part can be read alone.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from softshard.errors import PartCorrupt
+
+__all__ = [
+    "METADATA_KEY",
+    "PART_SCHEMA",
+    "SCHEMA_VERSION",
+    "Fidelity",
+    "PartMetadata",
+    "metadata_of",
+    "schema_text",
+]
+
+SCHEMA_VERSION = 1
+METADATA_KEY = b"softshard"
+
+
+def _list(of: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", of, nullable=False))
+
+
+PART_SCHEMA = pa.schema(
+    [
+        pa.field("sequence_id", pa.string(), nullable=False),
+        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("style", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("fold", pa.int16(), nullable=False),
+        pa.field("start", pa.int32(), nullable=False),
+        pa.field("first_label", pa.int32(), nullable=False),
+        pa.field("mean_entropy", pa.float32(), nullable=False),
+        pa.field("mean_label_logprob", pa.float32(), nullable=False),
+        pa.field("token_ids", _list(pa.int32()), nullable=False),
+        pa.field("label_logprob", _list(pa.float32()), nullable=False),
+        pa.field("entropy", _list(pa.float32()), nullable=False),
+        pa.field("tail_mass", _list(pa.float32()), nullable=False),
+        pa.field("head_count", _list(pa.int32()), nullable=False),
+        pa.field("tail_count", _list(pa.int32()), nullable=False),
+        pa.field("head_ids", _list(pa.int32()), nullable=False),
+        pa.field("head_steps", _list(pa.int16()), nullable=False),
+        pa.field("tail_ids", _list(pa.int32()), nullable=False),
+    ]
+)
+
+
+class Fidelity(BaseModel):
+    """How near the stored sketches of a part are to the teacher's distributions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean_squared_error: float
+    """Mean over labels of the sum over tokens of (stored weight - probability) squared."""
+    gradient_angle_degrees: float
+    """Mean angle between (uniform - target) and (uniform - stored), the gradients of a student that knows nothing."""
+    mean_kl_nats: float | None
+    """Mean KL(target || stored), where the stored form covers every token (`full`); else null."""
+    mean_entries: float
+    """Mean entries a label."""
+
+
+class PartMetadata(BaseModel):
+    """Key-value metadata of a part, as JSON under the key `softshard`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    schema_version: int
+    part_id: str
+    kind: Literal["threshold", "topk", "nucleus", "full"]
+    tau: float | None
+    """Weight of a tail entry (`threshold`)."""
+    k: int | None
+    """Entries (`topk`)."""
+    nucleus_mass: float | None
+    """Mass asked for (`nucleus`)."""
+    step: float
+    """Step of head_steps, in nats."""
+    temperature: float
+    """Temperature at capture."""
+    seed: int
+    tokenizer_fingerprint: str
+    vocab_size: int
+    teacher: dict[str, str | int | float | list[str]]
+    """The teacher's identity: engine, versions, dtype, threads, digests of weights and adapters."""
+    fidelity: Fidelity
+
+
+def metadata_of(schema: pa.Schema, *, uri: str) -> PartMetadata:
+    """Metadata of a part that was read.
+
+    Raises:
+        PartCorrupt: there is none, it is of another version, or the columns are not those of version 1.
+    """
+    from pydantic import ValidationError
+
+    raw = (schema.metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise PartCorrupt(uri=uri, problem="is Parquet, but has no softshard metadata")
+    try:
+        values: dict[str, Any] = json.loads(raw)
+        if values.get("schema_version") != SCHEMA_VERSION:
+            problem = f"has schema version {values.get('schema_version')}, this softshard reads {SCHEMA_VERSION}"
+            raise PartCorrupt(uri=uri, problem=problem)
+        metadata = PartMetadata.model_validate(values)
+    except (ValueError, ValidationError) as error:
+        raise PartCorrupt(uri=uri, problem=f"has unreadable metadata: {error}") from error
+    if not schema.remove_metadata().equals(PART_SCHEMA):
+        raise PartCorrupt(uri=uri, problem="its columns are not those of schema version 1")
+    return metadata
+
+
+def schema_text() -> str:
+    """The Arrow schema of a part as text, a line a column."""
+    return "\n".join(str(field) for field in PART_SCHEMA) + "\n"

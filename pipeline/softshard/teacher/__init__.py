@@ -1,0 +1,1 @@
+"""Sequences to sketches: the engines, and the teacher that is adapted to the corpus."""

@@ -1,0 +1,156 @@
+"""The style teacher: the teacher's model adapted to the corpus by LoRA, in K folds.
+
+The adapter of fold k is trained on the documents outside fold k, which it then scores; the hold-out is scored by the
+mean of all. An adapter is a folder named by a digest of everything it depends on, complete once `receipt.json` is there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from softshard.config import DataType, LoraSettings, OptimizerSettings, digest_of
+from softshard.errors import PartCorrupt
+from softshard.models import load_model, resolve_device, resolve_dtype
+from softshard.shard.manifest import canonical_json
+from softshard.storage import LocalStore, sha256_of
+from softshard.target.types import TokenSequence
+from softshard.train.loop import Step, fine_tune
+from softshard.train.lora import adapter_digest, save_adapter
+from softshard.train.stream import TextBatches
+
+__all__ = ["AdapterReceipt", "FoldPlan", "find_adapter", "train_fold", "training_precision"]
+
+
+class AdapterReceipt(BaseModel):
+    """The record that the adapter of a fold is complete."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapter_id: str
+    fold: int
+    files: dict[str, str]
+    """SHA-256 of each file."""
+    digest: str
+    """SHA-256 over the files: what the parts that it scores are named by."""
+    num_sequences: int
+    num_labels: int
+    final_loss: float
+    """Mean cross-entropy of the last tenth of the steps, in nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldPlan:
+    """The adapter of a fold before it is trained: everything that can change its weights."""
+
+    fold: int
+    slices: tuple[str, ...]
+    """SHA-256 of the corpus slices that it is trained on, in their order."""
+    model: str
+    """Name of the model, as the job gives it."""
+    weights: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    lora: LoraSettings
+    optimizer: OptimizerSettings
+    dtype: str
+    device: str
+    num_threads: int
+    seed: int
+
+    @property
+    def adapter_id(self) -> str:
+        """128 bits, in hex, of a SHA-256 over all of it."""
+        return digest_of({name: getattr(self, name) for name in self.__slots__ if name != "model"})[:32]
+
+    @property
+    def folder(self) -> str:
+        """Folder of the adapter below `teacher/`."""
+        return f"fold-{self.fold}-{self.adapter_id[:16]}"
+
+
+def training_precision(dtype: DataType, *, device: str) -> tuple[str, str]:
+    """Names of the type and the kind of device that training will use; they are part of the adapter's id."""
+    device = resolve_device(device)
+    return str(resolve_dtype(dtype, device=device)).removeprefix("torch."), device.split(":")[0]
+
+
+def find_adapter(store: LocalStore, plan: FoldPlan) -> AdapterReceipt | None:
+    """Receipt of a complete adapter; None if it has to be trained.
+
+    Raises:
+        PartCorrupt: a file of the adapter is not the one that the receipt names.
+    """
+    try:
+        receipt = AdapterReceipt.model_validate_json(store.read(f"{plan.folder}/receipt.json"))
+        for name, expected in receipt.files.items():
+            if sha256_of(store.read(f"{plan.folder}/{name}")) != expected:
+                uri = str(store.local_path(f"{plan.folder}/{name}"))
+                raise PartCorrupt(uri=uri, problem="is not the file that the adapter's receipt names")
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        uri = str(store.local_path(plan.folder))
+        raise PartCorrupt(uri=uri, problem=f"its receipt cannot be read: {error.errors()[0]['msg']}") from error
+    return receipt
+
+
+def train_fold(
+    plan: FoldPlan,
+    sequences: Sequence[TokenSequence],
+    *,
+    folder: Path,
+    store: LocalStore,
+    on_step: Callable[[Step], None],
+) -> AdapterReceipt:
+    """Train and save the adapter of a fold; a training that was stopped goes on from its last checkpoint.
+
+    Args:
+        plan: what is trained.
+        sequences: all sequences of the documents outside the fold.
+        folder: the model.
+        store: the `teacher/` folder.
+        on_step: called after each step.
+    """
+    import torch
+
+    if plan.device == "cpu":
+        torch.set_num_threads(plan.num_threads)
+    model = load_model(folder, dtype=getattr(torch, plan.dtype), device=plan.device)
+    checkpoint = store.local_path(f".checkpoints/{plan.folder}.pt")
+    batches = TextBatches(sequences, seed=plan.seed, batch_tokens=plan.optimizer.batch_tokens, name=f"fold {plan.fold}")
+    tuned = fine_tune(
+        model,
+        batches,
+        lora=plan.lora,
+        optimizer=plan.optimizer,
+        retention=None,
+        seed=plan.seed,
+        num_valid=plan.vocab_size,
+        chunk_positions=512,
+        checkpoint=checkpoint,
+        identity=plan.adapter_id,
+        on_step=on_step,
+    )
+    files = save_adapter(tuned.model, base_model=plan.model)
+    for name, content in files.items():
+        store.put_once(f"{plan.folder}/{name}", content)
+    last = tuned.log[-max(1, len(tuned.log) // 10) :]
+    receipt = AdapterReceipt(
+        adapter_id=plan.adapter_id,
+        fold=plan.fold,
+        files={name: sha256_of(content) for name, content in files.items()},
+        digest=adapter_digest(files),
+        num_sequences=len(sequences),
+        num_labels=sum(sequence.num_labels for sequence in sequences),
+        final_loss=sum(step.loss for step in last) / len(last),
+    )
+    log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
+    store.replace(f"{plan.folder}/log.jsonl", log.encode())
+    store.put_once(f"{plan.folder}/receipt.json", canonical_json(receipt))
+    checkpoint.unlink(missing_ok=True)
+    return receipt

@@ -1,0 +1,166 @@
+"""The transformers engine: one model on one device, with no adapter, one, or several that are averaged.
+
+Sequences are batched by length under a token budget. The body runs once a batch and adapter; the output matrix, which
+makes the large tensor, is applied to a few positions at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softshard.config import DataType, SketchSettings
+from softshard.models import Decoder, check_vocabulary, load_model, resolve_device, resolve_dtype
+from softshard.target.fidelity import FidelitySums
+from softshard.target.philox import label_uniforms
+from softshard.target.sketch import concatenate, sketch_rows, split_rows
+from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.teacher.protocol import TeacherIdentity
+
+__all__ = ["TransformersTeacher", "batches_by_length", "engine_identity"]
+
+_ROWS_OF_LOGITS = 256
+
+
+def engine_identity(
+    *,
+    weights: str,
+    adapters: Sequence[str],
+    device: str,
+    dtype: DataType,
+    num_threads: int,
+    batch_tokens: int,
+) -> TeacherIdentity:
+    """Identity of this engine, known before it is loaded. `weights` and `adapters` are digests."""
+    import transformers
+
+    device = resolve_device(device)
+    return {
+        "engine": "transformers",
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "device": device.split(":")[0],
+        "dtype": str(resolve_dtype(dtype, device=device)).removeprefix("torch."),
+        "num_threads": num_threads,
+        "batch_tokens": batch_tokens,
+        "weights": weights,
+        "adapters": list(adapters),
+    }
+
+
+class TransformersTeacher:
+    """A `Teacher` that runs a transformers model."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        adapters: Sequence[Path],
+        identity: TeacherIdentity,
+        device: str,
+        vocab_size: int,
+    ) -> None:
+        self._device = resolve_device(device)
+        self.identity = identity
+        self._batch_tokens = int(str(identity["batch_tokens"]))
+        self._vocab_size = vocab_size
+        if self._device == "cpu":
+            torch.set_num_threads(int(str(identity["num_threads"])))
+        model = load_model(folder, dtype=getattr(torch, str(identity["dtype"])), device=self._device)
+        self._model, self._names = _with_adapters(model, adapters)
+        self._decoder = Decoder.of(model, name=str(folder))
+        size = self._decoder.output_size
+        check_vocabulary(model=str(folder), model_size=size, data="the tokenizer", data_size=vocab_size)
+
+    def score(
+        self, sequences: Sequence[TokenSequence], *, sketch: SketchSettings, seed: int
+    ) -> tuple[list[SequenceTargets], FidelitySums]:
+        """Targets of each sequence; see `Teacher.score`."""
+        results: dict[int, SequenceTargets] = {}
+        fidelity = FidelitySums()
+        for batch in batches_by_length(sequences, batch_tokens=self._batch_tokens):
+            scored, measured = self._score_batch([sequences[index] for index in batch], sketch, seed)
+            results.update(zip(batch, scored, strict=True))
+            fidelity += measured
+        return [results[index] for index in range(len(sequences))], fidelity
+
+    @torch.inference_mode()
+    def _score_batch(
+        self, batch: list[TokenSequence], sketch: SketchSettings, seed: int
+    ) -> tuple[list[SequenceTargets], FidelitySums]:
+        states = [self._states(batch, name) for name in self._names]
+        labels = torch.from_numpy(np.concatenate([sequence.labels for sequence in batch]).astype(np.int64)).to(
+            self._device
+        )
+        uniforms = np.concatenate(
+            [
+                label_uniforms(seed=seed, sequence_id=s.sequence_id, first_label=s.first_label, num_labels=s.num_labels)
+                for s in batch
+            ]
+        )
+        places = [(s.sequence_id, s.first_label + j - 1) for s in batch for j in range(s.num_labels)]
+        pieces, fidelity = [], FidelitySums()
+        for start in range(0, len(labels), _ROWS_OF_LOGITS):
+            rows = slice(start, start + _ROWS_OF_LOGITS)
+            targets, measured = sketch_rows(
+                self._logits([state[rows] for state in states], sketch.temperature),
+                labels=labels[rows],
+                uniforms=uniforms[rows],
+                settings=sketch,
+                vocab_size=self._vocab_size,
+                places=places[rows],
+            )
+            pieces.append(targets)
+            fidelity += measured
+        return split_rows(concatenate(pieces), [sequence.num_labels for sequence in batch]), fidelity
+
+    def _states(self, batch: list[TokenSequence], adapter: str | None) -> Tensor:
+        """[labels, d] hidden states at the position before each label, sequence after sequence."""
+        if adapter is not None:
+            self._model.set_adapter(adapter)
+        longest = max(len(sequence.token_ids) for sequence in batch)
+        ids = torch.zeros((len(batch), longest), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(batch):
+            ids[row, : len(sequence.token_ids)] = torch.from_numpy(sequence.token_ids.astype(np.int64))
+            mask[row, : len(sequence.token_ids)] = 1
+        hidden = self._decoder.states(ids.to(self._device), mask.to(self._device))
+        before = [hidden[row, s.first_label - 1 : len(s.token_ids) - 1] for row, s in enumerate(batch)]
+        return torch.cat(before)
+
+    def _logits(self, states: list[Tensor], temperature: float) -> Tensor:
+        logits = [self._decoder.logits(state)[:, : self._vocab_size].float() / temperature for state in states]
+        if len(logits) == 1:
+            return logits[0]
+        stacked = torch.stack([torch.log_softmax(one, 1) for one in logits])
+        return torch.logsumexp(stacked, 0) - float(np.log(len(logits)))
+
+
+def _with_adapters(model: Any, adapters: Sequence[Path]) -> tuple[Any, list[str | None]]:
+    if not adapters:
+        return model, [None]
+    from peft import PeftModel
+
+    names: list[str | None] = [f"fold{index}" for index in range(len(adapters))]
+    peft = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
+    for name, folder in zip(names[1:], adapters[1:], strict=True):
+        peft.load_adapter(folder, adapter_name=name)
+    return peft.eval(), names
+
+
+def batches_by_length(sequences: Sequence[TokenSequence], *, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of sequences in batches of similar length, at most `batch_tokens` with padding; longest first."""
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].token_ids))
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * len(sequences[batch[0]].token_ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

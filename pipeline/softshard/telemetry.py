@@ -1,0 +1,110 @@
+"""What a run says while it works: bars on a terminal, plain lines elsewhere.
+
+Everything goes to stderr, so that stdout holds results alone. The core takes a `Reporter` and never prints.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+__all__ = ["ConsoleReporter", "Progress", "Reporter", "SilentReporter"]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress(Protocol):
+    """Progress of one piece of work."""
+
+    def __call__(self, done: float, *, note: str = "", total: float | None = None) -> None:
+        """`done` units are done now; `total`, where it was not known before, is known now."""
+
+
+class Reporter(Protocol):
+    """Where messages and progress go."""
+
+    def say(self, message: str) -> None:
+        """One line for a person."""
+
+    def progress(self, label: str, *, total: float | None, unit: str) -> AbstractContextManager[Progress]:
+        """Progress of one piece of work, from entering to leaving the context."""
+
+
+class SilentReporter:
+    """Says nothing; for tests and for use as a library."""
+
+    def say(self, message: str) -> None:
+        """Say nothing."""
+
+    @contextmanager
+    def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
+        """Show nothing."""
+
+        def ignore(done: float, *, note: str = "", total: float | None = None) -> None:
+            return None
+
+        yield ignore
+
+
+class ConsoleReporter:
+    """Bars where stderr is a terminal, else a line at the start, every ten seconds and at the end."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+
+    def say(self, message: str) -> None:
+        """Write a line to stderr."""
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+
+    @contextmanager
+    def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
+        """Show the progress of one piece of work."""
+        with self._bar(label, total, unit) if self._terminal else self._lines(label, total, unit) as progress:
+            yield progress
+
+    @contextmanager
+    def _bar(self, label: str, total: float | None, unit: str) -> Iterator[Progress]:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (
+            TextColumn("{task.description:<22.22}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Bars(*columns, console=Console(stderr=True)) as bars:
+            task = bars.add_task(label, total=total, state="")
+
+            def update(done: float, *, note: str = "", total: float | None = total) -> None:
+                bars.update(task, completed=done, total=total, state=_state(done, total, unit, note))
+
+            yield update
+
+    @contextmanager
+    def _lines(self, label: str, total: float | None, unit: str) -> Iterator[Progress]:
+        started = last = time.monotonic()
+        state = _state(0, total, unit, "")
+        self.say(f"{label}: {state}")
+
+        def update(done: float, *, note: str = "", total: float | None = total) -> None:
+            nonlocal last, state
+            state = _state(done, total, unit, note)
+            now = time.monotonic()
+            if now - last >= _SECONDS_BETWEEN_LINES:
+                last = now
+                self.say(f"{label}: {state}")
+
+        yield update
+        self.say(f"{label}: {state}, done in {time.monotonic() - started:.1f} s")
+
+
+def _state(done: float, total: float | None, unit: str, note: str) -> str:
+    amount = f"{done:,.0f}/{total:,.0f} {unit}" if total is not None else f"{done:,.0f} {unit}"
+    return f"{amount}, {note}" if note else amount

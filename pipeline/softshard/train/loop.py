@@ -1,0 +1,265 @@
+"""Batches to an adapter: the training steps.
+
+In: a frozen model, batches of targets, settings. Out: the model with a trained adapter, and a log of its steps. A
+training that was stopped after any step and taken up from its checkpoint ends with the same bits as one that was not,
+on the same hardware and number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from softshard.config import LoraSettings, OptimizerSettings, digest_of
+from softshard.errors import TrainingDiverged
+from softshard.train.checkpoint import read_checkpoint, write_checkpoint
+from softshard.train.decoder import Decoder, decoder_of
+from softshard.train.lora import attach_lora
+from softshard.train.order import seed_of
+from softshard.train.retention import Retention
+from softshard.train.stream import BatchSource
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from softshard.train.batch import Batch
+
+__all__ = ["FineTuned", "Step", "fine_tune", "learning_rate_at"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One finished step. Losses are those before its update, in nats, means over labels."""
+
+    step: int
+    """From 1."""
+    total_steps: int
+    learning_rate: float
+    loss: float
+    """Cross-entropy to the target: the KL, plus the target's entropy, which no model can change."""
+    retention_loss: float | None
+    """Without its weight; None where there is no retention."""
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Tokens of the batch, padding and retention left out."""
+    epoch: int
+    """From 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FineTuned:
+    """A finished training."""
+
+    model: PeftModel
+    """In evaluation mode; its `unload()` is the base model again."""
+    log: tuple[Step, ...]
+    """All steps, those before an interruption too."""
+
+
+def _ignore(step: Step) -> None:
+    return None
+
+
+def fine_tune(
+    model: Any,
+    batches: BatchSource,
+    *,
+    lora: LoraSettings,
+    optimizer: OptimizerSettings,
+    retention: Retention | None,
+    seed: int,
+    num_valid: int,
+    chunk_positions: int,
+    checkpoint: Path | None,
+    identity: str,
+    on_step: Callable[[Step], None] = _ignore,
+) -> FineTuned:
+    """Train a new adapter on a frozen model, in place.
+
+    The number of steps is epochs times the batches of epoch 0, rounded, at least 1. With `checkpoint`, the state is
+    written there every `optimizer.checkpoint_steps` steps, at the end, and when KeyboardInterrupt or SystemExit stops
+    the training; a file of the same `identity`, settings and data is taken up, any other is ignored. The
+    caller deletes it when what was trained is saved.
+
+    Args:
+        model: causal language model without an adapter, on its device; its own dropout stays off.
+        batches: one a step; the state they are in when training starts anew is kept.
+        seed: of the adapter's first weights and of its dropout.
+        num_valid: vocabulary of the data.
+        identity: names what the arguments do not: the base model's weights above all.
+        on_step: called after each step, when it is complete.
+
+    Raises:
+        ModelInvalid: the loss would be wrong for this model, or a module to adapt is missing.
+        TrainingDiverged: a loss or gradient is not finite.
+        StorageFull: no space for the checkpoint.
+    """
+    total_steps = max(1, round(optimizer.epochs * batches.batches_per_epoch(0)))
+    kept = retention if retention is not None and retention.weight > 0 else None
+    decoder = decoder_of(model)
+    settings = [lora, optimizer, seed, num_valid, chunk_positions, batches.digest, batches.state_dict(), total_steps]
+    other = None if kept is None else [kept.weight, kept.objective, kept.batches.digest, kept.batches.state_dict()]
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
+        torch.manual_seed(seed_of("softshard.dropout", seed))
+        adapted = attach_lora(model, lora, seed=seed)
+        _only_adapter_drops(adapted)
+        training = _Training(
+            model=adapted,
+            decoder=decoder,
+            batches=batches,
+            settings=optimizer,
+            retention=kept,
+            num_valid=num_valid,
+            chunk_positions=chunk_positions,
+            total_steps=total_steps,
+            checkpoint=checkpoint,
+            identity=digest_of([identity, settings, other]),
+        )
+        training.run(on_step)
+    adapted.eval()
+    return FineTuned(model=adapted, log=tuple(training.log))
+
+
+def learning_rate_at(step: int, *, total_steps: int, settings: OptimizerSettings) -> float:
+    """Learning rate of a step, from 1: linear up to the highest over the warm-up, then a cosine down to a tenth."""
+    warmup = round(settings.warmup_fraction * total_steps)
+    if step <= warmup:
+        return settings.learning_rate * step / warmup
+    progress = (step - warmup) / (total_steps - warmup)
+    return settings.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+class _Training:
+    """A training between two steps: all that a checkpoint holds, and how to take the next step."""
+
+    def __init__(
+        self,
+        *,
+        model: PeftModel,
+        decoder: Decoder,
+        batches: BatchSource,
+        settings: OptimizerSettings,
+        retention: Retention | None,
+        num_valid: int,
+        chunk_positions: int,
+        total_steps: int,
+        checkpoint: Path | None,
+        identity: str,
+    ) -> None:
+        self._model, self._decoder = model, decoder
+        self._batches, self._retention, self._settings = batches, retention, settings
+        self._num_valid, self._chunk_positions, self._total_steps = num_valid, chunk_positions, total_steps
+        self._checkpoint, self._identity = checkpoint, identity
+        self._adapter = {name: item for name, item in model.named_parameters() if item.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            self._adapter.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._cuda = _cuda_devices(model)
+        self._sources = [batches, *([] if retention is None else [retention.batches])]
+        self._position = self._read_position()
+        self._updating = False
+        self.log: list[Step] = []
+
+    def run(self, on_step: Callable[[Step], None]) -> None:
+        """Take up the checkpoint, if there is one of this training, and take the steps that are left."""
+        if self._checkpoint is not None and (saved := read_checkpoint(self._checkpoint, identity=self._identity)):
+            self._restore(saved)
+        streams = [iter(source) for source in self._sources]
+        try:
+            while len(self.log) < self._total_steps:
+                batches = [next(stream).to(self._decoder.weight.device) for stream in streams]
+                self._step(batches)
+                on_step(self.log[-1])
+                if len(self.log) % self._settings.checkpoint_steps == 0 or len(self.log) == self._total_steps:
+                    self._save()
+        except (KeyboardInterrupt, SystemExit):
+            # Within an update some weights are a step ahead of others: then the last checkpoint stands.
+            if not self._updating:
+                self._save()
+            raise
+
+    def _step(self, batches: list[Batch]) -> None:
+        number = len(self.log) + 1
+        rate = learning_rate_at(number, total_steps=self._total_steps, settings=self._settings)
+        self._optimizer.zero_grad()
+        sizes = {"num_valid": self._num_valid, "chunk_positions": self._chunk_positions}
+        loss = self._decoder.cross_entropy(batches[0], **sizes)
+        torch.autograd.backward(loss)
+        kept = None
+        if self._retention is not None:
+            kept = self._retention.loss(self._model, self._decoder, batches[1], **sizes)
+            torch.autograd.backward(self._retention.weight * kept)
+        norm = nn.utils.clip_grad_norm_(self._adapter.values(), self._settings.max_grad_norm)
+        values = loss.item(), None if kept is None else kept.item(), norm.item()
+        if not all(math.isfinite(value) for value in values if value is not None):
+            raise TrainingDiverged(step=number, loss=values[0])
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._updating = True
+        self._optimizer.step()
+        self._position = self._read_position()
+        self.log.append(
+            Step(
+                step=number,
+                total_steps=self._total_steps,
+                learning_rate=rate,
+                loss=values[0],
+                retention_loss=values[1],
+                grad_norm=values[2],
+                tokens=batches[0].num_tokens,
+                epoch=self._position["streams"][0]["epoch"],
+            )
+        )
+        self._updating = False
+
+    def _read_position(self) -> dict[str, Any]:
+        """Where streams and random numbers are: an interrupted step has moved them, but not the weights."""
+        return {
+            "streams": [source.state_dict() for source in self._sources],
+            "random": torch.get_rng_state(),
+            "random_cuda": [torch.cuda.get_rng_state(device) for device in self._cuda],
+        }
+
+    def _save(self) -> None:
+        if self._checkpoint is None:
+            return
+        state = {
+            **self._position,
+            "adapter": {name: item.detach() for name, item in self._adapter.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "log": [asdict(step) for step in self.log],
+        }
+        write_checkpoint(self._checkpoint, identity=self._identity, state=state)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        for source, state in zip(self._sources, saved["streams"], strict=True):
+            source.load_state_dict(state)
+        with torch.no_grad():
+            for name, item in self._adapter.items():
+                item.copy_(saved["adapter"][name])
+        self._optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        for device, state in zip(self._cuda, saved["random_cuda"], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        self._position = {name: saved[name] for name in self._position}
+        self.log = [Step(**step) for step in saved["log"]]
+
+
+def _only_adapter_drops(model: PeftModel) -> None:
+    """Evaluation mode, but for the adapter's dropout: the base's own would blur the loss."""
+    model.eval()
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] == "lora_dropout":
+            module.train()
+
+
+def _cuda_devices(model: Any) -> list[torch.device]:
+    device = next(model.parameters()).device
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,144 @@
+"""Low-rank adapters on a frozen model: attached, saved to bytes, loaded, named by digest.
+
+In: a causal language model, or an adapter's folder. Out: a `PeftModel`, or the adapter's files in peft's own layout.
+An adapter is float32 whatever the base; the same seed gives the same weights, and the same weights the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from softshard.config import LoraSettings, digest_of
+from softshard.errors import AdapterMissing, ModelInvalid
+from softshard.train.order import seed_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "adapter_digest", "attach_lora", "load_adapter", "save_adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> PeftModel:
+    """Put a new adapter, which changes nothing yet, on a model in place; `unload()` of the result gives the model back.
+
+    `all-linear` is every linear layer of the decoder (Conv1D counts), the output layer left out. `last_layers` that
+    are more than there are mean all.
+
+    Raises:
+        ModelInvalid: a module that `target_modules` names is not there.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    linear = _linear_modules(model)
+    names = sorted(linear) if lora.target_modules == "all-linear" else sorted(lora.target_modules)
+    if missing := [name for name in names if name not in linear]:
+        problem = f"has no linear layer named {missing[0]!r} to adapt; it has {', '.join(sorted(linear))}"
+        raise ModelInvalid(model=str(model.name_or_path), problem=problem)
+    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    last = None if lora.last_layers is None else list(range(max(0, num_layers - lora.last_layers), num_layers))
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        layers_to_transform=last,
+        fan_in_fan_out=any(_is_conv1d(linear[name]) for name in names),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        # peft draws from the generator of the CPU, on any device; torch.manual_seed would touch the others too.
+        torch.default_generator.manual_seed(seed_of("softshard.lora", seed))
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def _linear_modules(model: Any) -> dict[str, nn.Module]:
+    """A linear layer for each last part of a name in the decoder."""
+    output = model.get_output_embeddings()
+    return {
+        name.rsplit(".", 1)[-1]: module
+        for name, module in model.get_decoder().named_modules()
+        if module is not output and (isinstance(module, nn.Linear) or _is_conv1d(module))
+    }
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def save_adapter(model: PeftModel, *, adapter_name: str = "default", base_model: str | None = None) -> dict[str, bytes]:
+    """Content of the adapter's files by name, as peft, transformers and vLLM read them.
+
+    `base_model` is the base's name to write; without it, the one under which the base was loaded, which may be a folder
+    of this machine.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save
+
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    config = {**model.peft_config[adapter_name].to_dict(), "inference_mode": True}
+    if base_model is not None:
+        config["base_model_name_or_path"] = base_model
+    text = json.dumps(config, default=_plain, sort_keys=True, indent=1, ensure_ascii=False)
+    return {CONFIG_FILE: (text + "\n").encode(), WEIGHTS_FILE: save(tensors, metadata={"format": "pt"})}
+
+
+def _plain(value: Any) -> Any:
+    """Sets, which peft keeps names in, have no order of their own."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Enum):
+        return value.value
+    raise TypeError(f"{type(value).__name__} in the adapter's config")
+
+
+def adapter_digest(files: dict[str, bytes]) -> str:
+    """SHA-256, in hex, of an adapter's files and their names."""
+    return digest_of({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+
+
+def load_adapter(model: Any, folder: Path, *, adapter_name: str, device: str) -> PeftModel:
+    """A model with a saved adapter, frozen and active; on a `PeftModel` it joins the adapters that are there.
+
+    Raises:
+        AdapterMissing: the folder holds no adapter.
+        ModelInvalid: the adapter cannot be read, or does not fit the model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise AdapterMissing(uri=str(folder / name))
+    try:
+        saved = set(load_file(folder / WEIGHTS_FILE))
+        # On the meta device first: nothing is drawn from the global generator for weights that are replaced at once.
+        options = {"adapter_name": adapter_name, "torch_device": device, "low_cpu_mem_usage": True}
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, **options)
+            model.set_adapter(adapter_name)
+        else:
+            model = PeftModel.from_pretrained(model, folder, **options)
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"the adapter cannot be loaded: {error}") from error
+    wanted = set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+    if saved != wanted:
+        problem = (
+            f"is an adapter for another model: {len(saved ^ wanted)} of its weights have no place, or a place has none"
+        )
+        raise ModelInvalid(model=str(folder), problem=problem)
+    model.requires_grad_(False)
+    return model.eval()

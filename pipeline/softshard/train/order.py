@@ -1,0 +1,63 @@
+"""The order of training data: seeded permutations, a bounded shuffle, and batches of a token budget.
+
+In: a digest of the data, a seed, an epoch, the lengths of the sequences. Out: row numbers in the order of training, and
+where its batches begin. Everything is a function of its arguments alone; ranks are dealt their batches afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["batch_bounds", "generator_of", "seed_of", "through_buffer"]
+
+
+def seed_of(*key: str | int) -> int:
+    """63-bit seed for one purpose, from blake2b of the key's JSON."""
+    return int.from_bytes(_digest(key)[:8], "little") >> 1
+
+
+def generator_of(*key: str | int) -> np.random.Generator:
+    """Philox generator for one purpose, keyed by blake2b-128 of the key's JSON."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(key), "little")))
+
+
+def _digest(key: Sequence[str | int]) -> bytes:
+    return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).digest()
+
+
+def through_buffer(rows: NDArray[np.int64], *, size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """`rows` in the order in which they leave a shuffle buffer of `size` rows.
+
+    A full buffer gives a random row for each that arrives, so output k is among the first k + size of `rows`: whoever
+    reads the rows as they arrive holds at most `size` of them. What is left at the end leaves in random order.
+    """
+    buffer = rows[:size].tolist()
+    late = rows[size:].tolist()
+    shuffled = []
+    for slot, row in zip(generator.integers(size, size=len(late)).tolist(), late, strict=True):
+        shuffled.append(buffer[slot])
+        buffer[slot] = row
+    last = generator.permutation(np.array(buffer, dtype=np.int64))
+    return np.concatenate([np.array(shuffled, dtype=np.int64), last])
+
+
+def batch_bounds(lengths: NDArray[np.int64], *, batch_tokens: int) -> NDArray[np.int64]:
+    """[num_batches + 1] bounds of batches of consecutive sequences: batch i is bounds[i]:bounds[i + 1].
+
+    A batch takes sequences while its padded size, their number times the longest of them, is at most `batch_tokens`;
+    a longer sequence is a batch of its own.
+    """
+    bounds, start, longest = [0], 0, 0
+    for index, length in enumerate(lengths.tolist()):
+        longest = max(longest, length)
+        if index > start and (index + 1 - start) * longest > batch_tokens:
+            bounds.append(index)
+            start, longest = index, length
+    if len(lengths):
+        bounds.append(len(lengths))
+    return np.array(bounds, dtype=np.int64)

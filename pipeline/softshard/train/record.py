@@ -1,0 +1,98 @@
+"""What a finished training leaves beside its adapter: a receipt, a log, and the pointer to the newest ones.
+
+A training is complete once its `receipt.json` is there. `adapter.json` names the adapter and the baseline of the job's
+present settings, and is replaced last.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from softshard.errors import PartCorrupt
+from softshard.shard.manifest import SourceRights, canonical_json
+from softshard.storage import LocalStore, sha256_of
+
+__all__ = ["Trained", "TrainingReceipt", "find_training", "read_log", "read_trained", "write_trained"]
+
+
+class TrainingReceipt(BaseModel):
+    """The record that a training is complete."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    training_id: str
+    folder: str
+    """Folder of the adapter below `adapter/`."""
+    files: dict[str, str]
+    """SHA-256 of each file."""
+    manifest: str
+    """Digest of the manifest of the targets that it was trained on."""
+    sources: tuple[SourceRights, ...]
+    """Where the text came from and by what right it was used."""
+    settings: dict[str, Any]
+    """The job's train section, defaults included."""
+    objective: str
+    alpha: float
+    learning_rate: float
+    retention_weight: float
+    num_steps: int
+    num_tokens: int
+    holdout_nll_nats: float | None
+    """Mean NLL of the hold-out's own tokens; null where there is no hold-out."""
+
+
+class Trained(BaseModel):
+    """`adapter.json`: what the job's present settings have led to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapter: TrainingReceipt
+    baseline: TrainingReceipt | None
+    candidates: tuple[TrainingReceipt, ...]
+    """Trainings of the baseline, one a learning rate."""
+
+
+def read_trained(store: LocalStore) -> Trained | None:
+    """`adapter.json`; None where nothing has been trained. Raises PartCorrupt."""
+    try:
+        return Trained.model_validate_json(store.read("adapter.json"))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        uri = f"{store.uri}/adapter.json"
+        raise PartCorrupt(uri=uri, problem=f"cannot be read: {error.errors()[0]['msg']}") from error
+
+
+def read_log(store: LocalStore, receipt: TrainingReceipt) -> list[dict[str, Any]]:
+    """Steps of a training, in order."""
+    return [json.loads(line) for line in store.read(f"{receipt.folder}/log.jsonl").splitlines()]
+
+
+def write_trained(store: LocalStore, trained: Trained) -> None:
+    """Replace `adapter.json`, unless it says so already."""
+    content = canonical_json(trained)
+    if not store.exists("adapter.json") or store.read("adapter.json") != content:
+        store.replace("adapter.json", content)
+
+
+def find_training(store: LocalStore, folder: str) -> TrainingReceipt | None:
+    """Receipt of a complete training; None if it has to be run.
+
+    Raises:
+        PartCorrupt: a file of the adapter is not the one that the receipt names.
+    """
+    try:
+        receipt = TrainingReceipt.model_validate_json(store.read(f"{folder}/receipt.json"))
+        for name, expected in receipt.files.items():
+            if sha256_of(store.read(f"{folder}/{name}")) != expected:
+                uri = f"{store.uri}/{folder}/{name}"
+                raise PartCorrupt(uri=uri, problem="is not the file that the training's receipt names")
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        uri = f"{store.uri}/{folder}/receipt.json"
+        raise PartCorrupt(uri=uri, problem=f"cannot be read: {error.errors()[0]['msg']}") from error
+    return receipt

