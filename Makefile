@@ -11,6 +11,7 @@ CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 MATERIALS := .cache/materials
 SOURCES := pipeline tests jobs benchmarks
+PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 
 .PHONY: help setup demo test check format schema clean distclean
 
@@ -39,7 +40,7 @@ format: setup ## mend what ruff can mend, and format
 	$(BIN)/ruff format $(SOURCES)
 
 schema: setup ## write the published schemas anew
-	$(BIN)/softshard schema
+	$(BIN)/softshard schema --write schemas
 
 clean: ## remove runs/, downloaded material and the caches of the tools
 	rm -rf runs .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -52,15 +53,16 @@ $(CREATED):
 	@python=$$(for name in $(PYTHON) python3.11 python3; do \
 	  "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && { echo "$$name"; break; } || true; \
 	done); \
-	[ -n "$$python" ] || { echo "make: no Python 3.11 or newer was found; install python3.11, or name one: make setup PYTHON=..." >&2; exit 2; }; \
-	"$$python" -c 'import ensurepip, venv' 2> /dev/null || { echo "make: $$python has no venv module; install python3-venv" >&2; exit 2; }; \
-	echo "setting up $(VENV) with $$("$$python" --version)"; \
+	[ -n "$$python" ] || { echo "no Python 3.11 or newer is here; install python3.11, or name one: make setup PYTHON=..." >&2; exit 2; }; \
+	"$$python" -c 'import ensurepip, venv' 2> /dev/null || { echo "$$python has no venv module; install python3-venv" >&2; exit 2; }; \
+	echo "setup: making $(VENV) with $$("$$python" --version)"; \
 	"$$python" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip --constraint constraints.txt
+	@$(PIP) --upgrade pip
 	@touch $@
 
+# pip is told twice to be quiet: errors still show.
 $(INSTALLED): pyproject.toml constraints.txt | $(CREATED)
 	@rm -f $@
-	$(BIN)/python -m pip install --quiet --progress-bar off --editable '.[demo,dev]' \
-	  --constraint constraints.txt --build-constraint constraints.txt
+	@echo "setup: installing the dependencies of constraints.txt and softshard itself; this takes a few minutes"
+	@$(PIP) --editable '.[demo,dev]' --build-constraint constraints.txt
 	@touch $@

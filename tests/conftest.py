@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -26,7 +30,7 @@ TEXTS = [
 
 
 def save_tiny_model(folder: Path, *, seed: int = 0, vocab_size: int = 320, words: tuple[str, ...] = ()) -> Path:
-    """A random Llama of two layers and a byte-level BPE tokenizer of 300 tokens; its logits are padded to vocab_size."""
+    """A random Llama of two layers with a byte-level BPE tokenizer of 300 tokens; logits are padded to vocab_size."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -69,3 +73,79 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts() -> list[str]:
     """Twelve short texts by a person."""
     return TEXTS
+
+
+def write_documents(path: Path, *, num_documents: int, words: str = "") -> Path:
+    """JSON Lines of documents of six sentences each, all different."""
+    sentences = [sentence for text in TEXTS for sentence in text.split(". ")]
+    with path.open("w") as file:
+        for index in range(num_documents):
+            chosen = [sentences[(index * 7 + 5 * step * (1 + index % 3)) % len(sentences)] for step in range(6)]
+            text = ". ".join(chosen) + f". {words}{index}."
+            file.write(json.dumps({"text": text, "author": f"author {index % 3}"}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes the job file of a whole run on the tiny model: `tiny_job(folder, train={"alpha": 0.2}, ...)`."""
+    material = tmp_path_factory.mktemp("material")
+    documents = write_documents(material / "tales.jsonl", num_documents=30)
+    other = write_documents(material / "other.jsonl", num_documents=15, words="Valve ")
+
+    def write(folder: Path, **changes: Any) -> Path:
+        job: dict[str, Any] = {
+            "name": "tiny",
+            "out": str(folder / "out"),
+            "corpus": {
+                "sources": [_source("tales", documents)],
+                "context_tokens": 48,
+                "overlap_tokens": 8,
+                "holdout_fraction": 0.2,
+                "sequences_per_part": 24,
+            },
+            "teacher": {
+                "model": str(tiny_model),
+                "folds": 2,
+                "optimizer": {"epochs": 1, "learning_rate": 1e-3, "batch_tokens": 512},
+                "training_dtype": "float32",
+            },
+            "train": {
+                "dtype": "float32",
+                "num_threads": 1,
+                "optimizer": {"epochs": 1, "learning_rate": 1e-3, "batch_tokens": 512, "checkpoint_steps": 2},
+                "retention": {"sources": [_source("other", other)]},
+                "baseline": {"learning_rates": [1e-3, 3e-3]},
+            },
+            "evaluate": {"num_samples": 4, "prompt_tokens": 8, "sample_tokens": 16},
+        }
+        for section, values in changes.items():
+            job[section] = {**job.get(section, {}), **values} if isinstance(values, dict) else values
+        path = folder / "job.yaml"
+        path.write_text(yaml.safe_dump(job, sort_keys=False))
+        return path
+
+    return write
+
+
+def _source(name: str, path: Path) -> dict[str, str]:
+    return {
+        "name": name,
+        "uri": str(path),
+        "style": "literary",
+        "license": "CC0-1.0",
+        "rights_basis": "owned",
+        "group_field": "author",
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a whole run; not to be changed."""
+    from softshard.config import load_job
+    from softshard.run.job import run_job
+    from softshard.telemetry import SilentReporter
+
+    folder = tmp_path_factory.mktemp("finished")
+    run_job(load_job(tiny_job(folder)), SilentReporter())
+    return folder / "out"

@@ -106,7 +106,7 @@ def test_format_in_the_settings_overrules_the_ending(tmp_path):
 
 
 def test_missing_source_is_refused_by_name(tmp_path):
-    with pytest.raises(SourceUnreadable, match="nowhere.*no such file"):
+    with pytest.raises(SourceUnreadable, match=r"nowhere.*no such file"):
         read(tmp_path / "nowhere")
 
 

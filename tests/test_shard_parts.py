@@ -12,10 +12,10 @@ import torch
 
 from softshard.config import FullSketch, NucleusSketch, ThresholdSketch, TopkSketch
 from softshard.errors import PartConflict, PartCorrupt
+from softshard.shard.card import write_card
 from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt
 from softshard.shard.encode import decode_part, open_part
 from softshard.shard.manifest import Manifest, SourceRights, read_manifest, write_manifest
-from softshard.shard.card import write_card
 from softshard.shard.verify import verify_targets
 from softshard.storage import LocalStore
 from softshard.target.fidelity import FidelitySums

@@ -68,7 +68,9 @@ def test_inputs_are_listed_in_order_without_hidden_files(tmp_path):
     for name in ("b.txt", "a.txt", ".hidden.txt", "sub/c.txt", ".git/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    names = [os.path.relpath(file.uri.removeprefix("file://"), tmp_path) for file in list_inputs(str(tmp_path), source="s")]
+    names = [
+        os.path.relpath(file.uri.removeprefix("file://"), tmp_path) for file in list_inputs(str(tmp_path), source="s")
+    ]
     assert names == ["a.txt", "b.txt", "sub/c.txt"]
     globbed = list_inputs(str(tmp_path / "*.txt"), source="s")
     assert [file.uri.rsplit("/", 1)[1] for file in globbed] == ["a.txt", "b.txt"]
@@ -83,7 +85,7 @@ def test_version_of_an_input_changes_with_its_content(tmp_path):
 
 
 def test_missing_input_is_named(tmp_path):
-    with pytest.raises(SourceUnreadable, match="nowhere.*source 'tales'"):
+    with pytest.raises(SourceUnreadable, match=r"nowhere.*source 'tales'"):
         list_inputs(str(tmp_path / "nowhere"), source="tales")
 
 

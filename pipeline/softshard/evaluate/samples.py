@@ -66,8 +66,11 @@ class Samples:
 
     @property
     def ms_per_token(self) -> float:
-        """Milliseconds a sequence and decoding step: forward pass and draw, shared by the sequences of the batch."""
-        return 1000 * self.decode_seconds / max(self.num_sequence_steps, 1)
+        """Milliseconds a sequence and decoding step: forward pass and draw, shared by the sequences of the batch.
+
+        0 where there was no such step, because every continuation ended with its first token.
+        """
+        return 1000 * self.decode_seconds / self.num_sequence_steps if self.num_sequence_steps else 0.0
 
 
 def make_prompts(

@@ -149,7 +149,7 @@ def open_cluster(settings: ClusterSettings) -> Iterator[Cluster]:
             processes=True,
             resources={"teacher": 1},
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             memory_limit=0,
             local_directory=scratch,
             silence_logs=logging.CRITICAL,

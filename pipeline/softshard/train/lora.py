@@ -125,13 +125,13 @@ def load_adapter(model: Any, folder: Path, *, adapter_name: str, device: str) ->
             raise AdapterMissing(uri=str(folder / name))
     try:
         saved = set(load_file(folder / WEIGHTS_FILE))
-        # On the meta device first: nothing is drawn from the global generator for weights that are replaced at once.
-        options = {"adapter_name": adapter_name, "torch_device": device, "low_cpu_mem_usage": True}
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, **options)
-            model.set_adapter(adapter_name)
-        else:
-            model = PeftModel.from_pretrained(model, folder, **options)
+        # peft draws weights and then replaces them; its way around that, low_cpu_mem_usage, rounds them to the base's type.
+        with torch.random.fork_rng(devices=[]):
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=adapter_name, torch_device=device)
+                model.set_adapter(adapter_name)
+            else:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, torch_device=device)
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelInvalid(model=str(folder), problem=f"the adapter cannot be loaded: {error}") from error
     wanted = set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))

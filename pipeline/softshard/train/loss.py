@@ -174,7 +174,7 @@ class _DenseTarget:
         _log_softmax(base, probability)
         _log_softmax(logits, own)
         scale = self.positions[start:stop]
-        divergence = base.sub_(logits).mul_(probability).sum(dim=1) @ scale
+        divergence: Tensor = base.sub_(logits).mul_(probability).sum(dim=1) @ scale
         torch.sub(own, probability, out=logits).mul_(scale[:, None])
         return divergence
 

@@ -1,0 +1,280 @@
+"""The whole job on a tiny model: what it leaves, what it does again, and what it refuses."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+from softshard.config import load_job
+from softshard.corpus.manifest import read_corpus_manifest
+from softshard.errors import (
+    AdapterMissing,
+    CorpusEmpty,
+    ManifestMissing,
+    OutputForeign,
+    PartCorrupt,
+    PartsFailed,
+    TokenizerMismatch,
+)
+from softshard.models import load_model
+from softshard.run.job import STAGES, run_job
+from softshard.shard.manifest import read_manifest
+from softshard.storage import LocalStore
+from softshard.telemetry import SilentReporter
+from softshard.train.lora import load_adapter
+
+
+def run(path, *stages):
+    return run_job(load_job(path), SilentReporter(), stages=stages or STAGES)
+
+
+def tree(folder, *, of=("corpus", "teacher", "targets", "adapter", "report")):
+    """Digest of every file below some folders of an output."""
+    files = [
+        file for name in of for file in (Path(folder) / name).rglob("*") if file.is_file() and ".tmp" not in file.parts
+    ]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+
+
+def times(folder):
+    return {str(file): file.stat().st_mtime_ns for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def copy_of(finished, folder, **changes):
+    """A copy of a finished output, and a job for it."""
+    import shutil
+
+    shutil.copytree(finished, folder / "out")
+    job = yaml.safe_load((finished / "job.yaml").read_text())
+    job["out"] = str(folder / "out")
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        node = job
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job, sort_keys=False))
+    return path
+
+
+def test_every_stage_leaves_what_it_says(finished):
+    manifest = read_manifest(finished / "targets")
+    corpus = read_corpus_manifest(LocalStore(finished / "corpus"))
+    assert corpus is not None
+    assert manifest.corpus == corpus.digest
+    assert [part.slice for part in manifest.parts] == [part.sha256 for part in corpus.slices]
+    assert sum(part.num_labels for part in manifest.parts) == sum(part.num_labels for part in corpus.slices)
+    assert {part.fold for part in manifest.of_split("train")} == {0, 1}
+    assert {part.fold for part in manifest.of_split("test")} == {-1}
+    metrics = json.loads((finished / "report/metrics.json").read_text())
+    for name in ("base", "ce", "adapter"):
+        for field in ("human_nll_nats", "bits_per_byte", "ece", "mattr", "sentence_length_w1", "token_l2"):
+            assert isinstance(metrics[name][field], float)
+        assert metrics[name]["retention_nll_nats"] > 0
+        assert metrics[name]["ms_per_token"] > 0
+    assert (finished / "report/index.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_each_document_is_scored_by_the_adapter_that_has_not_seen_it(finished):
+    """The parts' teachers, by digest, are those that were trained on the other fold's slices."""
+    manifest = read_manifest(finished / "targets")
+    adapters = manifest.teacher["adapters"]
+    corpus = read_corpus_manifest(LocalStore(finished / "corpus"))
+    labels = {fold: sum(p.num_labels for p in corpus.slices if (p.split, p.fold) == ("train", fold)) for fold in (0, 1)}
+    receipts = [json.loads(path.read_text()) for path in sorted((finished / "teacher").glob("fold-*/receipt.json"))]
+    assert [receipt["num_labels"] for receipt in receipts] == [labels[1], labels[0]]
+    assert [receipt["digest"] for receipt in receipts] == adapters
+    for part in manifest.parts:
+        metadata = json.loads(pl.read_parquet_metadata(finished / "targets" / part.path)["softshard"])
+        expected = adapters if part.fold < 0 else [adapters[part.fold]]
+        assert metadata["teacher"]["adapters"] == expected
+
+
+def test_a_part_read_by_polars_alone_is_the_teachers_distribution(finished, tiny_model):
+    manifest = read_manifest(finished / "targets")
+    part = manifest.of_split("train")[0]
+    table = pl.read_parquet(finished / "targets" / part.path)
+    metadata = json.loads(pl.read_parquet_metadata(finished / "targets" / part.path)["softshard"])
+    folder = next((finished / "teacher").glob(f"fold-{part.fold}-*"))
+    model = load_model(tiny_model, dtype=torch.float32, device="cpu")
+    model = load_adapter(model, folder, adapter_name="default", device="cpu")
+    for row in table.head(5).iter_rows(named=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([row["token_ids"]])).logits[0, :, : metadata["vocab_size"]]
+        before = logits[row["first_label"] - 1 : -1].double()
+        probabilities = torch.softmax(before, -1).numpy()
+        start = 0
+        for j, count in enumerate(row["head_count"]):
+            steps = np.cumsum(row["head_steps"][start : start + count])
+            ids = row["head_ids"][start : start + count]
+            exact = -np.log(probabilities[j, ids])
+            assert np.all(np.abs(steps * metadata["step"] - exact) <= metadata["step"] / 2 + 1e-4)
+            assert set(ids) == set(np.flatnonzero(probabilities[j] >= metadata["tau"]))
+            start += count
+
+
+def test_a_second_run_changes_nothing(finished, tmp_path):
+    path = copy_of(finished, tmp_path)
+    before = times(tmp_path / "out/targets") | times(tmp_path / "out/adapter") | times(tmp_path / "out/teacher")
+    run(path)
+    after = times(tmp_path / "out/targets") | times(tmp_path / "out/adapter") | times(tmp_path / "out/teacher")
+    assert after == before
+
+
+def test_two_workers_give_the_bytes_of_one(finished, tiny_job, tmp_path):
+    run(tiny_job(tmp_path, cluster={"workers": 2}), "corpus", "teacher", "targets")
+    of = ("corpus", "teacher", "targets")
+    assert tree(tmp_path / "out", of=of) == tree(finished, of=of)
+
+
+def test_a_changed_alpha_trains_again_and_recomputes_no_part(finished, tmp_path):
+    path = copy_of(finished, tmp_path, train__alpha=0.25)
+    before = times(tmp_path / "out/targets") | times(tmp_path / "out/teacher")
+    outcome = run(path)
+    assert times(tmp_path / "out/targets") | times(tmp_path / "out/teacher") == before
+    assert outcome.trained.adapter.alpha == 0.25
+    kept = {folder.name for folder in (finished / "adapter").glob("baseline-*")}
+    assert {folder.name for folder in (tmp_path / "out/adapter").glob("baseline-*")} == kept
+
+
+def test_a_changed_sketch_recomputes_parts_and_keeps_the_teacher(finished, tmp_path):
+    path = copy_of(finished, tmp_path, target={"kind": "topk", "k": 8})
+    before = times(tmp_path / "out/teacher")
+    run(path, "targets")
+    assert times(tmp_path / "out/teacher") == before
+    old, new = read_manifest(finished / "targets"), read_manifest(tmp_path / "out/targets")
+    assert not {part.part_id for part in old.parts} & {part.part_id for part in new.parts}
+    assert (tmp_path / "out/targets" / old.parts[0].path).exists()
+
+
+def test_a_lost_part_is_computed_again_to_the_same_bytes(finished, tmp_path):
+    path = copy_of(finished, tmp_path)
+    part = read_manifest(finished / "targets").parts[2]
+    (tmp_path / "out/targets" / part.path).unlink()
+    run(path, "targets")
+    assert tree(tmp_path / "out", of=("targets",)) == tree(finished, of=("targets",))
+
+
+def test_an_unadapted_teacher_needs_no_adapter(tiny_job, tmp_path):
+    run(tiny_job(tmp_path, teacher={"folds": 0}), "corpus", "teacher", "targets")
+    manifest = read_manifest(tmp_path / "out/targets")
+    assert manifest.teacher["adapters"] == []
+    assert {part.fold for part in manifest.parts} == {-1}
+
+
+def test_a_stage_refuses_to_go_before_the_one_it_needs(tiny_job, tmp_path):
+    path = tiny_job(tmp_path)
+    with pytest.raises(ManifestMissing, match="softshard corpus"):
+        run(path, "targets")
+    run(path, "corpus")
+    with pytest.raises(ManifestMissing, match="softshard teacher"):
+        run(path, "targets")
+
+
+def test_evaluation_before_training_says_so(finished, tmp_path):
+    with pytest.raises(AdapterMissing, match="softshard train"):
+        run(copy_of(finished, tmp_path, train__alpha=0.125), "evaluate")
+
+
+def test_output_of_another_job_is_refused(finished, tmp_path):
+    path = copy_of(finished, tmp_path, name="another")
+    with pytest.raises(OutputForeign, match="belongs to job 'tiny', not to job 'another'"):
+        run(path)
+
+
+def test_folder_with_other_things_is_refused(tiny_job, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
+    with pytest.raises(OutputForeign, match=r"no job\.yaml"):
+        run(tiny_job(tmp_path))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_truncated_part_stops_training_with_its_name(finished, tmp_path):
+    path = copy_of(finished, tmp_path, train__alpha=0.2)
+    part = read_manifest(finished / "targets").of_split("train")[0]
+    file = tmp_path / "out/targets" / part.path
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(PartCorrupt, match=part.path) as caught:
+        run(path, "train")
+    assert caught.value.exit_code == 3
+
+
+def test_student_with_another_tokenizer_is_refused(finished, tmp_path):
+    from conftest import save_tiny_model
+
+    other = save_tiny_model(tmp_path / "student", words=("quince",) * 400)
+    with pytest.raises(TokenizerMismatch, match="student"):
+        run(copy_of(finished, tmp_path, train__model=str(other)), "train")
+
+
+def test_part_that_cannot_be_scored_is_set_aside_and_named(finished, tiny_job, tiny_model, tmp_path):
+    """A model whose weights are broken: every part fails at once, with the reason, and there is no manifest."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.model.norm.weight.data[:] = float("inf")
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "broken")
+    path = tiny_job(tmp_path, teacher={"folds": 0, "model": str(tmp_path / "broken")})
+    with pytest.raises(PartsFailed, match=r"no manifest was written.*logits of the teacher contain"):
+        run(path, "corpus", "teacher", "targets")
+    assert not (tmp_path / "out/targets/manifest.json").exists()
+
+
+def test_corpus_of_nothing_is_named_with_its_counts(tiny_job, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": "  "}\n{"text": ""}\n')
+    source = {
+        "name": "e",
+        "uri": str(tmp_path / "empty.jsonl"),
+        "style": "s",
+        "license": "MIT",
+        "rights_basis": "owned",
+    }
+    with pytest.raises(CorpusEmpty, match="2 empty"):
+        run(tiny_job(tmp_path, corpus={"sources": [source]}))
+
+
+KILL = """
+import os, signal, sys
+import softshard.storage as storage
+from softshard.config import load_job
+from softshard.run.job import run_job
+from softshard.telemetry import SilentReporter
+# Every write of the job's own process counts; the one that is asked for is cut short in its middle by SIGKILL.
+point, writes = int(sys.argv[2]), 0
+def dying(file):
+    global writes
+    writes += 1
+    if writes == point:
+        file.truncate(10)
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(file)
+sync, storage._sync = storage._sync, dying
+if __name__ == "__main__":
+    run_job(load_job(sys.argv[1]), SilentReporter())
+    print("finished")
+"""
+
+
+@pytest.mark.parametrize("point", [2, 7, 16])
+def test_killed_run_resumes_to_the_same_bytes(finished, tiny_job, tmp_path, point):
+    path = tiny_job(tmp_path)
+    script = tmp_path / "kill.py"
+    script.write_text(KILL)
+    killed = subprocess.run([sys.executable, str(script), str(path), str(point)], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    run(path, "corpus", "teacher", "targets", "train")
+    of = ("corpus", "teacher", "targets")
+    assert tree(tmp_path / "out", of=of) == tree(finished, of=of)
+    adapters = {name: digest for name, digest in tree(finished, of=("adapter",)).items() if "safetensors" in name}
+    resumed = tree(tmp_path / "out", of=("adapter",))
+    assert {name: resumed[name] for name in adapters} == adapters
