@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--sequence", required=True, metavar="ID", help="id of the sequence, or its beginning")
 
     schema = _command(commands, "schema", "print, write or check the published schemas", _schema)
-    schema.add_argument("name", nargs="?", help="job, manifest, report or part; without it all names are listed")
+    schema.add_argument("name", nargs="?", help="job, manifest, report, part or reference; without it, a list")
     schema.add_argument("--write", metavar="DIR", help="write all schemas into a folder")
     schema.add_argument("--check", metavar="DIR", nargs="?", const="schemas", help="compare with a folder (schemas)")
     return parser

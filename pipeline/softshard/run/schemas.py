@@ -1,11 +1,13 @@
 """The published contracts as text: JSON Schema of job, manifest and report, and the Arrow schema of a part.
 
 They are generated from the models that the code itself uses, committed under `schemas/`, and never read at run time.
+The job file reference, `docs/job.md`, is made from the same models.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from pydantic import BaseModel
 
 from softshard.config import Job
 from softshard.evaluate.report import Report
+from softshard.run.reference import job_reference
 from softshard.shard.manifest import Manifest
 from softshard.shard.schema import schema_text
 
@@ -23,6 +26,7 @@ _FILES = {
     "manifest": "manifest.schema.json",
     "report": "report.schema.json",
     "part": "part.schema.txt",
+    "reference": "../docs/job.md",
 }
 
 
@@ -30,7 +34,7 @@ def schema_texts() -> dict[str, str]:
     """Text of each schema by its name."""
     models: dict[str, type[BaseModel]] = {"job": Job, "manifest": Manifest, "report": Report}
     texts = {name: _json_schema(model) for name, model in models.items()}
-    return {**texts, "part": schema_text()}
+    return {**texts, "part": schema_text(), "reference": job_reference()}
 
 
 def _json_schema(model: type[BaseModel]) -> str:
@@ -39,17 +43,19 @@ def _json_schema(model: type[BaseModel]) -> str:
 
 
 def write_schemas(folder: str) -> list[str]:
-    """Write every schema into a folder; the paths."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, text in schema_texts().items():
-        path = Path(folder) / _FILES[name]
+    """Write every schema into a folder, and the reference into the `docs/` beside it; the paths."""
+    texts = _by_path(folder)
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        paths.append(str(path))
-    return paths
+    return [str(path) for path in texts]
 
 
 def check_schemas(folder: str) -> list[str]:
     """Paths of the schemas in a folder that are missing or not what the code would write."""
-    expected = {Path(folder) / _FILES[name]: text for name, text in schema_texts().items()}
+    expected = _by_path(folder)
     return [str(path) for path, text in expected.items() if not path.is_file() or path.read_text("utf-8") != text]
+
+
+def _by_path(folder: str) -> dict[Path, str]:
+    return {Path(os.path.normpath(Path(folder) / _FILES[name])): text for name, text in schema_texts().items()}

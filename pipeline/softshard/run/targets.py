@@ -164,13 +164,13 @@ def _train_folds(
     done: dict[int, AdapterReceipt] = {}
     shares: dict[int, tuple[float, float]] = {}
     running = cluster()
-    with reporter.progress("teacher", total=len(plans), unit="folds") as progress:
+    with reporter.progress("teacher", total=100, unit="%") as progress:
 
         def hear(message: dict[str, Any]) -> None:
             shares[message["fold"]] = (message["step"] / message["steps"], message["loss"])
-            share = sum(part for part, _ in shares.values())
+            share = sum(part for part, _ in shares.values()) / len(plans)
             loss = sum(loss for _, loss in shares.values()) / len(shares)
-            progress(min(share, len(plans)), note=f"{share / len(plans):.0%} of the steps, loss {loss:.3f}")
+            progress(100 * share, note=f"{len(plans)} folds, loss {loss:.3f}")
 
         running.on_message(hear)
         failures = running.run(
@@ -180,7 +180,7 @@ def _train_folds(
             on_result=lambda task, receipt: done.update({task.plan.fold: receipt}),
         )
         if not failures:
-            progress(len(plans), note="all steps done")
+            progress(100, note=f"{len(plans)} folds")
     if failures:
         raise PartsFailed(failures=failures, out=workspace.teacher.uri)
     return done
