@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 MATERIALS := .cache/materials
-SOURCES := pipeline tests jobs benchmarks
+SOURCES := $(wildcard pipeline tests jobs benchmarks)
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 
 .PHONY: help setup demo test check format schema clean distclean
@@ -60,9 +60,11 @@ $(CREATED):
 	@$(PIP) --upgrade pip
 	@touch $@
 
-# pip is told twice to be quiet: errors still show.
+# pip is told twice to be quiet: errors still show. What it was cut off in the middle of it takes for installed, so then
+# the environment is made anew.
 $(INSTALLED): pyproject.toml constraints.txt | $(CREATED)
-	@rm -f $@
+	@if [ -e $@.begun ]; then rm -f $(CREATED); $(MAKE) --no-print-directory $(CREATED); fi
 	@echo "setup: installing the dependencies of constraints.txt and softshard itself; this takes a few minutes"
+	@rm -f $@; touch $@.begun
 	@$(PIP) --editable '.[demo,dev]' --build-constraint constraints.txt
-	@touch $@
+	@rm -f $@.begun; touch $@

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tensors here are tiny: a second thread costs more than it gives, the more so beside other work.
+torch.set_num_threads(1)
 
 TEXTS = [
     "The harbour lay grey at dawn. Two boats went out, and one came back before noon with nothing in it.",

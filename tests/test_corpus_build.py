@@ -248,6 +248,14 @@ def test_anything_that_changes_the_corpus_changes_its_key(letters, tokenizer, ch
     assert corpus_key(other, tokenizer=tokenizer, **changed) != first
 
 
+def test_renamed_file_changes_the_key_and_reading_alone_does_not(letters, tokenizer):
+    asked = {"tokenizer": tokenizer, "folds": 2, "seed": 1}
+    first = corpus_key(settings(letters), **asked)
+    assert corpus_key(settings(letters), **asked) == first
+    (letters / "essay.md").rename(letters / "story.md")
+    assert corpus_key(settings(letters), **asked) != first
+
+
 def test_count_is_what_the_build_writes_and_writes_nothing(tmp_path, letters, tokenizer):
     manifest = build(letters, tmp_path / "out", tokenizer)
     count = count_corpus(settings=settings(letters), tokenizer=tokenizer, folds=2, seed=1, reporter=SilentReporter())

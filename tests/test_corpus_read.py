@@ -76,7 +76,8 @@ def test_slice_that_was_changed_or_is_gone_is_refused_by_name(corpus):
     file = store.local_path(part.path)
     content = file.read_bytes()
     name = part.path.rsplit("/", 1)[-1]
-    for damaged in (content[:-10], content[:500] + b"x" + content[501:], b""):
+    another = store.read(manifest.slices[1].path)
+    for damaged in (content[:-10], content[:500] + b"x" + content[501:], b"", another):
         file.write_bytes(damaged)
         with pytest.raises(PartCorrupt, match=name):
             read_slice(store, part)

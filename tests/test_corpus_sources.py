@@ -1,7 +1,9 @@
 import gzip
 import json
+import random
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -200,9 +202,12 @@ def test_column_of_numbers_is_refused_as_text(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cut.txt.gz", "rows.parquet", "noise.jsonl.zst", "noise.txt.gz", "rows.parquet.zst"])
+@pytest.mark.parametrize(
+    "name", ["cut.txt.gz", "cut.txt.zst", "rows.parquet", "noise.jsonl.zst", "noise.txt.gz", "rows.parquet.zst"]
+)
 def test_damaged_file_is_refused_by_name(tmp_path, name):
-    whole = gzip.compress(bytes(range(256)) * 4000)
+    pack = COMPRESSIONS[Path(name).suffix] if name.startswith("cut") else bytes
+    whole = pack(random.Random(0).randbytes(2**20))
     (tmp_path / name).write_bytes(whole[:-20] if name.startswith("cut") else b"PAR1 is not enough")
     with pytest.raises(SourceUnreadable, match=name):
         read(tmp_path, limit=2**30)
@@ -294,6 +299,15 @@ def test_folder_that_save_to_disk_left_is_read_through_datasets(tmp_path, with_s
     if with_splits:
         with pytest.raises(SourceUnreadable, match=r"no split 'validation'.*train"):
             read(tmp_path / "saved", format="datasets", split="validation")
+
+
+def test_column_of_a_data_set_that_is_not_asked_for_is_not_decoded(tmp_path):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "scan": datasets.Image()})
+    row = {"text": "one", "scan": {"bytes": b"no picture", "path": None}}
+    datasets.Dataset.from_list([row], features=features).save_to_disk(tmp_path / "saved")
+    assert texts(read(tmp_path / "saved", format="datasets")) == ["one"]
 
 
 def test_what_datasets_refuses_is_refused_by_name(tmp_path):

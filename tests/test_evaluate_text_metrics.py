@@ -28,7 +28,7 @@ def test_words_are_runs_of_letters_with_inner_apostrophes_in_lower_case():
 
 def test_mattr_is_the_mean_over_all_windows():
     # windows of 3: (a b a) 2, (b a b) 2, (a b c) 3 different words
-    assert mattr("a b a b c".split(), window=3) == pytest.approx((2 + 2 + 3) / 9)
+    assert mattr(["a", "b", "a", "b", "c"], window=3) == pytest.approx((2 + 2 + 3) / 9)
 
 
 def test_mattr_agrees_with_every_window_counted_afresh():
@@ -78,4 +78,4 @@ def test_token_distance_is_of_relative_frequencies():
 
 
 def test_rank_frequencies_fall_and_sum_to_one():
-    assert rank_frequency("b a b c b a".split()) == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+    assert rank_frequency(["b", "a", "b", "c", "b", "a"]) == pytest.approx([3 / 6, 2 / 6, 1 / 6])

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softshard.config import FullSketch, LoraSettings, OptimizerSettings, ThresholdSketch
+from softshard.decoder import batches_by_length
 from softshard.errors import LogitsInvalid, ModelInvalid, PartCorrupt
 from softshard.models import load_model, load_tokenizer
 from softshard.storage import LocalStore
 from softshard.target.types import TokenSequence
 from softshard.teacher.style import FoldPlan, find_adapter, train_fold
-from softshard.teacher.transformers_engine import TransformersTeacher, batches_by_length, engine_identity
+from softshard.teacher.transformers_engine import TransformersTeacher, engine_identity
 from softshard.train.lora import load_adapter
 
 VOCAB = 300

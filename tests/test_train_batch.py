@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_targets import STEP, VOCAB, metadata, row, sequence
 
 from softshard.train.batch import collate, collate_text
+from tiny_targets import STEP, VOCAB, metadata, row, sequence
 
 
 def rows_of(kind, *, first_label=1):
@@ -23,9 +23,7 @@ def expected_targets(rows, *, alpha, kind, truncated="ghost", tau=1 / 8):
         for label, token in enumerate(tokens.token_ids[tokens.first_label :].tolist()):
             p, left = np.zeros(VOCAB), float(targets.tail_mass[label])
             ids = targets.head_ids[head : head + targets.head_count[label]].tolist()
-            steps = [
-                round(-float(q) / STEP) for q in targets.head_logprobs[head : head + targets.head_count[label]]
-            ]
+            steps = [round(-float(q) / STEP) for q in targets.head_logprobs[head : head + targets.head_count[label]]]
             relative = [math.exp(-STEP * step) for step in steps]
             head_mass = 1.0 if truncated == "renormalise" and kind in ("topk", "nucleus") else 1 - left
             for i, r in zip(ids, relative, strict=True):

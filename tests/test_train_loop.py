@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from tiny_targets import row, sequence, write_targets
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from softshard.config import LoraSettings, OptimizerSettings
 from softshard.errors import ModelInvalid, ResumeMismatch, TrainingDiverged
 from softshard.models import load_model, load_tokenizer
 from softshard.train.checkpoint import read_checkpoint, write_checkpoint
-from softshard.train.lora import save_adapter
 from softshard.train.loop import fine_tune, learning_rate_at
+from softshard.train.lora import save_adapter
 from softshard.train.retention import Retention
 from softshard.train.stream import SoftLabelStream, TextBatches
+from tiny_targets import row, sequence, write_targets
 
 VOCAB = 300
 LORA = LoraSettings(rank=4, dropout=0.1)
@@ -109,9 +112,7 @@ def test_training_moves_the_model_to_the_stored_targets(tiny_model, targets):
 
 
 def mixed(targets, sequences):
-    kept = Retention(
-        batches=text_batches(sequences, name="retention", batch_tokens=120), weight=0.3, objective="kl"
-    )
+    kept = Retention(batches=text_batches(sequences, name="retention", batch_tokens=120), weight=0.3, objective="kl")
     return soft_batches(targets), kept
 
 
@@ -266,7 +267,9 @@ def test_only_the_last_layers_have_gradients_and_nothing_below_is_tracked(tiny_m
     model = load_model(tiny_model, dtype=torch.float32, device="cpu")
     tracked = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, args, output: tracked.append((args[0].requires_grad, output.requires_grad)))
+        layer.register_forward_hook(
+            lambda _, args, output: tracked.append((args[0].requires_grad, output.requires_grad))
+        )
     frozen = {name: item.clone() for name, item in model.named_parameters()}
     tuned = train(
         tiny_model, text_batches(sequences, batch_tokens=10**6), model=model, lora=LoraSettings(rank=4, last_layers=1)
@@ -309,7 +312,7 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine_to_a_tenth():
     assert rates[:2] == [0.5, 1.0]
     assert rates[5] == pytest.approx(0.55)  # half way down: the middle of 1 and .1
     assert rates[9] == pytest.approx(0.1)
-    assert all(later < earlier for earlier, later in zip(rates[1:], rates[2:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[1:]))
     no_warmup = OptimizerSettings(learning_rate=1.0, warmup_fraction=0.0)
     assert learning_rate_at(1, total_steps=1, settings=no_warmup) == pytest.approx(0.1)
     all_warmup = OptimizerSettings(learning_rate=1.0, warmup_fraction=0.9)
@@ -323,6 +326,26 @@ def test_gradients_are_clipped(tiny_model, sequences):
     squares = sum(float((item.grad**2).sum()) for item in tuned.model.parameters() if item.grad is not None)
     assert tuned.log[0].grad_norm > 1e-2
     assert math.sqrt(squares) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_dropout_of_the_adapter_is_on_and_that_of_the_base_is_off(tiny_model, sequences):
+    config = GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, vocab_size=VOCAB, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    assert config.resid_pdrop == config.embd_pdrop == 0.1
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(config).requires_grad_(False)
+    log = {}
+    for dropout in (0.0, 0.5):
+        lora = LoraSettings(rank=4, dropout=dropout)
+        log[dropout] = train(None, text_batches(sequences), model=copy.deepcopy(base), lora=lora).log
+    batch = next(iter(text_batches(sequences)))
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    with torch.no_grad():
+        expected = base.eval()(input_ids=batch.input_ids, labels=labels).loss.item()
+    assert log[0.0][0].loss == pytest.approx(expected, rel=1e-5)
+    assert log[0.5][0].loss == pytest.approx(expected, rel=1e-5), "a new adapter adds nothing that could be dropped"
+    assert log[0.5][2].loss != log[0.0][2].loss
 
 
 def test_the_outside_random_generator_is_left_alone(tiny_model, sequences):

@@ -38,7 +38,11 @@ def written(files, folder):
 
 
 def adapted_modules(model):
-    return {name.split(".lora_")[0].split("base_model.model.")[1] for name, item in model.named_parameters() if item.requires_grad}
+    return {
+        name.split(".lora_")[0].split("base_model.model.")[1]
+        for name, item in model.named_parameters()
+        if item.requires_grad
+    }
 
 
 def logits(model):
@@ -67,7 +71,7 @@ def test_named_modules_are_adapted_and_an_unknown_one_is_named(tiny_model):
 
 @pytest.mark.filterwarnings("error")
 def test_conv1d_of_gpt2_counts_as_linear(tmp_path):
-    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=60, n_positions=32)
+    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=60, n_positions=32, bos_token_id=0, eos_token_id=0)
     base = GPT2LMHeadModel(config).requires_grad_(False).eval()
     before = logits(base)
     model = disturbed(attach_lora(base, LoraSettings(rank=2, last_layers=1), seed=0))
@@ -140,7 +144,10 @@ def test_the_config_names_the_base_as_the_job_does_and_no_folder(tiny_model):
 def test_the_digest_hangs_on_every_byte():
     files = {"a": b"1", "b": b"2"}
     assert adapter_digest(files) == adapter_digest(dict(reversed(files.items())))
-    assert len({adapter_digest(item) for item in (files, {"a": b"2", "b": b"1"}, {"a": b"1"}, {"a": b"1", "c": b"2"})}) == 4
+    assert (
+        len({adapter_digest(item) for item in (files, {"a": b"2", "b": b"1"}, {"a": b"1"}, {"a": b"1", "c": b"2"})})
+        == 4
+    )
 
 
 def test_a_folder_without_an_adapter_is_named(tiny_model, tmp_path):
@@ -158,6 +165,6 @@ def test_an_adapter_that_is_damaged_or_of_another_model_is_refused(tiny_model, t
     mixed = {**files, "adapter_model.safetensors": last["adapter_model.safetensors"]}
     with pytest.raises(ModelInvalid, match="another model"):
         load_adapter(fresh(tiny_model), written(mixed, tmp_path / "mixed"), adapter_name="style", device="cpu")
-    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=60, n_positions=32)
+    config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=60, n_positions=32, bos_token_id=0, eos_token_id=0)
     with pytest.raises(ModelInvalid, match="cannot be loaded"):
         load_adapter(GPT2LMHeadModel(config), written(files, tmp_path / "other"), adapter_name="style", device="cpu")

@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_targets import sequence
 
 from softshard.config import LoraSettings
+from softshard.decoder import Decoder
 from softshard.models import load_model
 from softshard.train.batch import collate_text
-from softshard.train.decoder import decoder_of
 from softshard.train.lora import attach_lora
 from softshard.train.retention import Retention
 from softshard.train.stream import TextBatches
+from tiny_targets import sequence
 
 TEXT = [sequence("a", [3, 1, 4, 1, 5, 9, 2, 6]), sequence("b", [2, 7, 1, 8, 2]), sequence("c", [6, 2])]
 SIZES = {"num_valid": 300, "chunk_positions": 4}
@@ -34,7 +34,7 @@ def adapted(tiny_model):
 
 def test_kl_is_that_of_the_base_models_whole_distribution(adapted, tiny_model):
     batch = collate_text(TEXT)
-    loss = retention("kl").loss(adapted, decoder_of(adapted), batch, **SIZES)
+    loss = retention("kl").loss(adapted, Decoder.of(adapted), batch, **SIZES)
     base = load_model(tiny_model, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         logs = [
@@ -49,7 +49,7 @@ def test_kl_is_that_of_the_base_models_whole_distribution(adapted, tiny_model):
 
 
 def test_kl_pulls_the_adapter_back_and_leaves_it_switched_on(adapted):
-    decoder, batch = decoder_of(adapted), collate_text(TEXT)
+    decoder, batch = Decoder.of(adapted), collate_text(TEXT)
     weights = [item for item in adapted.parameters() if item.requires_grad]
     losses = []
     for _ in range(3):
@@ -64,12 +64,12 @@ def test_kl_pulls_the_adapter_back_and_leaves_it_switched_on(adapted):
 
 def test_an_adapter_that_changes_nothing_loses_nothing(tiny_model):
     model = attach_lora(load_model(tiny_model, dtype=torch.float32, device="cpu"), LoraSettings(rank=4), seed=0)
-    assert retention("kl").loss(model, decoder_of(model), collate_text(TEXT), **SIZES).item() == 0
+    assert retention("kl").loss(model, Decoder.of(model), collate_text(TEXT), **SIZES).item() == 0
 
 
 def test_ce_is_the_models_own_cross_entropy(adapted):
     batch = collate_text(TEXT)
-    loss = retention("ce").loss(adapted, decoder_of(adapted), batch, num_valid=320, chunk_positions=4)
+    loss = retention("ce").loss(adapted, Decoder.of(adapted), batch, num_valid=320, chunk_positions=4)
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     with torch.no_grad():
         expected = adapted(input_ids=batch.input_ids, labels=labels).loss

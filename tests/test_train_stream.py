@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tiny_targets import encode_part, manifest_of, metadata, receipt, row, sequence, write_targets
 
 from softshard.errors import CorpusEmpty, PartCorrupt, ResumeMismatch
 from softshard.storage import LocalStore
 from softshard.train.order import batch_bounds, generator_of, seed_of, through_buffer
 from softshard.train.stream import SoftLabelStream, TextBatches
+from tiny_targets import encode_part, manifest_of, metadata, receipt, row, sequence, write_targets
 
 SETTINGS = {"seed": 1, "batch_tokens": 64, "shuffle_buffer": 20, "alpha": 0.5, "truncated": "ghost"}
 
@@ -63,7 +63,10 @@ def test_every_sequence_comes_exactly_once_an_epoch_on_any_number_of_ranks(targe
 def test_the_last_round_is_filled_with_batches_of_weight_zero(targets):
     number = len(epoch_of(stream(targets)))
     world_size = next(size for size in (2, 3, 4, 5) if number % size)
-    last = [list(itertools.islice(stream(targets, rank=r, world_size=world_size), -(-number // world_size)))[-1] for r in range(world_size)]
+    last = [
+        list(itertools.islice(stream(targets, rank=r, world_size=world_size), -(-number // world_size)))[-1]
+        for r in range(world_size)
+    ]
     weightless = [not batch.position_weights.any() for batch in last]
     assert weightless == [rank >= number % world_size for rank in range(world_size)]
     assert all(batch.input_ids.numel() for batch in last)
@@ -85,6 +88,18 @@ def test_the_order_hangs_on_seed_and_epoch_and_is_the_same_each_time(targets):
     assert sorted(sum(second, ())) == list(range(141))
     assert first != epoch_of(stream(targets, seed=2))
     assert sorted(sum(first, ())) != list(sum(first, ()))
+
+
+@pytest.mark.parametrize(("sizes", "buffer"), [((20,), 5), ((3, 4, 5), 1), ((200,), 1)])
+def test_rows_parts_and_row_groups_each_have_another_order_in_another_epoch(tmp_path, sizes, buffer):
+    """Within a buffer; among parts that no buffer mixes; among the row groups of one part."""
+    rng = np.random.default_rng(2)
+    parts = [[row(f"{size} {n}", 4, rng) for n in range(size)] for size in sizes]
+    store, manifest = write_targets(tmp_path, parts)
+    iterator = iter(SoftLabelStream(store, manifest, **{**SETTINGS, "shuffle_buffer": buffer, "batch_tokens": 4}))
+    epochs = [tuple(tuple(next(iterator).input_ids.flatten().tolist()) for _ in range(sum(sizes))) for _ in range(6)]
+    assert len(set(epochs)) > 1
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
 
 
 def test_batches_keep_to_the_token_budget(targets):

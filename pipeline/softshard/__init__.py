@@ -1,8 +1,8 @@
 """softshard: a corpus of human writing to stored next-token distributions, and models trained on them.
 
-    documents --> sequences --> teacher pass --> sketches --> Parquet parts --> stream --> KL + retention --> adapter --> report
-     corpus/       corpus/       teacher/         target/      shard/            train/     train/             train/     evaluate/
-                                 +----------- run/ (plan, Dask) ------------+
+    documents -> sequences -> teacher pass -> sketches -> Parquet parts -> stream -> KL + retention -> adapter -> report
+     corpus/      corpus/      teacher/        target/     shard/           train/    train/            train/     evaluate/
+                               +----------- run/ (plan, Dask) ----------+
 
 The command `softshard` does all of it from a job file. For readers of what it leaves, the names below are public and
 loaded when they are first used: importing softshard loads neither torch nor pyarrow.

@@ -27,7 +27,7 @@ _STAGES = {
     "train": "train the adapter, and the baseline beside it",
     "evaluate": "compare base, baseline and adapter, and write the report",
 }
-_EXIT_CODES = "exit codes: 0 done, 1 a bug, 2 job file or arguments, 3 data, do not retry, 75 try again"
+_EXIT_CODES = "exit codes: 0 done, 1 a bug, 2 job or arguments, 3 bad data, 75 try again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,3 +235,7 @@ def _schema(arguments: argparse.Namespace) -> int:
         )
     sys.stdout.write(texts[arguments.name])
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

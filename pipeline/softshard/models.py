@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from softshard.config import DataType
 
 __all__ = [
-    "Decoder",
     "Tokenizer",
     "check_tokenizer",
     "check_vocabulary",
@@ -78,10 +77,11 @@ class Tokenizer:
     """Token that closes a document."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens; a text is never cut."""
+        """Ids of each text; a text is never cut, and one that spells a special token does not become that token."""
         if not texts:
             return []
-        ids: list[list[int]] = self.backend(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        encoded = self.backend(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+        ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -204,44 +204,3 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
         raise ModelInvalid(model=str(folder), problem=f"cannot be loaded: {error}") from error
     model.requires_grad_(False)
     return model.to(device).eval()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoder:
-    """The two halves of a causal language model: the body, and the output matrix that makes the large tensor."""
-
-    body: Any
-    head: Any
-
-    @classmethod
-    def of(cls, model: Any, *, name: str) -> Decoder:
-        """Halves of a model of transformers; adapters that are attached to its layers stay in force.
-
-        Raises:
-            ModelInvalid: the model does more to its logits than one matrix does, so that halves would not be the whole.
-        """
-        config = model.config.get_text_config()
-        for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(config, setting, None) not in {None, 1}:
-                raise ModelInvalid(model=name, problem=f"its logits are changed by `{setting}`, which is not supported")
-        body, head = model.get_decoder(), model.get_output_embeddings()
-        if body is None or head is None or body is model:
-            raise ModelInvalid(model=name, problem="it has no decoder with an output matrix")
-        return cls(body=body, head=head)
-
-    @property
-    def output_size(self) -> int:
-        """Tokens that the output matrix gives logits for, padding included."""
-        return int(self.head.weight.shape[0])
-
-    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[batch, length, d] last hidden states."""
-        states: torch.Tensor = self.body(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        return states
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """[..., output_size] logits of some hidden states."""
-        logits: torch.Tensor = self.head(states)
-        return logits

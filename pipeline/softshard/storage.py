@@ -78,10 +78,11 @@ def open_input(uri: str) -> Iterator[BinaryIO]:
 
     with fsspec.open(uri, mode="rb") as raw:
         if uri.endswith(".zst"):
-            import zstandard
+            import pyarrow as pa
 
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                yield io.BufferedReader(cast("io.RawIOBase", stream), 2**18)
+            # zstandard's own reader takes a file that was cut short for one that ends there; this one does not.
+            with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as stream:
+                yield io.BufferedReader(stream, 2**18)
         elif uri.endswith(".gz"):
             import gzip
 

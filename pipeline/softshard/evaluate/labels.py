@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softshard.decoder import Decoder, batches_by_length
 from softshard.errors import LogitsInvalid
-from softshard.models import Decoder, check_vocabulary
+from softshard.models import check_vocabulary
 from softshard.target.entries import Entries
 from softshard.target.types import TokenSequence
 
@@ -58,7 +59,7 @@ class LabelScores:
 
 
 def score_labels(
-    model: Any, sequences: Iterable[ScoredSequence], *, num_valid: int, batch_tokens: int, device: str
+    model: Any, sequences: Iterable[ScoredSequence], *, num_valid: int, batch_tokens: int
 ) -> Iterator[tuple[TokenSequence, LabelScores]]:
     """Every sequence once, with its scores, in an order that depends on the lengths alone.
 
@@ -69,13 +70,14 @@ def score_labels(
         ModelInvalid: the model's logits are more than one output matrix applied to its hidden states.
         VocabularyMismatch: it gives fewer than `num_valid` logits.
     """
+    decoder = Decoder.of(model)
     name = str(getattr(model.config, "name_or_path", "") or "the model")
-    decoder = Decoder.of(model, name=name)
     check_vocabulary(model=name, model_size=decoder.output_size, data="the hold-out", data_size=num_valid)
     stream = iter(sequences)
     while window := list(itertools.islice(stream, _SEQUENCES_AT_A_TIME)):
-        for batch in _batches(window, batch_tokens):
-            scores = _score_batch(decoder, batch, num_valid, device)
+        for indices in batches_by_length([sequence for sequence, _ in window], batch_tokens=batch_tokens):
+            batch = [window[index] for index in indices]
+            scores = _score_batch(decoder, batch, num_valid)
             start = 0
             for sequence, _ in batch:
                 end = start + sequence.num_labels
@@ -83,21 +85,10 @@ def score_labels(
                 start = end
 
 
-def _batches(sequences: list[ScoredSequence], batch_tokens: int) -> Iterator[list[ScoredSequence]]:
-    """Batches of similar length, at most `batch_tokens` with padding; a longer sequence is a batch of its own."""
-    batch: list[ScoredSequence] = []
-    for pair in sorted(sequences, key=lambda pair: -len(pair[0].token_ids)):
-        if batch and (len(batch) + 1) * len(batch[0][0].token_ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(pair)
-    yield batch
-
-
 @torch.inference_mode()
-def _score_batch(decoder: Decoder, batch: list[ScoredSequence], num_valid: int, device: str) -> LabelScores:
+def _score_batch(decoder: Decoder, batch: list[ScoredSequence], num_valid: int) -> LabelScores:
     sequences = [sequence for sequence, _ in batch]
-    states = _states(decoder, sequences, device)
+    states = decoder.states(sequences)
     labels = np.concatenate([sequence.labels for sequence in sequences]).astype(np.int64)
     entries = _joined(batch)
     pieces = []
@@ -108,18 +99,6 @@ def _score_batch(decoder: Decoder, batch: list[ScoredSequence], num_valid: int, 
     scores = LabelScores.joined(pieces)
     _check_finite(scores, sequences)
     return scores
-
-
-def _states(decoder: Decoder, sequences: list[TokenSequence], device: str) -> Tensor:
-    """[labels, d] hidden states at the position before each label; padding, on the right, is never looked at."""
-    longest = max(len(sequence.token_ids) for sequence in sequences)
-    ids = torch.zeros((len(sequences), longest), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence.token_ids)] = torch.from_numpy(sequence.token_ids.astype(np.int64))
-        mask[row, : len(sequence.token_ids)] = 1
-    hidden = decoder.states(ids.to(device), mask.to(device))
-    return torch.cat([hidden[row, s.first_label - 1 : len(s.token_ids) - 1] for row, s in enumerate(sequences)])
 
 
 def _joined(batch: list[ScoredSequence]) -> Entries | None:

@@ -88,8 +88,7 @@ def training_svg(training: Mapping[str, Sequence[TrainingStep]]) -> str:
                 _curve(axes[1], name, colour, [s.step for s in retained[name]], losses)
         axes[0].set_ylabel("loss, nats a token")
         axes[-1].set_xlabel("step")
-        if training:
-            axes[0].legend(loc="upper right", ncols=1 + len(training) // 4)
+        _legend(axes[0], "upper right", columns=1 + len(training) // 4)
         if rows == 2:
             axes[1].set_ylabel("retention loss")
     return finished[0]
@@ -119,7 +118,7 @@ def sentence_lengths_svg(lengths: Mapping[str, Sequence[int]]) -> str:
                 axes.step(at, shares, where="post", label=MODEL_NAMES[name], **_line(name))
         axes.set(xlim=(0, longest * 1.02), ylim=(0, 1.01))
         axes.set(xlabel="words in a sentence", ylabel="share of sentences up to that length")
-        axes.legend(loc="lower right")
+        _legend(axes, "lower right")
     return finished[0]
 
 
@@ -134,7 +133,7 @@ def rank_frequency_svg(frequencies: Mapping[str, Sequence[float]]) -> str:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.set_minor_formatter(lambda value, _: "")
-        axes.legend(loc="upper right")
+        _legend(axes, "upper right")
     return finished[0]
 
 
@@ -155,8 +154,13 @@ def calibration_svg(reliability: Mapping[str, Sequence[ReliabilityBin]]) -> str:
             )
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.set(xlabel="probability of the most likely token", ylabel="share where it is the human one")
-        axes.legend(loc="upper left")
+        _legend(axes, "upper left")
     return finished[0]
+
+
+def _legend(axes: Any, place: str, *, columns: int = 1) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc=place, ncols=columns)
 
 
 def _line(name: str) -> dict[str, Any]:

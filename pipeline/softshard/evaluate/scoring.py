@@ -92,10 +92,9 @@ def score_holdout(
     num_valid: int,
     batch_tokens: int,
     num_bins: int,
-    device: str,
     on_progress: Callable[[float], None],
 ) -> HoldoutScores:
-    """Score a model, with an adapter or without, that is in evaluation mode and on `device`.
+    """Score a model, with an adapter or without, that is in evaluation mode.
 
     `num_valid` is the vocabulary size of the targets, `batch_tokens` the budget of a batch with its padding, and
     `on_progress` is told the number of labels done.
@@ -106,9 +105,7 @@ def score_holdout(
     """
     sums = _Sums(num_bins=num_bins)
     sequences = sums.reading(rows, tokenizer)
-    for sequence, scores in score_labels(
-        model, sequences, num_valid=num_valid, batch_tokens=batch_tokens, device=device
-    ):
+    for sequence, scores in score_labels(model, sequences, num_valid=num_valid, batch_tokens=batch_tokens):
         sums.add(sequence, scores)
         on_progress(sums.num_labels)
     if not sums.num_labels:
@@ -126,7 +123,6 @@ def retention_nll(
     *,
     num_valid: int,
     batch_tokens: int,
-    device: str,
     on_progress: Callable[[float], None],
 ) -> float:
     """Mean of -log q(label), in nats, on held-out writing of another kind; scored as `score_holdout` does.
@@ -141,7 +137,6 @@ def retention_nll(
         ((sequence, None) for sequence in sequences),
         num_valid=num_valid,
         batch_tokens=batch_tokens,
-        device=device,
     ):
         nats += float(scores.nll.sum())
         done += sequence.num_labels

@@ -188,7 +188,6 @@ def _measure(
         num_valid=manifest.vocab_size,
         batch_tokens=settings.batch_tokens,
         num_bins=settings.calibration_bins,
-        device=device,
         on_progress=lambda done: progress(done, note="scoring"),
     )
     kept = None
@@ -199,7 +198,6 @@ def _measure(
             iter_sequences(workspace.retention, retention, split="test"),
             num_valid=manifest.vocab_size,
             batch_tokens=settings.batch_tokens,
-            device=device,
             on_progress=lambda done: None,
         )
     progress(scores.num_labels, note=f"sampling {len(prompts)} continuations")

@@ -12,6 +12,7 @@ import numpy as np
 from softshard.config import load_job
 from softshard.errors import SequenceUnknown
 from softshard.models import Tokenizer, check_tokenizer, load_tokenizer, resolve_model
+from softshard.run.terminal import wrapped
 from softshard.shard.manifest import Manifest, Receipt, read_manifest
 from softshard.shard.read import Row, read_rows
 from softshard.shard.schema import PartMetadata
@@ -19,8 +20,6 @@ from softshard.storage import LocalStore
 from softshard.target.entries import entries_of
 
 __all__ = ["ShownPosition", "ShownSequence", "render", "show_sequence"]
-
-_WIDTH = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +116,12 @@ def render(shown: ShownSequence) -> str:
     lines = [
         f"sequence  {shown.sequence_id}",
         f"document  {shown.document_id}",
-        f"source    {shown.source}, style {shown.style}, group {shown.group}",
-        f"part      {shown.part}, split {shown.split}, scored by"
+        *wrapped(f"source    {shown.source}, style {shown.style}, group {shown.group}"),
+        f"part      {shown.part}",
+        f"split     {shown.split}, scored by"
         + (" all teachers, averaged" if shown.fold < 0 else f" style teacher {shown.fold}"),
         "",
-        *(part for line in shown.text.splitlines() for part in (textwrap.wrap(line, _WIDTH - 2) or [""])),
+        *wrapped(shown.text),
         "",
         "Label, its probability, the entropy in nats and the mass outside the head;",
         "below them the head with its probabilities"
@@ -136,7 +136,5 @@ def render(shown: ShownSequence) -> str:
         )
         head = "  ".join(f"{word!r} {weight:.3f}" for word, weight in position.head)
         tail = "  + " + "  ".join(repr(word) for word in position.tail) if position.tail else ""
-        lines += textwrap.wrap(
-            head + tail, _WIDTH, initial_indent=" " * 7, subsequent_indent=" " * 7, break_on_hyphens=False
-        )
+        lines += wrapped(head + tail, indent=7)
     return "\n".join(lines) + "\n"

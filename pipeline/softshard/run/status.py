@@ -132,10 +132,12 @@ def _adapter(store: LocalStore) -> StageStatus:
     from softshard.train.record import read_trained
 
     trained = read_trained(store.below("adapter"))
-    figures = (
-        {} if trained is None else {"adapter": trained.adapter.folder, "holdout_nll": trained.adapter.holdout_nll_nats}
-    )
-    return StageStatus(stage="train", complete=trained is not None, figures=figures)
+    if trained is None:
+        return StageStatus(stage="train", complete=False, figures={})
+    figures: dict[str, Any] = {"adapter": trained.adapter.folder, "steps": trained.adapter.num_steps}
+    if trained.adapter.holdout_nll_nats is not None:
+        figures["holdout_nll"] = round(trained.adapter.holdout_nll_nats, 4)
+    return StageStatus(stage="train", complete=True, figures=figures)
 
 
 def _report(store: LocalStore) -> StageStatus:

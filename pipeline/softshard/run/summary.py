@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from softshard.evaluate.report import Example, ModelMetrics, Report
 from softshard.run.job import Outcome
+from softshard.run.terminal import WIDTH, wrapped
 
 __all__ = ["render_summary", "summary_values"]
 
-_WIDTH = 80
 _NUM_EXAMPLES = 3
 _ROWS = (
     ("human NLL, nats a token", "human_nll_nats", "{:.3f}"),
@@ -33,7 +32,7 @@ def summary_values(outcome: Outcome) -> dict[str, Any]:
     if outcome.manifest is not None:
         values["manifest"] = outcome.manifest.digest
     if trained is not None:
-        values["adapter"] = f"{outcome.out}/adapter/{trained.adapter.folder}"
+        values["adapter_folder"] = f"{outcome.out}/adapter/{trained.adapter.folder}"
     if report is not None:
         values["report"] = f"{outcome.out}/report/index.html"
         values["targets"] = report.targets.model_dump(mode="json")
@@ -61,7 +60,7 @@ def render_summary(outcome: Outcome) -> str:
         *_difference(report),
     ]
     for number, example in enumerate(report.examples[:_NUM_EXAMPLES], 1):
-        lines += ["", f"--- {number} " + "-" * (_WIDTH - 6), *_example(example)]
+        lines += ["", f"--- {number} " + "-" * (WIDTH - 6), *_example(example)]
     lines += [
         "",
         f"Adapter: {outcome.out}/adapter/{trained.adapter.folder}",
@@ -101,6 +100,6 @@ def _example(example: Example) -> list[str]:
     parts = [("beginning", example.prompt), ("base", example.base), ("adapter", example.adapter)]
     lines: list[str] = []
     for name, text in parts:
-        wrapped = [row for line in text.strip().splitlines() for row in textwrap.wrap(line, _WIDTH - 11)]
-        lines += [f"{name if index == 0 else '':<10} {row}" for index, row in enumerate(wrapped or ["(nothing)"])]
+        rows = wrapped(text.strip(), indent=11) or [" " * 11 + "(nothing)"]
+        lines += [f"{name:<11}{rows[0][11:]}", *rows[1:]]
     return lines

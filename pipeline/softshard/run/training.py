@@ -173,7 +173,7 @@ def _train(
             on_step=on_step,
         )
         progress(len(tuned.log), total=len(tuned.log), note="scoring the hold-out")
-        holdout_nll = _holdout_nll(workspace, manifest, tuned.model, device)
+        holdout_nll = _holdout_nll(workspace, manifest, tuned.model)
     receipt = _save(workspace, manifest, plan, tuned, holdout_nll)
     checkpoint.unlink(missing_ok=True)
     return receipt
@@ -198,7 +198,7 @@ def _retention(workspace: Workspace, retention: CorpusManifest | None, plan: _Tr
     return Retention(batches=batches, weight=plan.retention_weight, objective=plan.retention.objective)
 
 
-def _holdout_nll(workspace: Workspace, manifest: Manifest, model: Any, device: str) -> float | None:
+def _holdout_nll(workspace: Workspace, manifest: Manifest, model: Any) -> float | None:
     receipts = manifest.of_split("test")
     if not receipts:
         return None
@@ -209,7 +209,6 @@ def _holdout_nll(workspace: Workspace, manifest: Manifest, model: Any, device: s
         num_valid=manifest.vocab_size,
         batch_tokens=workspace.job.evaluate.batch_tokens,
         num_bins=workspace.job.evaluate.calibration_bins,
-        device=device,
         on_progress=lambda done: None,
     )
     return scores.human_nll_nats

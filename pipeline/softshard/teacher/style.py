@@ -1,7 +1,7 @@
 """The style teacher: the teacher's model adapted to the corpus by LoRA, in K folds.
 
 The adapter of fold k is trained on the documents outside fold k, which it then scores; the hold-out is scored by the
-mean of all. An adapter is a folder named by a digest of everything it depends on, complete once `receipt.json` is there.
+mean of all. An adapter is a folder named by a digest of all that it depends on, complete once `receipt.json` is there.
 """
 
 from __future__ import annotations

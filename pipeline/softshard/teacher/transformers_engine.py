@@ -6,7 +6,7 @@ makes the large tensor, is applied to a few positions at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from softshard.config import DataType, SketchSettings
-from softshard.models import Decoder, check_vocabulary, load_model, resolve_device, resolve_dtype
+from softshard.decoder import Decoder, batches_by_length
+from softshard.models import check_vocabulary, load_model, resolve_device, resolve_dtype
 from softshard.target.fidelity import FidelitySums
 from softshard.target.philox import label_uniforms
 from softshard.target.sketch import concatenate, sketch_rows, split_rows
 from softshard.target.types import SequenceTargets, TokenSequence
 from softshard.teacher.protocol import TeacherIdentity
 
-__all__ = ["TransformersTeacher", "batches_by_length", "engine_identity"]
+__all__ = ["TransformersTeacher", "engine_identity"]
 
 _ROWS_OF_LOGITS = 256
 
@@ -72,8 +73,8 @@ class TransformersTeacher:
         if self._device == "cpu":
             torch.set_num_threads(int(str(identity["num_threads"])))
         model = load_model(folder, dtype=getattr(torch, str(identity["dtype"])), device=self._device)
-        self._model, self._names = _with_adapters(model, adapters)
-        self._decoder = Decoder.of(model, name=str(folder))
+        self._model, self._names = _with_adapters(model, adapters, self._device)
+        self._decoder = Decoder.of(self._model)
         size = self._decoder.output_size
         check_vocabulary(model=str(folder), model_size=size, data="the tokenizer", data_size=vocab_size)
 
@@ -120,18 +121,9 @@ class TransformersTeacher:
         return split_rows(concatenate(pieces), [sequence.num_labels for sequence in batch]), fidelity
 
     def _states(self, batch: list[TokenSequence], adapter: str | None) -> Tensor:
-        """[labels, d] hidden states at the position before each label, sequence after sequence."""
         if adapter is not None:
             self._model.set_adapter(adapter)
-        longest = max(len(sequence.token_ids) for sequence in batch)
-        ids = torch.zeros((len(batch), longest), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(batch):
-            ids[row, : len(sequence.token_ids)] = torch.from_numpy(sequence.token_ids.astype(np.int64))
-            mask[row, : len(sequence.token_ids)] = 1
-        hidden = self._decoder.states(ids.to(self._device), mask.to(self._device))
-        before = [hidden[row, s.first_label - 1 : len(s.token_ids) - 1] for row, s in enumerate(batch)]
-        return torch.cat(before)
+        return self._decoder.states(batch)
 
     def _logits(self, states: list[Tensor], temperature: float) -> Tensor:
         logits = [self._decoder.logits(state)[:, : self._vocab_size].float() / temperature for state in states]
@@ -141,26 +133,10 @@ class TransformersTeacher:
         return torch.logsumexp(stacked, 0) - float(np.log(len(logits)))
 
 
-def _with_adapters(model: Any, adapters: Sequence[Path]) -> tuple[Any, list[str | None]]:
-    if not adapters:
-        return model, [None]
-    from peft import PeftModel
+def _with_adapters(model: Any, adapters: Sequence[Path], device: str) -> tuple[Any, list[str | None]]:
+    from softshard.train.lora import load_adapter
 
-    names: list[str | None] = [f"fold{index}" for index in range(len(adapters))]
-    peft = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
-    for name, folder in zip(names[1:], adapters[1:], strict=True):
-        peft.load_adapter(folder, adapter_name=name)
-    return peft.eval(), names
-
-
-def batches_by_length(sequences: Sequence[TokenSequence], *, batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of sequences in batches of similar length, at most `batch_tokens` with padding; longest first."""
-    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].token_ids))
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * len(sequences[batch[0]].token_ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    names: list[str | None] = [f"fold-{index}" for index in range(len(adapters))]
+    for name, folder in zip(names, adapters, strict=True):
+        model = load_adapter(model, folder, adapter_name=str(name), device=device)
+    return model.eval(), names or [None]

@@ -1,8 +1,8 @@
 """Batches to an adapter: the training steps.
 
 In: a frozen model, batches of targets, settings. Out: the model with a trained adapter, and a log of its steps. A
-training that was stopped after any step and taken up from its checkpoint ends with the same bits as one that was not,
-on the same hardware and number of threads.
+training that was stopped after any step and taken up from its checkpoint ends, on the same CPU with the same number of
+threads, with the same bits as one that was not; on a GPU sums may differ in their last bits.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from softshard.config import LoraSettings, OptimizerSettings, digest_of
+from softshard.decoder import Decoder
 from softshard.errors import TrainingDiverged
 from softshard.train.checkpoint import read_checkpoint, write_checkpoint
-from softshard.train.decoder import Decoder, decoder_of
 from softshard.train.lora import attach_lora
+from softshard.train.objective import cross_entropy
 from softshard.train.order import seed_of
 from softshard.train.retention import Retention
 from softshard.train.stream import BatchSource
@@ -103,7 +104,7 @@ def fine_tune(
     """
     total_steps = max(1, round(optimizer.epochs * batches.batches_per_epoch(0)))
     kept = retention if retention is not None and retention.weight > 0 else None
-    decoder = decoder_of(model)
+    decoder = Decoder.of(model.eval())
     settings = [lora, optimizer, seed, num_valid, chunk_positions, batches.digest, batches.state_dict(), total_steps]
     other = None if kept is None else [kept.weight, kept.objective, kept.batches.digest, kept.batches.state_dict()]
     with torch.random.fork_rng(devices=_cuda_devices(model)):
@@ -190,7 +191,7 @@ class _Training:
         rate = learning_rate_at(number, total_steps=self._total_steps, settings=self._settings)
         self._optimizer.zero_grad()
         sizes = {"num_valid": self._num_valid, "chunk_positions": self._chunk_positions}
-        loss = self._decoder.cross_entropy(batches[0], **sizes)
+        loss = cross_entropy(self._decoder, batches[0], **sizes)
         torch.autograd.backward(loss)
         kept = None
         if self._retention is not None:

@@ -62,12 +62,11 @@ def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> PeftModel:
 
 
 def _linear_modules(model: Any) -> dict[str, nn.Module]:
-    """A linear layer for each last part of a name in the decoder."""
-    output = model.get_output_embeddings()
+    """A linear layer for each last part of a name in the decoder, to which the output layer does not belong."""
     return {
         name.rsplit(".", 1)[-1]: module
         for name, module in model.get_decoder().named_modules()
-        if module is not output and (isinstance(module, nn.Linear) or _is_conv1d(module))
+        if isinstance(module, nn.Linear) or _is_conv1d(module)
     }
 
 
@@ -125,7 +124,8 @@ def load_adapter(model: Any, folder: Path, *, adapter_name: str, device: str) ->
             raise AdapterMissing(uri=str(folder / name))
     try:
         saved = set(load_file(folder / WEIGHTS_FILE))
-        # peft draws weights and then replaces them; its way around that, low_cpu_mem_usage, rounds them to the base's type.
+        # peft draws weights and then replaces them; its way around that, low_cpu_mem_usage, rounds a float32 adapter
+        # to the type of a bfloat16 base.
         with torch.random.fork_rng(devices=[]):
             if isinstance(model, PeftModel):
                 model.load_adapter(folder, adapter_name=adapter_name, torch_device=device)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from softshard.decoder import Decoder
 from softshard.train.batch import Batch
-from softshard.train.decoder import Decoder
 from softshard.train.loss import dense_kl
+from softshard.train.objective import cross_entropy, hidden_states
 from softshard.train.stream import BatchSource
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ class Retention:
     def loss(self, model: PeftModel, decoder: Decoder, batch: Batch, *, num_valid: int, chunk_positions: int) -> Tensor:
         """Mean loss per label, in nats, lambda left out; `batch` is on the model's device, `decoder` is the model's."""
         if self.objective == "ce":
-            return decoder.cross_entropy(batch, num_valid=num_valid, chunk_positions=chunk_positions)
+            return cross_entropy(decoder, batch, num_valid=num_valid, chunk_positions=chunk_positions)
         with torch.no_grad(), model.disable_adapter():
-            base = decoder.hidden(batch)
+            base = hidden_states(decoder, batch)
         total = dense_kl(
-            decoder.hidden(batch),
+            hidden_states(decoder, batch),
             base,
             decoder.weight,
             num_valid=num_valid,
