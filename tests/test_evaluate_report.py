@@ -76,7 +76,6 @@ def report(**changes):
         "examples": tuple(
             Example(prompt=f"{n} {EVIL}", human=EVIL, base=EVIL, ce=EVIL, adapter=EVIL) for n in range(6)
         ),
-        "stage_seconds": None,
     }
     return Report(**(values | changes))
 

@@ -1,7 +1,7 @@
 """softshard: a corpus of human writing to stored next-token distributions, and models trained on them.
 
     documents -> sequences -> teacher pass -> sketches -> Parquet parts -> stream -> KL + retention -> adapter -> report
-     corpus/      corpus/      teacher/        target/     shard/           train/    train/            train/     evaluate/
+     corpus/     corpus/      teacher/        target/     shard/           train/    train/            train/  evaluate/
                                +----------- run/ (plan, Dask) ----------+
 
 The command `softshard` does all of it from a job file. For readers of what it leaves, the names below are public and

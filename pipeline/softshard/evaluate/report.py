@@ -177,8 +177,6 @@ class Report(_Record):
     training: dict[str, tuple[TrainingStep, ...]]
     """Logged steps by what was trained."""
     examples: tuple[Example, ...]
-    stage_seconds: dict[str, float] | None
-    """Seconds that each stage took; null where they are not known."""
 
 
 def write_report(report: Report, *, figures: FigureData, store: Store) -> None:

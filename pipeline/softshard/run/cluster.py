@@ -20,6 +20,13 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 _TOPIC = "softshard"
 _IN_FLIGHT_PER_WORKER = 2
+_WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": 1,
+    # Dask has workers give freed memory back at once. A training step frees and takes gigabytes, so with that it
+    # spends a third of its time in page faults (measured: 282 tokens a CPU-second against 465 with these).
+    "MALLOC_TRIM_THRESHOLD_": 2**32,
+    "MALLOC_MMAP_THRESHOLD_": 2**30,
+}
 
 
 class Cluster:
@@ -132,7 +139,13 @@ def open_cluster(settings: ClusterSettings) -> Iterator[Cluster]:
     import dask
     from distributed import Client, LocalCluster
 
-    dask.config.set({"distributed.worker.daemon": False, "distributed.scheduler.allowed-failures": 0})
+    dask.config.set(
+        {
+            "distributed.worker.daemon": False,
+            "distributed.scheduler.allowed-failures": 0,
+            "distributed.nanny.pre-spawn-environ": _WORKER_ENVIRONMENT,
+        }
+    )
     if settings.scheduler is not None:
         try:
             client = Client(settings.scheduler, timeout="20s", set_as_default=False)

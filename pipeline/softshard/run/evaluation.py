@@ -260,7 +260,6 @@ def _report(
             ce=samples.get("ce"),
             adapter=samples["adapter"],
         )[:_NUM_EXAMPLES],
-        stage_seconds=None,
     )
 
 

@@ -21,6 +21,7 @@ from softshard.storage import LocalStore, sha256_of
 from softshard.target.types import TokenSequence
 from softshard.train.loop import Step, fine_tune
 from softshard.train.lora import adapter_digest, save_adapter
+from softshard.train.record import check_files
 from softshard.train.stream import TextBatches
 
 __all__ = ["AdapterReceipt", "FoldPlan", "find_adapter", "train_fold", "training_precision"]
@@ -87,10 +88,7 @@ def find_adapter(store: LocalStore, plan: FoldPlan) -> AdapterReceipt | None:
     """
     try:
         receipt = AdapterReceipt.model_validate_json(store.read(f"{plan.folder}/receipt.json"))
-        for name, expected in receipt.files.items():
-            if sha256_of(store.read(f"{plan.folder}/{name}")) != expected:
-                uri = str(store.local_path(f"{plan.folder}/{name}"))
-                raise PartCorrupt(uri=uri, problem="is not the file that the adapter's receipt names")
+        check_files(store, plan.folder, receipt.files)
     except FileNotFoundError:
         return None
     except ValidationError as error:

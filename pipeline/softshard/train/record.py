@@ -15,7 +15,7 @@ from softshard.errors import PartCorrupt
 from softshard.shard.manifest import SourceRights, canonical_json
 from softshard.storage import LocalStore, sha256_of
 
-__all__ = ["Trained", "TrainingReceipt", "find_training", "read_log", "read_trained", "write_trained"]
+__all__ = ["Trained", "TrainingReceipt", "check_files", "find_training", "read_log", "read_trained", "write_trained"]
 
 
 class TrainingReceipt(BaseModel):
@@ -86,13 +86,23 @@ def find_training(store: LocalStore, folder: str) -> TrainingReceipt | None:
     """
     try:
         receipt = TrainingReceipt.model_validate_json(store.read(f"{folder}/receipt.json"))
-        for name, expected in receipt.files.items():
-            if sha256_of(store.read(f"{folder}/{name}")) != expected:
-                uri = f"{store.uri}/{folder}/{name}"
-                raise PartCorrupt(uri=uri, problem="is not the file that the training's receipt names")
+        check_files(store, folder, receipt.files)
     except FileNotFoundError:
         return None
     except ValidationError as error:
         uri = f"{store.uri}/{folder}/receipt.json"
         raise PartCorrupt(uri=uri, problem=f"cannot be read: {error.errors()[0]['msg']}") from error
     return receipt
+
+
+def check_files(store: LocalStore, folder: str, files: dict[str, str]) -> None:
+    """Compare an adapter's files with the SHA-256 that its receipt names.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        PartCorrupt: one is not the file that the receipt names.
+    """
+    for name, expected in files.items():
+        if sha256_of(store.read(f"{folder}/{name}")) != expected:
+            uri = f"{store.uri}/{folder}/{name}"
+            raise PartCorrupt(uri=uri, problem="is not the file that the adapter's receipt names")
