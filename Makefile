@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 MATERIALS := .cache/materials
-SOURCES := $(wildcard pipeline tests jobs benchmarks)
+SOURCES := $(wildcard pipeline tests jobs examples benchmarks)
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
 
 .PHONY: help setup demo test check format schema clean distclean

@@ -17,11 +17,13 @@ from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import (
     AdapterMissing,
     CorpusEmpty,
+    JobInvalid,
     ManifestMissing,
     OutputForeign,
     PartCorrupt,
     PartsFailed,
     TokenizerMismatch,
+    VocabularyMismatch,
 )
 from softshard.models import load_model
 from softshard.run.job import STAGES, run_job
@@ -216,6 +218,21 @@ def test_student_with_another_tokenizer_is_refused(finished, tmp_path):
         run(copy_of(finished, tmp_path, train__model=str(other)), "train")
 
 
+def test_student_with_a_smaller_vocabulary_is_refused(finished, tiny_model, tmp_path):
+    from conftest import save_tiny_model
+
+    other = save_tiny_model(tmp_path / "student", vocab_size=290)
+    with pytest.raises(VocabularyMismatch, match=r"student: gives logits for 290 tokens.*a vocabulary of 300"):
+        run(copy_of(finished, tmp_path, train__model=str(other)), "train")
+
+
+def test_evaluation_without_a_hold_out_is_refused_before_anything_runs(tiny_job, tmp_path):
+    path = tiny_job(tmp_path, corpus={"holdout_fraction": 0})
+    with pytest.raises(JobInvalid, match=r"corpus\.holdout_fraction: is 0"):
+        run(path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_part_that_cannot_be_scored_is_set_aside_and_named(finished, tiny_job, tiny_model, tmp_path):
     """A model whose weights are broken: every part fails at once, with the reason, and there is no manifest."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -278,3 +295,20 @@ def test_killed_run_resumes_to_the_same_bytes(finished, tiny_job, tmp_path, poin
     adapters = {name: digest for name, digest in tree(finished, of=("adapter",)).items() if "safetensors" in name}
     resumed = tree(tmp_path / "out", of=("adapter",))
     assert {name: resumed[name] for name in adapters} == adapters
+
+
+def test_ce_as_the_objective_and_no_baseline(finished, tmp_path):
+    path = copy_of(finished, tmp_path, train__objective="ce", train__baseline=None, train__retention=None)
+    outcome = run(path)
+    assert outcome.trained.adapter.objective == "ce"
+    assert outcome.trained.baseline is None
+    assert outcome.report.ce is None
+    assert outcome.report.adapter.retention_nll_nats is None
+
+
+@pytest.mark.parametrize("target", [{"kind": "nucleus", "mass": 0.9}, {"kind": "full"}, {"kind": "topk", "k": 16}])
+def test_every_kind_goes_through_the_whole_job(finished, tmp_path, target):
+    outcome = run(copy_of(finished, tmp_path, target=target, train__baseline=None))
+    assert outcome.report.adapter.human_nll_nats < outcome.report.base.human_nll_nats
+    assert (outcome.report.targets.mean_kl_nats is not None) == (target["kind"] == "full")
+    assert (outcome.report.adapter.kl_to_teacher_nats is not None) == (target["kind"] == "full")

@@ -26,6 +26,7 @@ __all__ = [
     "check_vocabulary",
     "load_model",
     "load_tokenizer",
+    "output_size",
     "resolve_device",
     "resolve_dtype",
     "resolve_model",
@@ -137,6 +138,17 @@ def check_vocabulary(*, model: str, model_size: int, data: str, data_size: int) 
     """Refuse a model that has no logit for some token of the data. Raises VocabularyMismatch."""
     if model_size < data_size:
         raise VocabularyMismatch(data=data, data_size=data_size, model=model, model_size=model_size)
+
+
+def output_size(folder: Path) -> int:
+    """Number of tokens that a model gives logits for, by its config, padding included. Raises ModelInvalid."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"its config.json cannot be read: {error}") from error
+    return int(config.get_text_config().vocab_size)
 
 
 @lru_cache(maxsize=8)

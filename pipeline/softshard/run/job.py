@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from softshard.config import Job
+from softshard.errors import JobInvalid
 from softshard.evaluate.report import Report
 from softshard.run.evaluation import ensure_report
 from softshard.run.targets import ensure_corpora, ensure_targets, ensure_teacher, lazy_cluster
@@ -37,9 +38,11 @@ def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES) -
 
     Raises:
         ManifestMissing: an earlier stage that was not asked for has not finished, or its settings have changed.
+        JobInvalid: a stage that was asked for needs a hold-out, and the job has none.
         SoftshardError: see the stages.
     """
     started = time.monotonic()
+    _refuse_without_holdout(job, stages)
     workspace = open_workspace(job)
     last = max(STAGES.index(stage) for stage in stages)
     manifest: Manifest | None = None
@@ -59,3 +62,10 @@ def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES) -
             both = (corpora.style, corpora.retention)
             report = ensure_report(workspace, both, manifest, trained, reporter, compute="evaluate" in stages)
     return Outcome(out=job.out, seconds=time.monotonic() - started, manifest=manifest, trained=trained, report=report)
+
+
+def _refuse_without_holdout(job: Job, stages: Collection[str]) -> None:
+    needs = "evaluate" in stages or ("train" in stages and job.train.baseline is not None)
+    if needs and job.corpus.holdout_fraction == 0:
+        problem = "is 0, but the report and the choice of the baseline's learning rate are measured on the hold-out"
+        raise JobInvalid(file=f"job {job.name}", place="corpus.holdout_fraction", problem=problem)

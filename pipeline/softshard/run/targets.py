@@ -254,8 +254,8 @@ def ensure_targets(
         receipts.update(_score_parts(workspace, missing, reporter, cluster))
     in_order = sorted(tasks, key=lambda task: task.plan.index)
     manifest = _manifest(workspace, corpus, teacher, [receipts[task.plan.part_id] for task in in_order])
-    if write_manifest(store, manifest):
-        write_card(store, manifest)
+    write_manifest(store, manifest)
+    write_card(store, manifest)
     return manifest
 
 

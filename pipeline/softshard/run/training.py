@@ -14,7 +14,7 @@ from softshard.corpus.manifest import CorpusManifest
 from softshard.corpus.read import iter_sequences
 from softshard.errors import AdapterMissing
 from softshard.evaluate.scoring import score_holdout
-from softshard.models import check_tokenizer, load_model, resolve_device
+from softshard.models import check_tokenizer, check_vocabulary, load_model, output_size, resolve_device
 from softshard.run.workspace import Workspace
 from softshard.shard.manifest import Manifest, canonical_json
 from softshard.shard.read import read_rows
@@ -69,6 +69,8 @@ def ensure_trained(
     student = workspace.student_model
     data = workspace.targets.uri
     check_tokenizer(student.tokenizer, model=student.name, data=data, data_fingerprint=manifest.tokenizer_fingerprint)
+    size = output_size(student.folder)
+    check_vocabulary(model=student.name, model_size=size, data=data, data_size=manifest.vocab_size)
     store = workspace.adapter
     main, baselines = _plans(workspace, manifest, retention)
     found = {plan.folder: find_training(store, plan.folder) for plan in (main, *baselines)}
