@@ -65,10 +65,43 @@ def test_wrong_job_file_is_one_line_on_stderr_and_2(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_missing_model_is_named_and_3(tiny_job, tmp_path, capsys):
+def test_missing_model_is_named_with_its_line_and_2(tiny_job, tmp_path, capsys):
     path = tiny_job(tmp_path, teacher={"model": str(tmp_path / "no-model")})
-    assert main(["corpus", str(path), "--quiet"]) == 3
-    assert capsys.readouterr().err == f"softshard: {tmp_path}/no-model: no such folder\n"
+    assert main(["corpus", str(path), "--quiet"]) == 2
+    assert re.fullmatch(
+        rf"softshard: {path}: line \d+, teacher\.model: {tmp_path}/no-model: no such folder\n", capsys.readouterr().err
+    )
+
+
+def test_folder_that_cannot_be_written_is_named_and_2(tiny_job, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert main(["corpus", str(tiny_job(tmp_path, out=str(tmp_path / "file/out"))), "--quiet"]) == 2
+    assert f"{tmp_path}/file/out" in capsys.readouterr().err
+
+
+def test_reader_that_has_read_enough_is_no_error(finished):
+    command = f"{sys.executable} -m softshard.cli show {finished} --sequence '' | head -1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == "0"
+    assert result.stderr == ""
+
+
+def test_work_goes_on_when_nobody_listens_to_its_progress(tiny_job, tmp_path):
+    command = (
+        f"{sys.executable} -m softshard.cli corpus {tiny_job(tmp_path)} 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}"
+    )
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+    assert (tmp_path / "out/corpus/manifest.json").exists()
+
+
+def test_status_of_a_truncated_part_is_3_and_names_it(finished, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "out")
+    part = tmp_path / "out/targets" / read_manifest(finished / "targets").parts[0].path
+    part.write_bytes(part.read_bytes()[:-10])
+    assert main(["status", str(tmp_path / "out")]) == 3
+    assert str(part) in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):

@@ -1,13 +1,15 @@
 """Tasks on a real local cluster: what is tried again, what is set aside, what ends the run."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from softshard.config import ClusterSettings, load_job
 from softshard.errors import DataInvalid, StorageFull
-from softshard.run.cluster import open_cluster, send_message
+from softshard.run.cluster import Cluster, open_cluster, send_message
 from softshard.run.job import run_job
 from softshard.telemetry import SilentReporter
 from test_run import tree
@@ -90,6 +92,59 @@ def test_client_hears_what_tasks_say(cluster, tmp_path):
     cluster.on_message(heard.append)
     run(cluster, tmp_path, "speaks", *["fine"] * 10)
     assert heard == [{"said": "hello"}]
+
+
+def test_two_jobs_on_one_scheduler_keep_their_results_apart(cluster, tmp_path):
+    first, second = (Cluster(cluster._client, ClusterSettings()) for _ in range(2))
+    heard = []
+    first.on_message(heard.append)
+    for running, what in ((first, "speaks"), (second, "fine")):
+        results = {}
+        running.run(
+            task,
+            [(what, str(tmp_path / "x"))],
+            name=lambda order: "the same name",
+            on_result=lambda order, result, results=results: results.update({order[0]: result}),
+        )
+        assert results == {what: what.upper()}
+    assert heard == [{"said": "hello"}]
+
+
+def test_lost_scheduler_ends_the_run_with_75(tmp_path):
+    script = tmp_path / "lost.py"
+    script.write_text(LOST)
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip().splitlines()[-1] == "75 the connection to the Dask scheduler is lost", result.stderr
+
+
+LOST = """
+import os, signal, subprocess, sys, threading, time
+import dask
+from softshard.config import ClusterSettings
+from softshard.errors import TryAgain
+from softshard.run.cluster import open_cluster
+
+if __name__ == "__main__":
+    dask.config.set({"distributed.comm.timeouts.connect": "2s"})
+    port = 18700 + os.getpid() % 1000
+    scheduler = subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port),
+         "--dashboard-address", "127.0.0.1:0"], stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://127.0.0.1:{port}", "--no-nanny",
+         "--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0", "--resources", "teacher=1",
+         "--death-timeout", "20"], stderr=subprocess.DEVNULL)
+    threading.Timer(12, lambda: scheduler.send_signal(signal.SIGKILL)).start()
+    try:
+        with open_cluster(ClusterSettings(scheduler=f"tcp://127.0.0.1:{port}")) as cluster:
+            cluster.run(time.sleep, [600], name=lambda task: "long", on_result=lambda task, result: None)
+    except TryAgain as error:
+        print(error.exit_code, str(error).split(";")[0], flush=True)
+    finally:
+        scheduler.kill()
+        worker.kill()
+    os._exit(0)
+"""
 
 
 def test_running_scheduler_gives_the_bytes_of_a_local_cluster(tiny_job, finished, tmp_path):

@@ -38,7 +38,7 @@ def changed(**changes):
 
 
 def test_defaults_are_those_of_the_design(tmp_path):
-    job = load_job(written(tmp_path, GOOD))
+    job = load_job(written(tmp_path, GOOD), check_paths=False)
     assert job.target.kind == "threshold"
     assert job.target.tau == pytest.approx(1 / 24)
     assert job.teacher.folds == 2
@@ -47,7 +47,7 @@ def test_defaults_are_those_of_the_design(tmp_path):
 
 
 def test_a_fraction_may_be_written_as_text(tmp_path):
-    job = load_job(written(tmp_path, changed(target={"kind": "threshold", "tau": "1/50"})))
+    job = load_job(written(tmp_path, changed(target={"kind": "threshold", "tau": "1/50"})), check_paths=False)
     assert job.target.tau == 0.02
 
 
@@ -73,6 +73,11 @@ def test_a_fraction_may_be_written_as_text(tmp_path):
         ({"train__alpha": -0.1}, "train.alpha", "greater than or equal to 0"),
         ({"out": "s3://bucket/run"}, "out", "local folder"),
         ({"name": "a b"}, "name", "should match"),
+        ({"target": {"kind": "threshold", "tau": "1e400"}}, "target.tau", "valid number"),
+        ({"teacher__device": "gpu"}, "teacher.device", "should match"),
+        ({"train__revision": "main"}, "train.revision", "has no `train.model`"),
+        ({"evaluate__sample_tokens": 600}, "evaluate.sample_tokens", "more than context_tokens"),
+        ({"corpus__sources__0__uri": "nowhere/*.txt"}, "corpus.sources[0].uri", "no such file"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(tmp_path, changes, place, problem):
@@ -120,7 +125,7 @@ def test_missing_job_file_is_named(tmp_path):
 
 
 def test_job_is_frozen(tmp_path):
-    job = load_job(written(tmp_path, GOOD))
+    job = load_job(written(tmp_path, GOOD), check_paths=False)
     with pytest.raises(ValueError, match="frozen"):
         job.seed = 3
 
@@ -128,3 +133,25 @@ def test_job_is_frozen(tmp_path):
 def test_digest_does_not_depend_on_the_order_of_keys():
     assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1})
     assert digest_of({"a": 1}) != digest_of({"a": 2})
+
+
+def test_missing_paths_are_named_with_their_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, GOOD)
+    with pytest.raises(JobInvalid, match=r"line 5, corpus\.sources\[0\]\.uri: tales\.txt: no such file"):
+        load_job(path)
+    (tmp_path / "tales.txt").write_text("Once.")
+    assert load_job(path).teacher.model == "models/tiny"  # may be a model of the hub
+    with pytest.raises(JobInvalid, match=r"teacher\.model: \./models/tiny: no such folder"):
+        load_job(written(tmp_path, changed(teacher__model="./models/tiny")))
+
+
+def test_retention_sources_must_differ_in_name_too(tmp_path):
+    source = GOOD["corpus"]["sources"][0]
+    with pytest.raises(JobInvalid, match=r"train\.retention.*tales is given more than once"):
+        load_job(written(tmp_path, changed(train__retention={"sources": [source, source]})))
+
+
+def test_file_scheme_of_the_output_is_the_plain_path(tmp_path):
+    job = load_job(written(tmp_path, changed(out=f"file://{tmp_path}/out")), check_paths=False)
+    assert job.out == f"{tmp_path}/out"

@@ -56,6 +56,9 @@ def test_polars_lines_of_the_readme_run(finished, monkeypatch, tmp_path):
     polars_code, loop_code = blocks("README.md", "python")
     scope = {}
     exec(polars_code, scope)
+    assert len(scope["rows"]) == sum(
+        part["num_sequences"] for part in scope["manifest"]["parts"] if part["split"] == "train"
+    )
     assert isinstance(scope["rows"], pl.DataFrame)
     taken = loop_code.replace("    ...  ", "    break  ")
     assert taken != loop_code

@@ -19,6 +19,7 @@ from softshard.errors import (
     CorpusEmpty,
     JobInvalid,
     ManifestMissing,
+    ModelInvalid,
     OutputForeign,
     PartCorrupt,
     PartsFailed,
@@ -208,6 +209,59 @@ def test_truncated_part_stops_training_with_its_name(finished, tmp_path):
     with pytest.raises(PartCorrupt, match=part.path) as caught:
         run(path, "train")
     assert caught.value.exit_code == 3
+
+
+def test_an_unchanged_report_is_not_made_again(finished):
+    before = times(finished / "report")
+    run(finished / "job.yaml")
+    assert times(finished / "report") == before
+
+
+def test_a_report_that_was_cut_off_is_made_again(finished, tmp_path):
+    path = copy_of(finished, tmp_path)
+    run(path)
+    metrics = (tmp_path / "out/report/metrics.json").read_bytes()
+    (tmp_path / "out/report/key.txt").write_bytes(b"")
+    (tmp_path / "out/report/metrics.json").write_text("{}")
+    run(path)
+    again = json.loads((tmp_path / "out/report/metrics.json").read_bytes())
+    assert again["adapter"]["human_nll_nats"] == json.loads(metrics)["adapter"]["human_nll_nats"]
+
+
+@pytest.mark.parametrize("section", ["teacher", "train"])
+def test_how_often_is_checkpointed_changes_no_id(finished, tmp_path, section):
+    path = copy_of(finished, tmp_path)
+    job = yaml.safe_load(path.read_text())
+    job[section]["optimizer"]["checkpoint_steps"] = 3
+    path.write_text(yaml.safe_dump(job, sort_keys=False))
+    before = times(tmp_path / "out/teacher") | times(tmp_path / "out/adapter")
+    run(path, "train")
+    assert times(tmp_path / "out/teacher") | times(tmp_path / "out/adapter") == before
+
+
+def test_a_wrong_model_leaves_a_finished_output_as_it_was(finished, tmp_path):
+    path = copy_of(finished, tmp_path)
+    before = (tmp_path / "out/job.yaml").read_bytes()
+    (tmp_path / "empty").mkdir()
+    job = yaml.safe_load(path.read_text())
+    job["teacher"]["model"] = str(tmp_path / "empty")
+    path.write_text(yaml.safe_dump(job, sort_keys=False))
+    with pytest.raises(ModelInvalid, match=r"no config\.json"):
+        run(path, "evaluate")
+    assert (tmp_path / "out/job.yaml").read_bytes() == before
+
+
+def test_sequences_longer_than_the_model_are_refused(tiny_job, tmp_path):
+    with pytest.raises(ModelInvalid, match="has 512 positions"):
+        run(tiny_job(tmp_path, corpus={"context_tokens": 1024}))
+
+
+def test_teacher_with_a_smaller_vocabulary_is_refused_before_it_trains(tiny_job, tmp_path):
+    from conftest import save_tiny_model
+
+    small = save_tiny_model(tmp_path / "small", vocab_size=290)
+    with pytest.raises(VocabularyMismatch, match="gives logits for 290 tokens"):
+        run(tiny_job(tmp_path, teacher={"model": str(small)}))
 
 
 def test_student_with_another_tokenizer_is_refused(finished, tmp_path):

@@ -226,6 +226,20 @@ def test_receipt_without_part_is_computed_again(tmp_path):
     assert find_receipt(store, receipt.part_id) is None
 
 
+def test_part_lost_and_computed_to_other_bytes_is_a_conflict_and_not_believed(tmp_path):
+    store = LocalStore(tmp_path)
+    rows, fidelity = some_rows(KINDS["threshold"])
+    content, receipt = build_part(a_plan(KINDS["threshold"]), rows, fidelity)
+    commit_part(store, content, receipt)
+    (tmp_path / receipt.path).unlink()
+    other = receipt.model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(PartConflict, match=receipt.part_id):
+        commit_part(store, content + b"x", other)
+    assert not store.exists(receipt.path)
+    assert commit_part(store, content, receipt) == receipt
+    assert store.read(receipt.path) == content
+
+
 def test_whole_output_verifies(tmp_path):
     committed(LocalStore(tmp_path), seeds=(0, 1, 2))
     verification = verify_targets(LocalStore(tmp_path), deep=True)

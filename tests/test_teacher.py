@@ -162,7 +162,7 @@ def folds(tiny_model, tmp_path_factory):
             num_threads=1,
             seed=fold,
         )
-        train_fold(plan, sequences(), folder=tiny_model, store=store, on_step=lambda step: None)
+        train_fold(plan, sequences(), folder=tiny_model, device="cpu", store=store, on_step=lambda step: None)
         plans.append(plan)
     return store, plans
 

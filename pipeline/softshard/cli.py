@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr. Everything heavy is importe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -43,9 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         what = "stopped; what is committed is kept, and the same command goes on from there"
         return _fail(arguments, error, EXIT_TRY_AGAIN, message=what)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:  # noqa: BLE001 - the edge: what nothing else named is a bug, exit code 1
         return _fail(arguments, error, EXIT_BUG, message=f"a bug: {type(error).__name__}: {error}")
 
@@ -67,7 +65,8 @@ def _fail(arguments: argparse.Namespace, error: BaseException, code: int, messag
 
         traceback.print_exception(error)
     hint = "" if arguments.debug or code != EXIT_BUG else " (--debug shows where)"
-    sys.stderr.write(f"softshard: {' '.join((message or str(error)).split())}{hint}\n")
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(f"softshard: {' '.join((message or str(error)).split())}{hint}\n")
     return code
 
 
@@ -93,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = _command(commands, "verify", "read every part again and check it", _verify)
     _add_out(verify)
+    _add_quiet(verify)
     verify.add_argument("--deep", action="store_true", help="decode every sketch and check its mass")
 
     show = _command(commands, "show", "show one stored sequence, position by position", _show)
@@ -120,6 +120,10 @@ def _command(
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB.yaml", help="the job file")
+    _add_quiet(parser)
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -137,9 +141,17 @@ def _positive(text: str) -> float:
 def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:
     if arguments.json:
         plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-        sys.stdout.write(json.dumps(plain, ensure_ascii=False) + "\n")
-    else:
+        text = json.dumps(plain, ensure_ascii=False) + "\n"
+    _write(text)
+
+
+def _write(text: str) -> None:
+    """Write a result; a reader that has read enough, such as `head`, is no error."""
+    try:
         sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _reporter(arguments: argparse.Namespace) -> Any:
@@ -198,7 +210,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from softshard.run.status import render_verification, verify_output
 
-    verification = verify_output(arguments.out, deep=arguments.deep)
+    verification = verify_output(arguments.out, _reporter(arguments), deep=arguments.deep)
     _print(arguments, verification, render_verification(arguments.out, verification))
     return EXIT_DATA if verification.problems else 0
 
@@ -233,7 +245,7 @@ def _schema(arguments: argparse.Namespace) -> int:
         raise JobInvalid(
             file="softshard schema", place=arguments.name, problem=f"no such schema; known: {', '.join(texts)}"
         )
-    sys.stdout.write(texts[arguments.name])
+    _write(texts[arguments.name])
     return 0
 
 

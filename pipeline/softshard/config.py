@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 DataType = Literal["auto", "float32", "bfloat16"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
 
 class _Settings(BaseModel):
@@ -116,10 +117,14 @@ class CorpusSettings(_Settings):
             raise ValueError(
                 f"overlap_tokens ({self.overlap_tokens}) must be less than context_tokens ({self.context_tokens})"
             )
-        names = [source.name for source in self.sources]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"source names must differ: {', '.join(twice)} is given more than once")
+        _refuse_equal_names(self.sources)
         return self
+
+
+def _refuse_equal_names(sources: tuple[SourceSettings, ...]) -> None:
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"source names must differ: {', '.join(twice)} is given more than once")
 
 
 class LoraSettings(_Settings):
@@ -160,12 +165,12 @@ class TeacherSettings(_Settings):
     """The model that gives the targets, and how it is adapted to the corpus."""
 
     model: str = Field(min_length=1)
-    """Folder or hub name of a causal language model."""
+    """Folder or hub name (`name`, `owner/name`) of a causal language model."""
     revision: str | None = None
     """Revision on the hub."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs the model."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: DataType = "float32"
     """Type of weights and activations while scoring; `auto` is bfloat16 where the device has it natively."""
@@ -193,7 +198,7 @@ def _fraction(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             return value
     return value
 
@@ -267,6 +272,11 @@ class RetentionSettings(_Settings):
     batch_tokens: int = Field(default=512, ge=1)
     """Token budget of the retention batch of a step."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> RetentionSettings:
+        _refuse_equal_names(self.sources)
+        return self
+
 
 class BaselineSettings(_Settings):
     """Ordinary fine-tuning on the same tokens, with the same steps, at its own best learning rate."""
@@ -291,7 +301,7 @@ class TrainSettings(_Settings):
     truncated: Literal["ghost", "renormalise"] = "ghost"
     """What stands for the tokens that a `topk` or `nucleus` sketch leaves out: `ghost` is one token with the mass of
     them all, `renormalise` scales the stored ones to 1, which teaches that the rest is impossible."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: DataType = "auto"
     """Type of the frozen weights; the adapter is float32. `auto` is bfloat16 where the device has it natively."""
@@ -344,6 +354,11 @@ class Job(_Settings):
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
+    @field_validator("out")
+    @classmethod
+    def _plain_path(cls, value: str) -> str:
+        return value.removeprefix("file://")
+
 
 def digest_of(value: Any) -> str:
     """SHA-256, in hex, of a value's canonical JSON: sorted keys, no spaces, UTF-8. Models are dumped whole."""
@@ -357,8 +372,10 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_job(path: str | Path) -> Job:
+def load_job(path: str | Path, *, check_paths: bool = True) -> Job:
     """Read and check a job file.
+
+    With `check_paths`, local sources and model folders must be there; without it, the job may be one that has run.
 
     Raises:
         JobInvalid: the file cannot be read, is not YAML, or a value is unknown, missing, of the wrong type, outside
@@ -394,6 +411,8 @@ def load_job(path: str | Path) -> Job:
         tail = "".join(f"; {later}: {other}" for _, later, other in rest)
         raise JobInvalid(file=file, place=place, problem=problem + tail) from error
     _refuse_impossible(job, root, file)
+    if check_paths:
+        _refuse_missing_paths(job, root, file)
     return job
 
 
@@ -405,8 +424,42 @@ def _refuse_impossible(job: Job, root: yaml.Node | None, file: str) -> None:
         refuse("the vllm engine is not part of this version; use transformers", "teacher", "engine")
     if job.target.kind == "threshold" and job.target.tau < 2**-15:
         refuse("must be at least 1/32768; use `kind: full` to store everything", "target", "tau")
-    if "://" in job.out and not job.out.startswith("file://"):
+    if "://" in job.out:
         refuse("must be a local folder in this version", "out")
+    if job.train.revision is not None and job.train.model is None:
+        refuse("has no `train.model` that it could be a revision of", "train", "revision")
+    shown, room = job.evaluate.prompt_tokens + job.evaluate.sample_tokens, job.corpus.context_tokens
+    if shown > room:
+        problem = (
+            f"with prompt_tokens makes {shown}, more than context_tokens ({room}): human text would be cut shorter"
+        )
+        refuse(problem, "evaluate", "sample_tokens")
+
+
+def _refuse_missing_paths(job: Job, root: yaml.Node | None, file: str) -> None:
+    retention = () if job.train.retention is None else job.train.retention.sources
+    places: list[tuple[SourceSettings, tuple[str | int, ...]]] = [
+        *((source, ("corpus", "sources", index)) for index, source in enumerate(job.corpus.sources)),
+        *((source, ("train", "retention", "sources", index)) for index, source in enumerate(retention)),
+    ]
+    for source, location in places:
+        if source.format != "datasets" and "://" not in source.uri and not _is_there(source.uri):
+            problem = f"{source.uri}: no such file or folder"
+            raise JobInvalid(file=file, place=_place(root, (*location, "uri")), problem=problem)
+    for section, model in (("teacher", job.teacher.model), ("train", job.train.model)):
+        if model is not None and _is_path(model) and not Path(model).expanduser().is_dir():
+            raise JobInvalid(file=file, place=_place(root, (section, "model")), problem=f"{model}: no such folder")
+
+
+def _is_there(uri: str) -> bool:
+    import glob
+
+    return Path(uri).exists() or bool(glob.glob(uri, recursive=True))
+
+
+def _is_path(model: str) -> bool:
+    """Whether a model's name can only be a folder: the hub's names are `name` or `owner/name`."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
 def _place_and_problem(root: yaml.Node | None, item: dict[str, Any]) -> tuple[int, str, str]:

@@ -10,6 +10,7 @@ __all__ = [
     "AdapterMissing",
     "CorpusEmpty",
     "DataInvalid",
+    "EngineDiffers",
     "FoldEmpty",
     "HoldoutEmpty",
     "JobInvalid",
@@ -17,6 +18,7 @@ __all__ = [
     "ManifestMissing",
     "ModelInvalid",
     "OutputForeign",
+    "OutputUnusable",
     "PartConflict",
     "PartCorrupt",
     "PartsFailed",
@@ -80,6 +82,16 @@ class OutputForeign(SoftshardError):
         super().__init__(f"{out}: this folder {whose}, not to job {job!r}; give `out` another folder")
 
 
+class OutputUnusable(SoftshardError):
+    """The output folder cannot be written."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, uri: str, problem: str) -> None:
+        self.uri, self.problem = uri, problem
+        super().__init__(f"{uri}: cannot be written: {problem}; give `out` a folder on a disk that can be")
+
+
 class DataInvalid(SoftshardError):
     """Data is not what it claims to be; trying again cannot help."""
 
@@ -102,6 +114,17 @@ class CorpusEmpty(DataInvalid):
         seen = ", ".join(f"{count} {name}" for name, count in counts.items())
         where = f"the {split} split of the corpus" if split else "the corpus"
         super().__init__(f"{where} has no document ({seen}); check `corpus.sources` and `corpus.holdout_fraction`")
+
+
+class EngineDiffers(DataInvalid):
+    """A worker would score with another engine than the one that a part is named by."""
+
+    def __init__(self, *, what: str, expected: str, actual: str) -> None:
+        self.what, self.expected, self.actual = what, expected, actual
+        super().__init__(
+            f"this worker's {what} is {actual}, the job's is {expected}: parts would not be what their id says;"
+            " give all workers the same environment and name `teacher.device`"
+        )
 
 
 class FoldEmpty(DataInvalid):
@@ -179,7 +202,7 @@ class PartCorrupt(DataInvalid):
 
     def __init__(self, *, uri: str, problem: str) -> None:
         self.uri, self.problem = uri, problem
-        super().__init__(f"{uri}: {problem}; remove the part and its receipt, and run the job again")
+        super().__init__(f"{uri}: {problem}; remove it, and its receipt if it has one, and run the job again")
 
 
 class PartConflict(DataInvalid):
@@ -201,8 +224,8 @@ class PartsFailed(DataInvalid):
         named = "; ".join(f"{part}: {why}" for part, why in list(failures.items())[:5])
         more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
         super().__init__(
-            f"{out}: {len(failures)} part(s) were set aside, no manifest was written: {named}{more};"
-            " mend the cause and run the job again, committed parts are kept"
+            f"{out}: {len(failures)} task(s) were set aside, no manifest was written: {named}{more};"
+            " mend the cause and run the job again, what is committed is kept"
         )
 
 

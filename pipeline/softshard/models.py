@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softshard.errors import ModelInvalid, TokenizerMismatch, VocabularyMismatch
+from softshard.errors import ModelInvalid, TokenizerMismatch, TryAgain, VocabularyMismatch
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Tokenizer",
+    "check_context",
     "check_tokenizer",
     "check_vocabulary",
     "load_model",
@@ -42,7 +43,7 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        if model.startswith(("/", ".", "~")) or model.count("/") > 1:
             raise ModelInvalid(model=model, problem="no such folder")
         folder = _from_hub(model, revision)
     if not (folder / "config.json").is_file():
@@ -57,7 +58,9 @@ def _from_hub(model: str, revision: str | None) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        raise TryAgain(f"{model}: no such folder, and the hub cannot be reached for a model of this name") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         problem = f"no such folder, and the hub gives none of this name ({type(error).__name__})"
         raise ModelInvalid(model=model, problem=problem) from error
 
@@ -142,13 +145,26 @@ def check_vocabulary(*, model: str, model_size: int, data: str, data_size: int) 
 
 def output_size(folder: Path) -> int:
     """Number of tokens that a model gives logits for, by its config, padding included. Raises ModelInvalid."""
+    return int(_text_config(folder).vocab_size)
+
+
+def check_context(folder: Path, *, context_tokens: int) -> None:
+    """Refuse sequences that are longer than a model's positions. Raises ModelInvalid."""
+    longest = getattr(_text_config(folder), "max_position_embeddings", None)
+    if longest is not None and context_tokens > longest:
+        problem = (
+            f"has {longest} positions, `corpus.context_tokens` is {context_tokens}; lower it, or use another model"
+        )
+        raise ModelInvalid(model=str(folder), problem=problem)
+
+
+def _text_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise ModelInvalid(model=str(folder), problem=f"its config.json cannot be read: {error}") from error
-    return int(config.get_text_config().vocab_size)
 
 
 @lru_cache(maxsize=8)
@@ -203,7 +219,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
     """A frozen causal language model in evaluation mode.
 
     Raises:
-        ModelInvalid: transformers cannot load it.
+        ModelInvalid: transformers cannot load it, or the device is not there.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -215,4 +231,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelInvalid(model=str(folder), problem=f"cannot be loaded: {error}") from error
     model.requires_grad_(False)
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"cannot be put on the device {device}: {error}") from error

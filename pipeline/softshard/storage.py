@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol, cast
 
-from softshard.errors import JobInvalid, PartConflict, SourceUnreadable, StorageFull
+from softshard.errors import JobInvalid, OutputUnusable, PartConflict, SourceUnreadable, StorageFull
 
 __all__ = ["InputFile", "LocalStore", "Store", "list_inputs", "open_input", "sha256_of"]
+
+
+_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENOTSUP, errno.ENAMETOOLONG}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +47,12 @@ def list_inputs(uri: str, *, source: str) -> list[InputFile]:
 
     try:
         fs, path = fsspec.core.url_to_fs(uri)
-        if "*" in path or "?" in path or "[" in path:
-            found = [name for name in fs.glob(path) if not fs.isdir(name)]
-        elif fs.isdir(path):
+        if fs.isdir(path):
             found = fs.find(path)
+        elif fs.exists(path):
+            found = [path]
         else:
-            found = [path] if fs.exists(path) else []
+            found = [name for name in fs.glob(path) if not fs.isdir(name)]
         root = path.rstrip("/")
         shown = sorted(name for name in found if not _hidden(name, root))
         files = [_describe(fs, name) for name in shown]
@@ -214,6 +217,8 @@ class LocalStore:
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise StorageFull(uri=str(target)) from error
+            if error.errno in _UNUSABLE:
+                raise OutputUnusable(uri=str(target), problem=error.strerror or str(error)) from error
             raise
         finally:
             temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Everything goes to stderr, so that stdout holds results alone. The core takes a 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -56,9 +57,10 @@ class ConsoleReporter:
         self._terminal = sys.stderr.isatty()
 
     def say(self, message: str) -> None:
-        """Write a line to stderr."""
-        sys.stderr.write(message + "\n")
-        sys.stderr.flush()
+        """Write a line to stderr; where nobody listens any more, the work goes on."""
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.write(message + "\n")
+            sys.stderr.flush()
 
     @contextmanager
     def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:

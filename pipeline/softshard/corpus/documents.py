@@ -92,7 +92,7 @@ def corpus_statistics(store: LocalStore, files: Sequence[DocumentsFile]) -> tupl
 
     tokens = pl.col("tokens")
     table = (
-        pl.scan_parquet([store.local_path(file.path) for file in files])
+        pl.scan_parquet([store.local_path(file.path) for file in files], glob=False)
         .group_by("style", "source", "split")
         .agg(
             pl.len().alias("num_documents"),

@@ -17,7 +17,6 @@ from pathlib import PurePosixPath
 from typing import IO, BinaryIO, cast
 
 import pyarrow as pa
-import zstandard
 
 from softshard.config import SourceSettings
 from softshard.corpus.formats import RawDocument, read_json_lines, read_parquet, read_text
@@ -116,5 +115,5 @@ def _decompress(stream: BinaryIO, spool: IO[bytes]) -> None:
 def _named_errors(source: SourceSettings, uri: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise SourceUnreadable(source=source.name, uri=uri, problem=f"cannot be read: {error}") from error

@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +24,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 _TOPIC = "softshard"
 _IN_FLIGHT_PER_WORKER = 2
+_PATIENCE = 5.0
+_SECONDS_WITHOUT_WORKERS = 300.0
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": 1,
     # Dask has workers give freed memory back at once. A training step frees and takes gigabytes, so with that it
@@ -35,11 +41,20 @@ class Cluster:
     def __init__(self, client: Any, settings: ClusterSettings) -> None:
         self._client = client
         self._settings = settings
+        # Two jobs may share a scheduler, and Dask takes tasks of one key for one task.
+        self._run = uuid.uuid4().hex
 
     def on_message(self, handle: Callable[[Any], None]) -> None:
-        """Pass on what tasks say with `send_message`."""
-        self._client.unsubscribe_topic(_TOPIC) if _TOPIC in self._client._event_handlers else None
-        self._client.subscribe_topic(_TOPIC, lambda event: handle(event[1]))
+        """Pass on what tasks say with `send_message`, until another handler takes over."""
+        self._handle = handle
+        with contextlib.suppress(ValueError):
+            self._client.unsubscribe_topic(_TOPIC)
+        self._client.subscribe_topic(_TOPIC, self._hear)
+
+    def _hear(self, event: tuple[float, Any]) -> None:
+        run, message = event[1]
+        if run == self._run:
+            self._handle(message)
 
     def run(
         self,
@@ -51,58 +66,85 @@ class Cluster:
     ) -> dict[str, str]:
         """Run a function over tasks; the names and reasons of those that were set aside.
 
-        At most two tasks a worker are in flight, so memory does not grow with their number. A task that fails for a
-        reason that may pass (a lost worker, an input or output error) is tried again, up to `cluster.max_attempts`
-        times; one whose data is wrong is set aside at once.
+        At most two tasks a worker are in flight, so memory does not grow with their number; workers that come later
+        get their share. A task that fails for a reason that may pass (a lost worker, an input or output error) is
+        tried again, up to `cluster.max_attempts` times; one whose data is wrong is set aside at once.
 
         Raises:
             StorageFull: a worker's disk is full; nothing more is started.
+            TryAgain: the scheduler is lost, or no worker has come for five minutes.
             Exception: a bug in the function.
         """
-        from distributed import as_completed
-
-        workers = max(1, len(self._client.scheduler_info()["workers"]))
         waiting = iter(tasks)
-        futures = as_completed(loop=self._client.loop)
         flying: dict[Any, _Attempt[Task]] = {}
         failures: dict[str, str] = {}
 
         def submit(attempt: _Attempt[Task]) -> None:
-            future = self._client.submit(
-                function,
-                attempt.task,
-                pure=False,
-                resources={"teacher": 1},
-                key=f"{name(attempt.task)}-{attempt.number}",
-            )
+            key = f"{name(attempt.task)}-{attempt.number}-{self._run}"
+            order = (self._run, function, attempt.task)
+            future = self._client.submit(_call, order, pure=False, resources={"teacher": 1}, key=key)
             flying[future] = attempt
-            futures.add(future)
 
-        def refill() -> None:
-            while len(flying) < workers * _IN_FLIGHT_PER_WORKER:
-                task = next(waiting, None)
-                if task is None:
-                    return
+        while True:
+            room = self._num_workers() * _IN_FLIGHT_PER_WORKER - len(flying)
+            for task in itertools.islice(waiting, room):
                 submit(_Attempt(task, 1))
+            if not flying:
+                return failures
+            for future in self._finished(flying):
+                attempt = flying.pop(future)
+                error = future.exception() if future.status != "cancelled" else TryAgain("the task was cancelled")
+                if error is None:
+                    on_result(attempt.task, future.result())
+                elif isinstance(error, StorageFull):
+                    raise error
+                elif _may_pass(error) and attempt.number < self._settings.max_attempts:
+                    submit(_Attempt(attempt.task, attempt.number + 1))
+                elif isinstance(error, DataInvalid) or _may_pass(error):
+                    reason = f"{type(error).__name__}: {error} (attempt {attempt.number})"
+                    failures[name(attempt.task)] = reason
+                else:
+                    raise error
+                future.release()
 
-        refill()
-        while flying:
-            future = next(futures)
-            attempt = flying.pop(future)
-            error = future.exception() if future.status != "cancelled" else TryAgain("the task was cancelled")
-            if error is None:
-                on_result(attempt.task, future.result())
-            elif isinstance(error, StorageFull):
-                raise error
-            elif _may_pass(error) and attempt.number < self._settings.max_attempts:
-                submit(_Attempt(attempt.task, attempt.number + 1))
-            elif isinstance(error, DataInvalid) or _may_pass(error):
-                failures[name(attempt.task)] = f"{type(error).__name__}: {error} (attempt {attempt.number})"
-            else:
-                raise error
-            future.release()
-            refill()
-        return failures
+    def _finished(self, flying: Collection[Any]) -> list[Any]:
+        """Futures that are done; waits for one, but not for a scheduler or for workers that are gone."""
+        from distributed import wait
+
+        alone = 0.0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return list(wait(list(flying), timeout=_PATIENCE, return_when="FIRST_COMPLETED").done)
+            self._refuse_if_lost()
+            alone = 0.0 if self._workers() else alone + _PATIENCE
+            if alone >= _SECONDS_WITHOUT_WORKERS:
+                raise TryAgain("the cluster has had no worker with the resource `teacher=1` for five minutes")
+
+    def _refuse_if_lost(self) -> None:
+        if self._client.status != "running":
+            raise TryAgain("the connection to the Dask scheduler is lost; what is committed is kept, run the job again")
+
+    def _workers(self) -> int:
+        """Workers that offer the resource; asks the scheduler."""
+        self._refuse_if_lost()
+        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        return sum(worker.get("resources", {}).get("teacher", 0) >= 1 for worker in workers)
+
+    def _num_workers(self) -> int:
+        """At least 1, so that something waits for the first worker; asked for every few seconds at most."""
+        now = time.monotonic()
+        if now - self._counted_at > _PATIENCE:
+            self._counted, self._counted_at = max(1, self._workers()), now
+        return self._counted
+
+    _counted, _counted_at = 1, float("-inf")
+
+
+def _call(order: tuple[str, Callable[[Any], Any], Any]) -> Any:
+    """What a worker runs; messages of the task carry the run that it belongs to."""
+    global _run_of_task
+    _run_of_task, function, task = order
+    return function(task)
 
 
 class _Attempt(Generic[Task]):
@@ -122,11 +164,14 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError | KilledWorker | CommClosedError | MemoryError)
 
 
+_run_of_task = ""
+
+
 def send_message(message: Any) -> None:
     """From inside a task: tell the client something, at most a few times a second."""
     from distributed import get_worker
 
-    get_worker().log_event(_TOPIC, message)
+    get_worker().log_event(_TOPIC, (_run_of_task, message))
 
 
 @contextmanager

@@ -84,6 +84,7 @@ def ensure_report(
             return report
     if not compute:
         raise ManifestMissing(uri=f"{store.uri}/metrics.json", stage="evaluate")
+    store.replace("key.txt", b"")
     report = _make_report(workspace, corpora, manifest, trained, reporter)
     store.replace("key.txt", key.encode())
     return report

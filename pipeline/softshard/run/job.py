@@ -12,7 +12,7 @@ from softshard.evaluate.report import Report
 from softshard.run.evaluation import ensure_report
 from softshard.run.targets import ensure_corpora, ensure_targets, ensure_teacher, lazy_cluster
 from softshard.run.training import ensure_trained
-from softshard.run.workspace import open_workspace
+from softshard.run.workspace import Workspace, claim, open_workspace
 from softshard.shard.manifest import Manifest
 from softshard.telemetry import Reporter
 from softshard.train.record import Trained
@@ -44,6 +44,8 @@ def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES) -
     started = time.monotonic()
     _refuse_without_holdout(job, stages)
     workspace = open_workspace(job)
+    _resolve_models(workspace, stages)
+    claim(workspace)
     last = max(STAGES.index(stage) for stage in stages)
     manifest: Manifest | None = None
     trained: Trained | None = None
@@ -62,6 +64,13 @@ def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES) -
             both = (corpora.style, corpora.retention)
             report = ensure_report(workspace, both, manifest, trained, reporter, compute="evaluate" in stages)
     return Outcome(out=job.out, seconds=time.monotonic() - started, manifest=manifest, trained=trained, report=report)
+
+
+def _resolve_models(workspace: Workspace, stages: Collection[str]) -> None:
+    """Find the models before anything is written, so that a wrong name leaves the folder as it was."""
+    _ = workspace.teacher_model
+    if "train" in stages or "evaluate" in stages:
+        _ = workspace.student_model
 
 
 def _refuse_without_holdout(job: Job, stages: Collection[str]) -> None:

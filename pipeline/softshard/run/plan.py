@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from softshard.config import Job
 from softshard.corpus.build import count_corpus, first_sequences
-from softshard.models import Tokenizer, load_tokenizer, resolve_model, weights_digest
+from softshard.models import Tokenizer, check_context, load_tokenizer, resolve_model, weights_digest
 from softshard.shard.commit import PartPlan, build_part
 from softshard.teacher.transformers_engine import TransformersTeacher, engine_identity
 from softshard.telemetry import Reporter
@@ -53,6 +53,7 @@ class Plan:
     training_hours: float
     """Teacher hours of the style teacher; a token trained is counted as three tokens scored."""
     wall_hours: float
+    """Style teacher and targets on the job's workers; the student's training comes on top."""
     cost: float | None
 
 
@@ -66,6 +67,7 @@ def make_plan(job: Job, reporter: Reporter, *, tokens_per_second: float | None, 
         price_per_hour: price of one worker's hour; None: no cost is given.
     """
     folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
+    check_context(folder, context_tokens=job.corpus.context_tokens)
     tokenizer = load_tokenizer(folder)
     count = count_corpus(
         settings=job.corpus, tokenizer=tokenizer, folds=job.teacher.folds, seed=job.seed, reporter=reporter
@@ -153,7 +155,7 @@ def render_plan(plan: Plan) -> str:
         ("speed", f"{plan.tokens_per_second:,.0f} tokens a second and worker, {plan.speed_is}"),
         ("style teacher", f"{plan.training_hours:.3g} hours"),
         ("targets", f"{plan.scoring_hours:.3g} hours"),
-        ("in all", f"{plan.wall_hours:.3g} hours with {plan.workers} worker(s)"),
+        ("together", f"{plan.wall_hours:.3g} hours with {plan.workers} worker(s), before any student is trained"),
     ]
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f}"))

@@ -62,7 +62,7 @@ def show_sequence(out: str, sequence_id: str) -> ShownSequence:
         ManifestMissing: the targets are not complete.
     """
     manifest = read_manifest(LocalStore(out).below("targets"))
-    job = load_job(Path(out) / "job.yaml")
+    job = load_job(Path(out) / "job.yaml", check_paths=False)
     folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, model=str(folder), data=out, data_fingerprint=manifest.tokenizer_fingerprint)

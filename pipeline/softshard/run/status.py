@@ -1,17 +1,24 @@
-"""How far an output folder is: what each stage has left there. Reads, and needs no model."""
+"""How far an output folder is: what each stage has left there. Reads, and needs no model.
+
+It says what is there, not whether a changed job file would have some of it made anew: that is for `softshard run`.
+"""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from softshard.config import load_job
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import JobInvalid, ManifestMissing
 from softshard.run.workspace import owner_of
-from softshard.shard.manifest import Manifest, Receipt, read_manifest
+from softshard.shard.manifest import Manifest, Receipt, read_manifest, read_receipt
+from softshard.shard.read import read_rows
 from softshard.shard.schema import Fidelity
 from softshard.shard.verify import Verification, verify_targets
 from softshard.storage import LocalStore
+from softshard.telemetry import Reporter
 
 __all__ = [
     "StageStatus",
@@ -93,9 +100,9 @@ def _corpus(store: LocalStore) -> StageStatus:
 
 
 def _teacher(store: LocalStore) -> StageStatus:
+    folds = load_job(store.local_path("job.yaml"), check_paths=False).teacher.folds
     adapters = sum(path.endswith("/receipt.json") for path in store.list("teacher"))
-    complete = adapters > 0 or store.exists("targets/manifest.json")
-    return StageStatus(stage="teacher", complete=complete, figures={"adapters": adapters})
+    return StageStatus(stage="teacher", complete=adapters >= folds, figures={"adapters": adapters, "folds": folds})
 
 
 def _targets(store: LocalStore) -> tuple[StageStatus, tuple[str, ...]]:
@@ -104,8 +111,7 @@ def _targets(store: LocalStore) -> tuple[StageStatus, tuple[str, ...]]:
         manifest = read_manifest(store)
         receipts = manifest.parts
     except ManifestMissing:
-        paths = store.list("receipts")
-        receipts = tuple(Receipt.model_validate_json(store.read(path)) for path in paths)
+        receipts = tuple(read_receipt(store, path) for path in store.list("receipts"))
     labels = sum(receipt.num_labels for receipt in receipts)
     figures: dict[str, Any] = {"parts": len(receipts), "positions": labels}
     fidelity = mean_fidelity(receipts)
@@ -120,12 +126,10 @@ def _targets(store: LocalStore) -> tuple[StageStatus, tuple[str, ...]]:
 
 
 def _some_sequences(store: LocalStore, receipts: tuple[Receipt, ...]) -> tuple[str, ...]:
-    import polars as pl
-
-    if not receipts or not store.exists(receipts[0].path):
+    if not receipts:
         return ()
-    ids = pl.scan_parquet(store.local_path(receipts[0].path)).select("sequence_id").head(3).collect()
-    return tuple(ids["sequence_id"].to_list())
+    rows = itertools.islice(read_rows(store, receipts[0]), 3)
+    return tuple(sequence.sequence_id for (sequence, _), _ in rows)
 
 
 def _adapter(store: LocalStore) -> StageStatus:
@@ -158,11 +162,14 @@ def render_status(status: Status) -> str:
     return "\n".join(lines) + "\n"
 
 
-def verify_output(out: str, *, deep: bool) -> Verification:
+def verify_output(out: str, reporter: Reporter, *, deep: bool) -> Verification:
     """Verify the targets of an output folder. Raises JobInvalid if it holds no job."""
     if owner_of(out) is None:
         raise JobInvalid(file=out, place="", problem="holds no output of softshard (no job.yaml with a name)")
-    return verify_targets(LocalStore(out).below("targets"), deep=deep)
+    with reporter.progress("verify", total=None, unit="parts") as progress:
+        return verify_targets(
+            LocalStore(out).below("targets"), deep=deep, on_part=lambda done, total: progress(done, total=total)
+        )
 
 
 def render_verification(out: str, verification: Verification) -> str:

@@ -16,6 +16,7 @@ from softshard.config import CorpusSettings
 from softshard.corpus.build import build_corpus, current_corpus
 from softshard.corpus.manifest import CorpusManifest
 from softshard.errors import ManifestMissing, PartsFailed
+from softshard.models import check_context, check_vocabulary, output_size
 from softshard.run.cluster import Cluster, open_cluster
 from softshard.run.tasks import FoldTask, ScoreTask, score_part, train_adapter
 from softshard.run.workspace import Workspace
@@ -78,6 +79,7 @@ def retention_settings(workspace: Workspace) -> CorpusSettings | None:
 def ensure_corpora(workspace: Workspace, reporter: Reporter, *, compute: bool) -> Corpora:
     """The corpus and the retention text, tokenised with the teacher's tokenizer."""
     job = workspace.job
+    check_context(workspace.teacher_model.folder, context_tokens=job.corpus.context_tokens)
 
     def ensure(settings: CorpusSettings, store: LocalStore, folds: int) -> CorpusManifest:
         tokenizer = workspace.teacher_model.tokenizer
@@ -111,7 +113,10 @@ def ensure_teacher(
     workspace: Workspace, corpus: CorpusManifest, reporter: Reporter, cluster: OpenCluster, *, compute: bool
 ) -> StyleTeacher:
     """The style teacher's adapters, trained where they are missing."""
-    store = workspace.teacher
+    store, model = workspace.teacher, workspace.teacher_model
+    check_vocabulary(
+        model=model.name, model_size=output_size(model.folder), data="its tokenizer", data_size=corpus.vocab_size
+    )
     plans = _fold_plans(workspace, corpus)
     found = {plan.fold: find_adapter(store, plan) for plan in plans}
     missing = [plan for plan in plans if found[plan.fold] is None]
@@ -158,6 +163,7 @@ def _train_folds(
             manifest=corpus,
             teacher=workspace.teacher.uri,
             model=workspace.teacher_model.folder,
+            device=workspace.job.teacher.device,
         )
         for plan in plans
     ]
@@ -266,10 +272,12 @@ def _score_parts(
     total = sum(task.slice.num_labels for task in tasks)
     running = cluster()
     with reporter.progress("targets", total=total, unit="positions") as progress:
+        done = 0
 
         def committed(task: ScoreTask, receipt: Receipt) -> None:
+            nonlocal done
             receipts[task.plan.part_id] = receipt
-            done = sum(one.num_labels for one in receipts.values())
+            done += receipt.num_labels
             progress(done, note=f"{len(receipts)}/{len(tasks)} parts")
 
         failures = running.run(score_part, tasks, name=lambda task: f"part-{task.plan.part_id}", on_result=committed)

@@ -58,9 +58,10 @@ def _teacher(task: ScoreTask) -> Teacher:
     global _engine
     key = digest_of([task.plan.teacher, str(task.model), [str(path) for path in task.adapters]])
     if _engine is None or _engine[0] != key:
-        from softshard.teacher.transformers_engine import TransformersTeacher
+        from softshard.teacher.transformers_engine import TransformersTeacher, refuse_other_engine
 
         _engine = None
+        refuse_other_engine(task.plan.teacher, device=task.device)
         teacher = TransformersTeacher(
             task.model,
             adapters=task.adapters,
@@ -82,6 +83,7 @@ class FoldTask:
     teacher: str
     """The `teacher/` folder."""
     model: Path
+    device: str
 
 
 def train_adapter(task: FoldTask) -> AdapterReceipt:
@@ -98,4 +100,6 @@ def train_adapter(task: FoldTask) -> AdapterReceipt:
     sequences = list(
         iter_sequences(LocalStore(task.corpus), task.manifest, split="train", folds_excluded=(task.plan.fold,))
     )
-    return train_fold(task.plan, sequences, folder=task.model, store=LocalStore(task.teacher), on_step=tell)
+    return train_fold(
+        task.plan, sequences, folder=task.model, device=task.device, store=LocalStore(task.teacher), on_step=tell
+    )

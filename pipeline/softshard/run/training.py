@@ -14,7 +14,7 @@ from softshard.corpus.manifest import CorpusManifest
 from softshard.corpus.read import iter_sequences
 from softshard.errors import AdapterMissing
 from softshard.evaluate.scoring import score_holdout
-from softshard.models import check_tokenizer, check_vocabulary, load_model, output_size, resolve_device
+from softshard.models import check_context, check_tokenizer, check_vocabulary, load_model, output_size, resolve_device
 from softshard.run.workspace import Workspace
 from softshard.shard.manifest import Manifest, canonical_json
 from softshard.shard.read import read_rows
@@ -69,6 +69,7 @@ def ensure_trained(
     student = workspace.student_model
     data = workspace.targets.uri
     check_tokenizer(student.tokenizer, model=student.name, data=data, data_fingerprint=manifest.tokenizer_fingerprint)
+    check_context(student.folder, context_tokens=workspace.job.corpus.context_tokens)
     size = output_size(student.folder)
     check_vocabulary(model=student.name, model_size=size, data=data, data_size=manifest.vocab_size)
     store = workspace.adapter
@@ -98,7 +99,7 @@ def _plans(
         "device": device,
         "num_threads": settings.num_threads,
         "lora": settings.lora,
-        "truncated": settings.truncated,
+        "truncated": settings.truncated if manifest.target["kind"] in {"topk", "nucleus"} else None,
         "shuffle_buffer": settings.shuffle_buffer,
         "chunk_positions": settings.chunk_positions,
         "seed": workspace.job.seed,
@@ -110,7 +111,7 @@ def _plans(
         depends_on = {
             **shared,
             "alpha": alpha,
-            "optimizer": optimizer,
+            "optimizer": optimizer.model_dump(exclude={"checkpoint_steps"}),
             "retention_weight": weight,
             "retention": None if used is None else [text, used.objective, used.batch_tokens],
         }

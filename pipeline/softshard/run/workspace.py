@@ -8,12 +8,12 @@ from pathlib import Path
 
 import yaml
 
-from softshard.config import Job
-from softshard.errors import OutputForeign
+from softshard.config import Job, load_job
+from softshard.errors import JobInvalid, OutputForeign
 from softshard.models import Tokenizer, load_tokenizer, resolve_model, weights_digest
 from softshard.storage import LocalStore
 
-__all__ = ["Model", "Workspace", "open_workspace", "owner_of"]
+__all__ = ["Model", "Workspace", "claim", "open_workspace", "owner_of"]
 
 _STAGES = ("corpus", "retention", "teacher", "targets", "adapter", "report")
 
@@ -101,7 +101,7 @@ def owner_of(out: str | Path) -> str | None:
 
 
 def open_workspace(job: Job) -> Workspace:
-    """Claim the output folder for a job and write the job, defaults included, into it.
+    """The output folder of a job, if it is free or the job's own. Nothing is written yet.
 
     Raises:
         OutputForeign: the folder belongs to another job, or holds something else.
@@ -117,7 +117,21 @@ def open_workspace(job: Job) -> Workspace:
         )
         if strangers:
             raise OutputForeign(out=job.out, owner=None, job=job.name)
-    text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
-    if not store.exists("job.yaml") or store.read("job.yaml") != text:
-        store.replace("job.yaml", text)
     return Workspace(job=job, out=store)
+
+
+def claim(workspace: Workspace) -> None:
+    """Write the job, defaults included, into its output folder, unless it says the same already.
+
+    Raises:
+        OutputUnusable: the folder cannot be written.
+    """
+    job, store = workspace.job, workspace.out
+    if store.exists("job.yaml"):
+        try:
+            if load_job(store.local_path("job.yaml"), check_paths=False) == job:
+                return
+        except JobInvalid:
+            pass  # of another version; replaced
+    text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    store.replace("job.yaml", text.encode())

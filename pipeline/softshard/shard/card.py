@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from softshard.shard.manifest import Manifest
 from softshard.storage import Store
 
@@ -13,11 +15,12 @@ def write_card(store: Store, manifest: Manifest) -> None:
     named = {part.path for part in manifest.parts}
     globs = all(path in named for path in store.list("data"))
     lines = ["---", "configs:", "- config_name: default", "  data_files:"]
+    paths = {}
     for split in ("train", "test"):
-        parts = manifest.of_split(split)
-        if parts:
-            paths = [f"data/{split}/*.parquet"] if globs else [part.path for part in parts]
-            lines += [f"  - split: {split}", "    path:", *(f"    - {path}" for path in paths)]
+        listed = [part.path for part in manifest.of_split(split)]
+        paths[split] = [f"data/{split}/*.parquet"] if globs and listed else listed
+        if listed:
+            lines += [f"  - split: {split}", "    path:", *(f"    - {path}" for path in paths[split])]
     licenses = sorted({source.license for source in manifest.sources})
     lines += [
         "tags:",
@@ -43,7 +46,7 @@ def write_card(store: Store, manifest: Manifest) -> None:
         "",
         "```python",
         "import polars as pl",
-        'rows = pl.read_parquet("data/train/*.parquet")',
+        f"rows = pl.read_parquet({json.dumps(paths['train'])})",
         "```",
         "",
         "`docs/format.md` of softshard has the ten lines that turn a row into probabilities.",

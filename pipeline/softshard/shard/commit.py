@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import ValidationError
+import pyarrow as pa
 
 from softshard.config import SketchSettings, digest_of
-from softshard.errors import PartCorrupt
+from softshard.errors import PartConflict
 from softshard.shard.encode import encode_part
-from softshard.shard.manifest import Receipt, canonical_json
+from softshard.shard.manifest import Receipt, canonical_json, read_receipt
 from softshard.shard.schema import SCHEMA_VERSION, Fidelity, PartMetadata
 from softshard.storage import Store, sha256_of
 from softshard.target.fidelity import FidelitySums
@@ -47,6 +47,7 @@ class PartPlan:
         return digest_of(
             {
                 "schema_version": SCHEMA_VERSION,
+                "pyarrow": pa.__version__,
                 "slice": self.slice,
                 "split": self.split,
                 "fold": self.fold,
@@ -75,14 +76,15 @@ def find_receipt(store: Store, part_id: str) -> Receipt | None:
     Raises:
         PartCorrupt: the receipt cannot be read.
     """
-    path = receipt_path(part_id)
+    receipt = _read_receipt(store, part_id)
+    return receipt if receipt is not None and store.exists(receipt.path) else None
+
+
+def _read_receipt(store: Store, part_id: str) -> Receipt | None:
     try:
-        receipt = Receipt.model_validate_json(store.read(path))
+        return read_receipt(store, receipt_path(part_id))
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        raise PartCorrupt(uri=f"{store.uri}/{path}", problem=f"is not a receipt: {error.errors()[0]['msg']}") from error
-    return receipt if store.exists(receipt.path) else None
 
 
 def build_part(
@@ -134,10 +136,14 @@ def commit_part(store: Store, content: bytes, receipt: Receipt) -> Receipt:
     """Put the part, then its receipt; the first commit of a part wins and is returned.
 
     Raises:
-        PartConflict: a file with other bytes has the part's name.
+        PartConflict: a file with other bytes has the part's name, or a receipt of other bytes its id.
         StorageFull: nothing is visible that is not whole.
     """
-    store.put_once(receipt.path, content)
-    if store.create_exclusive(receipt_path(receipt.part_id), canonical_json(receipt)):
-        return receipt
-    return find_receipt(store, receipt.part_id) or receipt
+    there = _read_receipt(store, receipt.part_id)
+    if there is not None and there.sha256 != receipt.sha256:
+        uri = f"{store.uri}/{receipt_path(receipt.part_id)}"
+        raise PartConflict(uri=uri, expected=receipt.sha256, actual=there.sha256)
+    store.put_once((there or receipt).path, content)
+    if there is None and not store.create_exclusive(receipt_path(receipt.part_id), canonical_json(receipt)):
+        return commit_part(store, content, receipt)
+    return there or receipt

@@ -18,7 +18,7 @@ from softshard.errors import ManifestMissing, PartCorrupt
 from softshard.shard.schema import Fidelity
 from softshard.storage import LocalStore, Store
 
-__all__ = ["Manifest", "Receipt", "SourceRights", "canonical_json", "read_manifest", "write_manifest"]
+__all__ = ["Manifest", "Receipt", "SourceRights", "canonical_json", "read_manifest", "read_receipt", "write_manifest"]
 
 
 class _Record(BaseModel):
@@ -92,6 +92,19 @@ class Manifest(_Record):
 def canonical_json(record: BaseModel) -> bytes:
     """The record as indented JSON with sorted keys, ending in a newline."""
     return (json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_receipt(store: Store, path: str) -> Receipt:
+    """A receipt.
+
+    Raises:
+        FileNotFoundError: there is none.
+        PartCorrupt: it cannot be read.
+    """
+    try:
+        return Receipt.model_validate_json(store.read(path))
+    except ValidationError as error:
+        raise PartCorrupt(uri=f"{store.uri}/{path}", problem=f"is not a receipt: {error.errors()[0]['msg']}") from error
 
 
 def write_manifest(store: Store, manifest: Manifest) -> bool:

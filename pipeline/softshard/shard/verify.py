@@ -55,6 +55,7 @@ def verify_targets(
         on_part(done, len(receipts))
         problems += _check_receipt(store, receipt)
         problems += _check_part(store, receipt, manifest, deep=deep)
+    on_part(len(receipts), len(receipts))
     named = {receipt.path for receipt in receipts} | {receipt_path(receipt.part_id) for receipt in receipts}
     if manifest:
         named.add(f"manifests/{manifest.digest}.json")

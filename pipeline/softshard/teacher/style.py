@@ -66,7 +66,9 @@ class FoldPlan:
     @property
     def adapter_id(self) -> str:
         """128 bits, in hex, of a SHA-256 over all of it."""
-        return digest_of({name: getattr(self, name) for name in self.__slots__ if name != "model"})[:32]
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "model"}
+        values["optimizer"] = self.optimizer.model_dump(exclude={"checkpoint_steps"})
+        return digest_of(values)[:32]
 
     @property
     def folder(self) -> str:
@@ -102,6 +104,7 @@ def train_fold(
     sequences: Sequence[TokenSequence],
     *,
     folder: Path,
+    device: str,
     store: LocalStore,
     on_step: Callable[[Step], None],
 ) -> AdapterReceipt:
@@ -111,6 +114,7 @@ def train_fold(
         plan: what is trained.
         sequences: all sequences of the documents outside the fold.
         folder: the model.
+        device: of the plan's kind, with an index where there are several.
         store: the `teacher/` folder.
         on_step: called after each step.
     """
@@ -118,7 +122,7 @@ def train_fold(
 
     if plan.device == "cpu":
         torch.set_num_threads(plan.num_threads)
-    model = load_model(folder, dtype=getattr(torch, plan.dtype), device=plan.device)
+    model = load_model(folder, dtype=getattr(torch, plan.dtype), device=resolve_device(device))
     checkpoint = store.local_path(f".checkpoints/{plan.folder}.pt")
     batches = TextBatches(sequences, seed=plan.seed, batch_tokens=plan.optimizer.batch_tokens, name=f"fold {plan.fold}")
     tuned = fine_tune(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from softshard.config import DataType, SketchSettings
 from softshard.decoder import Decoder, batches_by_length
+from softshard.errors import EngineDiffers
 from softshard.models import check_vocabulary, load_model, resolve_device, resolve_dtype
 from softshard.target.fidelity import FidelitySums
 from softshard.target.philox import label_uniforms
@@ -23,7 +24,7 @@ from softshard.target.sketch import concatenate, sketch_rows, split_rows
 from softshard.target.types import SequenceTargets, TokenSequence
 from softshard.teacher.protocol import TeacherIdentity
 
-__all__ = ["TransformersTeacher", "engine_identity"]
+__all__ = ["TransformersTeacher", "engine_identity", "refuse_other_engine"]
 
 _ROWS_OF_LOGITS = 256
 
@@ -52,6 +53,25 @@ def engine_identity(
         "weights": weights,
         "adapters": list(adapters),
     }
+
+
+def refuse_other_engine(expected: TeacherIdentity, *, device: str) -> None:
+    """Refuse to score with another engine than the one that the part is named by.
+
+    Raises:
+        EngineDiffers: this process has another version, kind of device or native type.
+    """
+    here = engine_identity(
+        weights=str(expected["weights"]),
+        adapters=cast("list[str]", expected["adapters"]),
+        device=device,
+        dtype=cast("DataType", expected["dtype"]),
+        num_threads=int(str(expected["num_threads"])),
+        batch_tokens=int(str(expected["batch_tokens"])),
+    )
+    for what, value in expected.items():
+        if here[what] != value:
+            raise EngineDiffers(what=what, expected=str(value), actual=str(here[what]))
 
 
 class TransformersTeacher:

@@ -105,7 +105,8 @@ def fine_tune(
     total_steps = max(1, round(optimizer.epochs * batches.batches_per_epoch(0)))
     kept = retention if retention is not None and retention.weight > 0 else None
     decoder = Decoder.of(model.eval())
-    settings = [lora, optimizer, seed, num_valid, chunk_positions, batches.digest, batches.state_dict(), total_steps]
+    plain = optimizer.model_dump(exclude={"checkpoint_steps"})
+    settings = [lora, plain, seed, num_valid, chunk_positions, batches.digest, batches.state_dict(), total_steps]
     other = None if kept is None else [kept.weight, kept.objective, kept.batches.digest, kept.batches.state_dict()]
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed_of("softshard.dropout", seed))
