@@ -73,7 +73,7 @@ def test_a_fraction_may_be_written_as_text(tmp_path):
         ({"train__alpha": -0.1}, "train.alpha", "greater than or equal to 0"),
         ({"out": "s3://bucket/run"}, "out", "local folder"),
         ({"name": "a b"}, "name", "should match"),
-        ({"target": {"kind": "threshold", "tau": "1e400"}}, "target.tau", "valid number"),
+        ({"target": {"kind": "threshold", "tau": "1e400"}}, "target.tau", "finite number"),
         ({"teacher__device": "gpu"}, "teacher.device", "should match"),
         ({"train__revision": "main"}, "train.revision", "has no `train.model`"),
         ({"evaluate__sample_tokens": 600}, "evaluate.sample_tokens", "more than context_tokens"),
@@ -138,7 +138,7 @@ def test_digest_does_not_depend_on_the_order_of_keys():
 def test_missing_paths_are_named_with_their_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path, GOOD)
-    with pytest.raises(JobInvalid, match=r"line 5, corpus\.sources\[0\]\.uri: tales\.txt: no such file"):
+    with pytest.raises(JobInvalid, match=r"line 6, corpus\.sources\[0\]\.uri: tales\.txt: no such file"):
         load_job(path)
     (tmp_path / "tales.txt").write_text("Once.")
     assert load_job(path).teacher.model == "models/tiny"  # may be a model of the hub

@@ -221,7 +221,8 @@ class LocalStore:
                 raise OutputUnusable(uri=str(target), problem=error.strerror or str(error)) from error
             raise
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(NotADirectoryError):
+                temporary.unlink(missing_ok=True)
 
 
 def _sync(file: IO[bytes]) -> None:

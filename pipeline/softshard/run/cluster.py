@@ -93,7 +93,7 @@ class Cluster:
                 return failures
             for future in self._finished(flying):
                 attempt = flying.pop(future)
-                error = future.exception() if future.status != "cancelled" else TryAgain("the task was cancelled")
+                error = future.exception()
                 if error is None:
                     on_result(attempt.task, future.result())
                 elif isinstance(error, StorageFull):
@@ -110,19 +110,24 @@ class Cluster:
     def _finished(self, flying: Collection[Any]) -> list[Any]:
         """Futures that are done; waits for one, but not for a scheduler or for workers that are gone."""
         from distributed import wait
+        from distributed.client import FuturesCancelledError
 
         alone = 0.0
         while True:
-            with contextlib.suppress(TimeoutError):
-                return list(wait(list(flying), timeout=_PATIENCE, return_when="FIRST_COMPLETED").done)
-            self._refuse_if_lost()
+            try:
+                with self._client.as_current():
+                    return list(wait(list(flying), timeout=_PATIENCE, return_when="FIRST_COMPLETED").done)
+            except TimeoutError:
+                self._refuse_if_lost()
+            except FuturesCancelledError as error:
+                raise _lost() from error
             alone = 0.0 if self._workers() else alone + _PATIENCE
             if alone >= _SECONDS_WITHOUT_WORKERS:
                 raise TryAgain("the cluster has had no worker with the resource `teacher=1` for five minutes")
 
     def _refuse_if_lost(self) -> None:
         if self._client.status != "running":
-            raise TryAgain("the connection to the Dask scheduler is lost; what is committed is kept, run the job again")
+            raise _lost()
 
     def _workers(self) -> int:
         """Workers that offer the resource; asks the scheduler."""
@@ -138,6 +143,10 @@ class Cluster:
         return self._counted
 
     _counted, _counted_at = 1, float("-inf")
+
+
+def _lost() -> TryAgain:
+    return TryAgain("the connection to the Dask scheduler is lost; what is committed is kept, run the job again")
 
 
 def _call(order: tuple[str, Callable[[Any], Any], Any]) -> Any:
