@@ -145,7 +145,7 @@ def _source(name: str, path: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def finished(tiny_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a whole run; not to be changed."""
-    from softshard.config import load_job
+    from softshard.jobfile import load_job
     from softshard.run.job import run_job
     from softshard.telemetry import SilentReporter
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from softshard.config import ClusterSettings, load_job
+from softshard.config import ClusterSettings
 from softshard.errors import DataInvalid, StorageFull
+from softshard.jobfile import load_job
 from softshard.run.cluster import Cluster, open_cluster, send_message
 from softshard.run.job import run_job
 from softshard.telemetry import SilentReporter

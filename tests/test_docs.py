@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from softshard.config import load_job
+from softshard.jobfile import load_job
 from softshard.shard.manifest import read_manifest
 from softshard.shard.read import read_rows
 from softshard.storage import LocalStore

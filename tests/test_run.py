@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 
-from softshard.config import load_job
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import (
     AdapterMissing,
@@ -26,6 +25,7 @@ from softshard.errors import (
     TokenizerMismatch,
     VocabularyMismatch,
 )
+from softshard.jobfile import load_job
 from softshard.models import load_model
 from softshard.run.job import STAGES, run_job
 from softshard.shard.manifest import read_manifest
@@ -317,7 +317,7 @@ def test_corpus_of_nothing_is_named_with_its_counts(tiny_job, tmp_path):
 KILL = """
 import os, signal, sys
 import softshard.storage as storage
-from softshard.config import load_job
+from softshard.jobfile import load_job
 from softshard.run.job import run_job
 from softshard.telemetry import SilentReporter
 # Every write of the job's own process counts; the one that is asked for is cut short in its middle by SIGKILL.

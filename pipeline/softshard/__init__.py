@@ -14,8 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softshard.config import Job, load_job
+    from softshard.config import Job
     from softshard.errors import SoftshardError
+    from softshard.jobfile import load_job
     from softshard.shard.manifest import Manifest, read_manifest
     from softshard.shard.read import read_rows
     from softshard.storage import LocalStore
@@ -46,7 +47,7 @@ _HOME = {
     "SoftLabelStream": "softshard.train.stream",
     "SoftshardError": "softshard.errors",
     "entries_of": "softshard.target.entries",
-    "load_job": "softshard.config",
+    "load_job": "softshard.jobfile",
     "read_manifest": "softshard.shard.manifest",
     "read_rows": "softshard.shard.read",
 }

@@ -161,7 +161,7 @@ def _reporter(arguments: argparse.Namespace) -> Any:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from softshard.config import load_job
+    from softshard.jobfile import load_job
     from softshard.run.job import STAGES, run_job
     from softshard.run.summary import render_summary, summary_values
 
@@ -172,7 +172,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _stage_runner(stage: str) -> Callable[[argparse.Namespace], int]:
     def run_stage(arguments: argparse.Namespace) -> int:
-        from softshard.config import load_job
+        from softshard.jobfile import load_job
         from softshard.run.job import run_job
         from softshard.run.status import read_status, render_status
 
@@ -186,7 +186,7 @@ def _stage_runner(stage: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from softshard.config import load_job
+    from softshard.jobfile import load_job
     from softshard.run.plan import make_plan, render_plan
 
     plan = make_plan(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from softshard.config import load_job
 from softshard.errors import SequenceUnknown
+from softshard.jobfile import load_job
 from softshard.models import Tokenizer, check_tokenizer, load_tokenizer, resolve_model
 from softshard.run.terminal import wrapped
 from softshard.shard.manifest import Manifest, Receipt, read_manifest

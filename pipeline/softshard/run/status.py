@@ -9,9 +9,9 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from softshard.config import load_job
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import JobInvalid, ManifestMissing
+from softshard.jobfile import load_job
 from softshard.run.workspace import owner_of
 from softshard.shard.manifest import Manifest, Receipt, read_manifest, read_receipt
 from softshard.shard.read import read_rows

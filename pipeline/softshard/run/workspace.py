@@ -8,8 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from softshard.config import Job, load_job
+from softshard.config import Job
 from softshard.errors import JobInvalid, OutputForeign
+from softshard.jobfile import load_job
 from softshard.models import Tokenizer, load_tokenizer, resolve_model, weights_digest
 from softshard.storage import LocalStore
 
