@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,13 @@ def test_demo_job_is_a_job():
     assert job.train.alpha <= 0.5
     assert job.train.baseline is not None
     assert len(job.train.baseline.learning_rates) == 3
+
+
+def test_example_finds_a_part_to_say_what_its_teacher_says(finished):
+    command = [sys.executable, str(ROOT / "examples/compare_part_with_teacher.py"), str(finished), "--sequences", "20"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("20 sequences")
 
 
 def test_schemas_describe_what_a_run_leaves(finished):
