@@ -264,6 +264,15 @@ def test_teacher_with_a_smaller_vocabulary_is_refused_before_it_trains(tiny_job,
         run(tiny_job(tmp_path, teacher={"model": str(small)}))
 
 
+def test_a_run_that_was_complete_notices_a_truncated_part(finished, tmp_path):
+    path = copy_of(finished, tmp_path)
+    part = read_manifest(finished / "targets").parts[1]
+    file = tmp_path / "out/targets" / part.path
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(PartCorrupt, match=rf"has {part.num_bytes - 1} bytes, its receipt names {part.num_bytes}"):
+        run(path)
+
+
 def test_student_with_another_tokenizer_is_refused(finished, tmp_path):
     from conftest import save_tiny_model
 

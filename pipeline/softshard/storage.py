@@ -122,6 +122,9 @@ class Store(Protocol):
     def exists(self, path: str) -> bool:
         """Whether there is such an object."""
 
+    def size(self, path: str) -> int:
+        """Bytes of an object that is there."""
+
     def list(self, prefix: str) -> list[str]:
         """Paths of the objects below a folder, sorted."""
 
@@ -185,6 +188,10 @@ class LocalStore:
     def exists(self, path: str) -> bool:
         """Whether there is such an object."""
         return self.local_path(path).is_file()
+
+    def size(self, path: str) -> int:
+        """Bytes of an object that is there."""
+        return self.local_path(path).stat().st_size
 
     def list(self, prefix: str) -> list[str]:
         """Paths of the files below a folder, sorted, temporary ones left out."""

@@ -13,7 +13,7 @@ from typing import Literal
 import pyarrow as pa
 
 from softshard.config import SketchSettings, digest_of
-from softshard.errors import PartConflict
+from softshard.errors import PartConflict, PartCorrupt
 from softshard.shard.encode import encode_part
 from softshard.shard.manifest import Receipt, canonical_json, read_receipt
 from softshard.shard.schema import SCHEMA_VERSION, Fidelity, PartMetadata
@@ -74,10 +74,15 @@ def find_receipt(store: Store, part_id: str) -> Receipt | None:
     """Receipt of a committed part whose file is there; None if it has to be computed.
 
     Raises:
-        PartCorrupt: the receipt cannot be read.
+        PartCorrupt: the receipt cannot be read, or the part has another size than it names.
     """
     receipt = _read_receipt(store, part_id)
-    return receipt if receipt is not None and store.exists(receipt.path) else None
+    if receipt is None or not store.exists(receipt.path):
+        return None
+    if (size := store.size(receipt.path)) != receipt.num_bytes:
+        problem = f"has {size} bytes, its receipt names {receipt.num_bytes}"
+        raise PartCorrupt(uri=f"{store.uri}/{receipt.path}", problem=problem)
+    return receipt
 
 
 def _read_receipt(store: Store, part_id: str) -> Receipt | None:
