@@ -155,6 +155,15 @@ def test_show_has_every_label_at_80_columns(finished, capsys):
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
 
 
+def test_entries_of_a_position_are_never_broken_between_lines():
+    from softshard.run.terminal import packed
+
+    assert packed(["' a'", "' long one'", "' b'"], indent=60) == [" " * 60 + "' a'  ' long one'", " " * 60 + "' b'"]
+    (cut,) = packed(["word " * 40], indent=7)
+    assert len(cut) <= 80
+    assert packed([], indent=7) == []
+
+
 def test_show_of_an_unknown_sequence_is_3(finished, capsys):
     assert main(["show", str(finished), "--sequence", "zzz"]) == 3
     assert "'zzz'" in capsys.readouterr().err

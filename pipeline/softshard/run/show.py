@@ -12,7 +12,7 @@ import numpy as np
 from softshard.errors import SequenceUnknown
 from softshard.jobfile import load_job
 from softshard.models import Tokenizer, check_tokenizer, load_tokenizer, resolve_model
-from softshard.run.terminal import wrapped
+from softshard.run.terminal import packed, wrapped
 from softshard.shard.manifest import Manifest, Receipt, read_manifest
 from softshard.shard.read import Row, read_rows
 from softshard.shard.schema import PartMetadata
@@ -134,7 +134,7 @@ def render(shown: ShownSequence) -> str:
             f"{position.place:5d}  {label:<24}  p {position.label_probability:<9.4g}"
             f" entropy {position.entropy_nats:5.2f}  tail {position.tail_mass:.3f}"
         )
-        head = "  ".join(f"{word!r} {weight:.3f}" for word, weight in position.head)
-        tail = "  + " + "  ".join(repr(word) for word in position.tail) if position.tail else ""
-        lines += wrapped(head + tail, indent=7)
+        head = [f"{word!r} {weight:.3f}" for word, weight in position.head]
+        tail = [f"{'' if index else '+ '}{word!r}" for index, word in enumerate(position.tail)]
+        lines += packed([*head, *tail], indent=7)
     return "\n".join(lines) + "\n"

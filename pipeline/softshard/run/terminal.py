@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 import unicodedata
+from collections.abc import Iterable
 
-__all__ = ["WIDTH", "printable", "wrapped"]
+__all__ = ["WIDTH", "packed", "printable", "wrapped"]
 
 WIDTH = 80
 """Columns."""
@@ -24,3 +25,18 @@ def wrapped(text: str, *, indent: int = 0) -> list[str]:
         for line in printable(text).splitlines()
         for row in (textwrap.wrap(line, WIDTH - indent, break_on_hyphens=False) or [""])
     ]
+
+
+def packed(items: Iterable[str], *, indent: int) -> list[str]:
+    """Lines of at most 80 columns with the items in order, two spaces apart; none is broken, a longer one is cut."""
+    lines: list[str] = []
+    line = ""
+    for item in items:
+        shown = (
+            textwrap.shorten(printable(item), WIDTH - indent, placeholder="…") if len(item) > WIDTH - indent else item
+        )
+        if line and indent + len(line) + 2 + len(shown) > WIDTH:
+            lines.append(line)
+            line = ""
+        line = f"{line}  {shown}" if line else shown
+    return [" " * indent + one for one in (*lines, line) if one]
