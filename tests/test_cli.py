@@ -178,6 +178,7 @@ def test_plan_counts_what_the_run_then_makes(finished, tiny_job, tmp_path, capsy
     assert plan["positions"] == sum(part.num_labels for part in manifest.parts)
     assert plan["sequences"] == sum(part.num_sequences for part in manifest.parts)
     assert plan["speed_is"] == "given"
+    assert plan["num_trainings"] == 3
     assert plan["cost"] == pytest.approx(2 * (plan["scoring_hours"] + plan["training_hours"]))
     assert 0 < plan["bytes"] < 10 * sum(part.num_bytes for part in manifest.parts)
     assert not (tmp_path / "out").exists()

@@ -53,8 +53,13 @@ class Plan:
     training_hours: float
     """Teacher hours of the style teacher; a token trained is counted as three tokens scored."""
     wall_hours: float
-    """Style teacher and targets on the job's workers; the student's training comes on top."""
+    """Style teacher and targets on the job's workers; the student's trainings come on top."""
     cost: float | None
+    """Of the teacher hours."""
+    num_trainings: int
+    """The student's, and the baseline's at each learning rate."""
+    trained_tokens: int
+    """Tokens of all of them, retention text left out."""
 
 
 def make_plan(job: Job, reporter: Reporter, *, tokens_per_second: float | None, price_per_hour: float | None) -> Plan:
@@ -81,6 +86,7 @@ def make_plan(job: Job, reporter: Reporter, *, tokens_per_second: float | None, 
     trained = train["num_tokens"] * max(0, folds - 1) * job.teacher.optimizer.epochs
     scoring = scored / speed / 3600
     training = trained * _PASSES_OF_A_TRAINING_STEP / speed / 3600
+    trainings = 1 + (0 if job.train.baseline is None else len(job.train.baseline.learning_rates))
     wall = scoring / workers + (training / min(workers, folds) if folds else 0.0)
     return Plan(
         job=job.name,
@@ -100,6 +106,8 @@ def make_plan(job: Job, reporter: Reporter, *, tokens_per_second: float | None, 
         training_hours=training,
         wall_hours=wall,
         cost=None if price_per_hour is None else (scoring + training) * price_per_hour,
+        num_trainings=trainings,
+        trained_tokens=round(train["num_tokens"] * job.train.optimizer.epochs * trainings),
     )
 
 
@@ -155,8 +163,9 @@ def render_plan(plan: Plan) -> str:
         ("speed", f"{plan.tokens_per_second:,.0f} tokens a second and worker, {plan.speed_is}"),
         ("style teacher", f"{plan.training_hours:.3g} hours"),
         ("targets", f"{plan.scoring_hours:.3g} hours"),
-        ("together", f"{plan.wall_hours:.3g} hours with {plan.workers} worker(s), before any student is trained"),
+        ("together", f"{plan.wall_hours:.3g} hours with {plan.workers} worker(s)"),
     ]
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f}"))
+    rows.append(("then", f"{plan.num_trainings} training(s) of the student, {plan.trained_tokens:,} tokens in all"))
     return "\n".join([f"{plan.out}: job {plan.job}", "", *(f"{name:<15} {value}" for name, value in rows)]) + "\n"
