@@ -400,3 +400,10 @@ def test_unreadable_manifest_is_refused_by_name(tmp_path, letters, tokenizer):
         file.write_text(damaged)
         with pytest.raises(PartCorrupt, match=r"manifest\.json"):
             build(letters, tmp_path / "out", tokenizer)
+
+
+def test_source_whose_field_is_misspelled_is_refused_and_not_passed_over(tmp_path, letters, tokenizer):
+    source = {"name": "l", "uri": str(letters / "rows.jsonl"), "style": "plain", "license": "MIT"}
+    chosen = settings(letters, sources=[{**source, "rights_basis": "owned", "text_field": "txet"}])
+    with pytest.raises(SourceUnreadable, match=r"none of its 48 documents has text in the field 'txet'; check"):
+        count_corpus(settings=chosen, tokenizer=tokenizer, folds=0, seed=1, reporter=SilentReporter())

@@ -79,6 +79,12 @@ def test_smallest_job_of_the_reference_is_a_job(tmp_path):
     assert load_job(tmp_path / "job.yaml", check_paths=False).name == "mine"
 
 
+def test_job_of_the_readme_is_a_job(tmp_path):
+    (code,) = blocks("README.md", "yaml")
+    (tmp_path / "job.yaml").write_text(code)
+    assert load_job(tmp_path / "job.yaml", check_paths=False).corpus.sources[0].rights_basis == "public-domain"
+
+
 def test_demo_job_is_a_job():
     job = load_job(ROOT / "jobs/demo.yaml")
     assert job.out == "runs/demo"

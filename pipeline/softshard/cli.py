@@ -187,10 +187,13 @@ def _stage_runner(stage: str) -> Callable[[argparse.Namespace], int]:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from softshard.jobfile import load_job
+    from softshard.run.job import STAGES, refuse_without_holdout
     from softshard.run.plan import make_plan, render_plan
 
+    job = load_job(arguments.job)
+    refuse_without_holdout(job, STAGES)
     plan = make_plan(
-        load_job(arguments.job),
+        job,
         _reporter(arguments),
         tokens_per_second=arguments.tokens_per_second,
         price_per_hour=arguments.price_per_hour,

@@ -81,7 +81,8 @@ class SourceSettings(_Settings):
         try:
             return str(canonicalize_license_expression(value))
         except InvalidLicenseExpression as error:
-            raise ValueError(f"{value!r} is not an SPDX licence expression ({error})") from error
+            problem = f"{value!r} is not an SPDX licence expression, such as CC0-1.0, MIT or LicenseRef-Owned"
+            raise ValueError(problem) from error
 
 
 class CorpusSettings(_Settings):
@@ -90,7 +91,8 @@ class CorpusSettings(_Settings):
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
     """Where the documents come from."""
     holdout_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the documents, chosen by a hash of each, that no teacher and no student trains on."""
+    """Share of the documents, chosen by a hash of each, that no teacher and no student trains on; the report needs one
+    above 0."""
     context_tokens: int = Field(default=512, ge=2)
     """Most tokens of a sequence."""
     overlap_tokens: int = Field(default=64, ge=1)

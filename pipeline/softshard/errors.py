@@ -202,7 +202,9 @@ class PartCorrupt(DataInvalid):
 
     def __init__(self, *, uri: str, problem: str) -> None:
         self.uri, self.problem = uri, problem
-        super().__init__(f"{uri}: {problem}; remove it, and its receipt if it has one, and run the job again")
+        super().__init__(
+            f"{uri}: {problem}; remove what is left of it and its receipt, if it has one, and run the job again"
+        )
 
 
 class PartConflict(DataInvalid):
@@ -229,12 +231,15 @@ class PartsFailed(DataInvalid):
         )
 
 
-class ManifestMissing(DataInvalid):
-    """A stage was asked for whose input is not complete."""
+class ManifestMissing(SoftshardError):
+    """A stage was asked for whose input is not complete, or was made with other settings."""
+
+    exit_code = EXIT_JOB
 
     def __init__(self, *, uri: str, stage: str) -> None:
         self.uri, self.stage = uri, stage
-        super().__init__(f"{uri}: not there, so the {stage} stage has not finished; run `softshard {stage} JOB.yaml`")
+        problem = f"not there, or made with other settings, so the {stage} stage is not complete"
+        super().__init__(f"{uri}: {problem}; run `softshard {stage} JOB.yaml`")
 
 
 class AdapterMissing(DataInvalid):

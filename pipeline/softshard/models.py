@@ -234,4 +234,6 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
-        raise ModelInvalid(model=str(folder), problem=f"cannot be put on the device {device}: {error}") from error
+        raise ModelInvalid(
+            model=str(folder), problem=f"cannot be put on the device {device} ({error}); set `device: auto`"
+        ) from error

@@ -26,7 +26,7 @@ from softshard.corpus.sources import list_source, read_documents
 from softshard.corpus.tally import CorpusCount, Tally
 from softshard.corpus.tokens import encode_texts
 from softshard.corpus.windows import document_windows, num_document_tokens
-from softshard.errors import CorpusEmpty
+from softshard.errors import CorpusEmpty, SourceUnreadable
 from softshard.models import Tokenizer
 from softshard.shard.manifest import SourceRights
 from softshard.storage import LocalStore
@@ -196,6 +196,7 @@ def _batches(settings: CorpusSettings, screen: Screen) -> Iterator[list[Screened
     batch: list[ScreenedDocument] = []
     num_bytes = 0
     for source in settings.sources:
+        seen, malformed = screen.num_seen, screen.counts["malformed"]
         for raw in read_documents(source, max_document_bytes=settings.max_document_bytes):
             document = screen.admit(raw, source=source)
             if document is None:
@@ -205,5 +206,8 @@ def _batches(settings: CorpusSettings, screen: Screen) -> Iterator[list[Screened
             if num_bytes >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
                 yield batch
                 batch, num_bytes = [], 0
+        if 0 < screen.num_seen - seen == screen.counts["malformed"] - malformed:
+            problem = f"none of its {screen.num_seen - seen} documents has text in the field {source.text_field!r}"
+            raise SourceUnreadable(source=source.name, uri=source.uri, problem=f"{problem}; check `text_field`")
     if batch:
         yield batch

@@ -17,7 +17,7 @@ from softshard.shard.manifest import Manifest
 from softshard.telemetry import Reporter
 from softshard.train.record import Trained
 
-__all__ = ["STAGES", "Outcome", "run_job"]
+__all__ = ["STAGES", "Outcome", "refuse_without_holdout", "run_job"]
 
 STAGES = ("corpus", "teacher", "targets", "train", "evaluate")
 
@@ -42,7 +42,7 @@ def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES) -
         SoftshardError: see the stages.
     """
     started = time.monotonic()
-    _refuse_without_holdout(job, stages)
+    refuse_without_holdout(job, stages)
     workspace = open_workspace(job)
     _resolve_models(workspace, stages)
     claim(workspace)
@@ -73,8 +73,12 @@ def _resolve_models(workspace: Workspace, stages: Collection[str]) -> None:
         _ = workspace.student_model
 
 
-def _refuse_without_holdout(job: Job, stages: Collection[str]) -> None:
+def refuse_without_holdout(job: Job, stages: Collection[str]) -> None:
+    """Refuse stages that measure something, where there is nothing to measure it on. Raises JobInvalid."""
     needs = "evaluate" in stages or ("train" in stages and job.train.baseline is not None)
     if needs and job.corpus.holdout_fraction == 0:
-        problem = "is 0, but the report and the choice of the baseline's learning rate are measured on the hold-out"
+        problem = (
+            "is 0, but the report and the choice of the baseline's learning rate are measured on the hold-out;"
+            " set it above 0, or run the stages corpus, teacher and targets alone"
+        )
         raise JobInvalid(file=f"job {job.name}", place="corpus.holdout_fraction", problem=problem)

@@ -159,11 +159,11 @@ def render_plan(plan: Plan) -> str:
         ("tokens", f"{plan.tokens:,} in {plan.sequences:,} sequences"),
         ("positions", f"{plan.positions:,}"),
         ("parts", f"{plan.parts:,}"),
-        ("bytes", f"{plan.bytes:,} at {plan.bytes_per_position:.1f} a position"),
+        ("bytes", f"about {plan.bytes:,} at {plan.bytes_per_position:.1f} a position"),
         ("speed", f"{plan.tokens_per_second:,.0f} tokens a second and worker, {plan.speed_is}"),
         ("style teacher", f"{plan.training_hours:.3g} hours"),
         ("targets", f"{plan.scoring_hours:.3g} hours"),
-        ("together", f"{plan.wall_hours:.3g} hours with {plan.workers} worker(s)"),
+        ("teacher in all", f"{plan.wall_hours:.3g} hours with {plan.workers} worker(s)"),
     ]
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f}"))

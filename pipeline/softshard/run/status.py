@@ -158,7 +158,7 @@ def render_status(status: Status) -> str:
             shown = f"{value:,}" if isinstance(value, int | float) else str(value)
             lines.append(f"{'':<9} {name.replace('_', ' '):<24} {shown}")
     if status.sequences:
-        lines += ["", f"softshard show {status.out} --sequence {status.sequences[0][:12]}"]
+        lines += ["", "One of its sequences:", f"softshard show {status.out} --sequence {status.sequences[0][:12]}"]
     return "\n".join(lines) + "\n"
 
 
@@ -182,6 +182,6 @@ def render_verification(out: str, verification: Verification) -> str:
     ]
     if verification.unnamed:
         more = f"{len(verification.unnamed)} file(s) that the manifest does not name"
-        lines.append(f"{more}, first {verification.unnamed[0]}: no reader opens them")
+        lines.append(f"{more}, first {verification.unnamed[0]}: no reader opens them, they may be deleted")
     lines.append(f"{len(verification.problems)} problem(s)" if verification.problems else "all is as it claims")
     return "\n".join(lines) + "\n"

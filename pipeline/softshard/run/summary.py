@@ -15,7 +15,7 @@ _NUM_EXAMPLES = 3
 _ROWS = (
     ("human NLL, nats a token", "human_nll_nats", "{:.3f}"),
     ("bits a byte", "bits_per_byte", "{:.3f}"),
-    ("KL to the style teacher", "kl_to_teacher_nats", "{:.3f}"),
+    ("KL to the style teacher, an estimate", "kl_to_teacher_nats", "{:.3f}"),
     ("calibration error", "ece", "{:.3f}"),
     ("MATTR of samples", "mattr", "{:.3f}"),
     ("sentence length W1, words", "sentence_length_w1", "{:.2f}"),
@@ -81,9 +81,17 @@ def _table(report: Report) -> list[str]:
     for label, field, form in _ROWS:
         values = [getattr(metrics, field) for _, metrics in columns]
         if any(value is not None for value in values):
-            shown = [form.format(value) if value is not None else "-" for value in values]
+            shown = [_number(form, value) for value in values]
             lines.append(f"{label:<44}" + "".join(f"{value:>10}" for value in shown))
     return lines
+
+
+def _number(form: str, value: float | None) -> str:
+    """The value as it is shown; what rounds to nothing has no sign."""
+    if value is None:
+        return "-"
+    shown = form.format(value)
+    return form.format(0.0) if float(shown) == 0 else shown
 
 
 def _difference(report: Report) -> list[str]:
