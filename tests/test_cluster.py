@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
+import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,32 @@ def test_two_jobs_on_one_scheduler_keep_their_results_apart(cluster, tmp_path):
         )
         assert results == {what: what.upper()}
     assert heard == [{"said": "hello"}]
+
+
+def test_cluster_that_shrinks_in_the_middle_finishes_its_tasks(tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=3,
+        threads_per_worker=1,
+        resources={"teacher": 1},
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        local_directory=str(tmp_path / "scratch"),
+    ) as elsewhere:
+        timer = threading.Timer(2, lambda: elsewhere.scale(1))
+        timer.start()
+        done = []
+        with open_cluster(ClusterSettings(scheduler=elsewhere.scheduler_address)) as shrinking:
+            failures = shrinking.run(
+                time.sleep,
+                [1.0] * 15,
+                name=lambda seconds: uuid.uuid4().hex,
+                on_result=lambda seconds, result: done.append(seconds),
+            )
+        timer.join()
+    assert failures == {}
+    assert len(done) == 15
 
 
 def test_lost_scheduler_ends_the_run_with_75(tmp_path):

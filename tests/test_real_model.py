@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from softshard.config import FullSketch, ThresholdSketch
+from softshard.config import FullSketch, TeacherSettings, ThresholdSketch
 from softshard.models import load_tokenizer
 from softshard.target.types import TokenSequence
 from softshard.teacher.transformers_engine import TransformersTeacher, engine_identity
@@ -49,7 +49,8 @@ def direct(sequences):
 
 @pytest.fixture(scope="module")
 def engine():
-    identity = engine_identity(weights="w", adapters=[], device="cpu", dtype="float32", num_threads=1, batch_tokens=512)
+    settings = TeacherSettings(model="m", device="cpu", batch_tokens=512)
+    identity = engine_identity(settings, weights="w", adapters=[])
     return TransformersTeacher(FOLDER, adapters=(), identity=identity, device="cpu", vocab_size=VOCAB)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from softshard.config import FullSketch, LoraSettings, OptimizerSettings, ThresholdSketch
+from softshard.config import FullSketch, LoraSettings, OptimizerSettings, TeacherSettings, ThresholdSketch
 from softshard.decoder import batches_by_length
 from softshard.errors import LogitsInvalid, ModelInvalid, PartCorrupt
 from softshard.models import load_model, load_tokenizer
@@ -38,9 +38,8 @@ def sequences(lengths=(40, 7, 2, 23, 40), *, first_labels=None):
 
 
 def engine(folder, *, adapters=(), batch_tokens=128, dtype="float32", vocab_size=VOCAB):
-    identity = engine_identity(
-        weights="w", adapters=[], device="cpu", dtype=dtype, num_threads=1, batch_tokens=batch_tokens
-    )
+    settings = TeacherSettings(model="m", device="cpu", dtype=dtype, batch_tokens=batch_tokens)
+    identity = engine_identity(settings, weights="w", adapters=[])
     return TransformersTeacher(folder, adapters=adapters, identity=identity, device="cpu", vocab_size=vocab_size)
 
 

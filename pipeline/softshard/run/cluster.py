@@ -86,7 +86,7 @@ class Cluster:
             flying[future] = attempt
 
         while True:
-            room = self._num_workers() * _IN_FLIGHT_PER_WORKER - len(flying)
+            room = max(0, self._num_workers() * _IN_FLIGHT_PER_WORKER - len(flying))
             for task in itertools.islice(waiting, room):
                 submit(_Attempt(task, 1))
             if not flying:

@@ -117,14 +117,7 @@ def _measure(job: Job, tokenizer: Tokenizer) -> Measured:
     sequences = first_sequences(
         settings=job.corpus, tokenizer=tokenizer, seed=job.seed, num_tokens=2 * teacher.batch_tokens
     )
-    identity = engine_identity(
-        weights=weights_digest(folder),
-        adapters=(),
-        device=teacher.device,
-        dtype=teacher.dtype,
-        num_threads=teacher.num_threads,
-        batch_tokens=teacher.batch_tokens,
-    )
+    identity = engine_identity(teacher, weights=weights_digest(folder), adapters=())
     engine = TransformersTeacher(
         folder, adapters=(), identity=identity, device=teacher.device, vocab_size=tokenizer.vocab_size
     )

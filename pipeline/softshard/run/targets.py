@@ -25,6 +25,7 @@ from softshard.shard.commit import PartPlan, find_receipt
 from softshard.shard.manifest import Manifest, Receipt, write_manifest
 from softshard.shard.schema import SCHEMA_VERSION
 from softshard.storage import LocalStore
+from softshard.teacher.protocol import TeacherIdentity
 from softshard.teacher.style import AdapterReceipt, FoldPlan, find_adapter, training_precision
 from softshard.teacher.transformers_engine import engine_identity
 from softshard.telemetry import Reporter
@@ -106,7 +107,7 @@ class StyleTeacher:
 
     def of_fold(self, fold: int) -> tuple[tuple[Path, AdapterReceipt], ...]:
         """Adapters that score a fold: its own, or all of them for the hold-out."""
-        return self.adapters if fold < 0 else (self.adapters[fold],)
+        return self.adapters[fold : fold + 1] if fold >= 0 else self.adapters
 
 
 def ensure_teacher(
@@ -195,17 +196,10 @@ def _train_folds(
 def plan_parts(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeacher) -> list[ScoreTask]:
     """Every part of the run, fold after fold so that a worker keeps its engine; `plan.index` is the corpus's order."""
     job, model = workspace.job, workspace.teacher_model
+    identities = {fold: _identity(workspace, teacher, fold) for fold in {part.fold for part in corpus.slices}}
     tasks = []
     for index, part in enumerate(corpus.slices):
-        adapters = teacher.of_fold(part.fold) if teacher.adapters else ()
-        identity = engine_identity(
-            weights=model.weights,
-            adapters=[receipt.digest for _, receipt in adapters],
-            device=job.teacher.device,
-            dtype=job.teacher.dtype,
-            num_threads=job.teacher.num_threads,
-            batch_tokens=job.teacher.batch_tokens,
-        )
+        adapters = teacher.of_fold(part.fold)
         plan = PartPlan(
             index=index,
             split=part.split,
@@ -213,7 +207,7 @@ def plan_parts(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeach
             slice=part.sha256,
             tokenizer_fingerprint=corpus.tokenizer_fingerprint,
             vocab_size=corpus.vocab_size,
-            teacher=identity,
+            teacher=identities[part.fold],
             sketch=job.target,
             seed=job.seed,
         )
@@ -228,6 +222,11 @@ def plan_parts(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeach
         )
         tasks.append(task)
     return sorted(tasks, key=lambda task: (task.plan.fold, task.plan.index))
+
+
+def _identity(workspace: Workspace, teacher: StyleTeacher, fold: int) -> TeacherIdentity:
+    adapters = [receipt.digest for _, receipt in teacher.of_fold(fold)]
+    return engine_identity(workspace.job.teacher, weights=workspace.teacher_model.weights, adapters=adapters)
 
 
 def ensure_targets(
@@ -290,14 +289,7 @@ def _manifest(
     workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeacher, receipts: Sequence[Receipt]
 ) -> Manifest:
     job = workspace.job
-    identity = engine_identity(
-        weights=workspace.teacher_model.weights,
-        adapters=[receipt.digest for _, receipt in teacher.adapters],
-        device=job.teacher.device,
-        dtype=job.teacher.dtype,
-        num_threads=job.teacher.num_threads,
-        batch_tokens=job.teacher.batch_tokens,
-    )
+    identity = _identity(workspace, teacher, -1)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         job=job.name,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softshard.config import DataType, SketchSettings
+from softshard.config import DataType, SketchSettings, TeacherSettings
 from softshard.decoder import Decoder, batches_by_length
 from softshard.errors import EngineDiffers
 from softshard.models import check_vocabulary, load_model, resolve_device, resolve_dtype
@@ -29,16 +29,19 @@ __all__ = ["TransformersTeacher", "engine_identity", "refuse_other_engine"]
 _ROWS_OF_LOGITS = 256
 
 
-def engine_identity(
-    *,
-    weights: str,
-    adapters: Sequence[str],
-    device: str,
-    dtype: DataType,
-    num_threads: int,
-    batch_tokens: int,
-) -> TeacherIdentity:
+def engine_identity(settings: TeacherSettings, *, weights: str, adapters: Sequence[str]) -> TeacherIdentity:
     """Identity of this engine, known before it is loaded. `weights` and `adapters` are digests."""
+    return {
+        **_process_identity(settings.device, settings.dtype),
+        "num_threads": settings.num_threads,
+        "batch_tokens": settings.batch_tokens,
+        "weights": weights,
+        "adapters": list(adapters),
+    }
+
+
+def _process_identity(device: str, dtype: DataType) -> dict[str, str]:
+    """What of an identity depends on the process that asks."""
     import transformers
 
     device = resolve_device(device)
@@ -48,10 +51,6 @@ def engine_identity(
         "torch": torch.__version__,
         "device": device.split(":")[0],
         "dtype": str(resolve_dtype(dtype, device=device)).removeprefix("torch."),
-        "num_threads": num_threads,
-        "batch_tokens": batch_tokens,
-        "weights": weights,
-        "adapters": list(adapters),
     }
 
 
@@ -59,19 +58,11 @@ def refuse_other_engine(expected: TeacherIdentity, *, device: str) -> None:
     """Refuse to score with another engine than the one that the part is named by.
 
     Raises:
-        EngineDiffers: this process has another version, kind of device or native type.
+        EngineDiffers: this process has another version or kind of device.
     """
-    here = engine_identity(
-        weights=str(expected["weights"]),
-        adapters=cast("list[str]", expected["adapters"]),
-        device=device,
-        dtype=cast("DataType", expected["dtype"]),
-        num_threads=int(str(expected["num_threads"])),
-        batch_tokens=int(str(expected["batch_tokens"])),
-    )
-    for what, value in expected.items():
-        if here[what] != value:
-            raise EngineDiffers(what=what, expected=str(value), actual=str(here[what]))
+    for what, here in _process_identity(device, cast("DataType", expected["dtype"])).items():
+        if here != expected[what]:
+            raise EngineDiffers(what=what, expected=str(expected[what]), actual=here)
 
 
 class TransformersTeacher:
