@@ -3,9 +3,9 @@
     python examples/compare_part_with_teacher.py runs/demo --sequences 8
 
 Nothing of softshard is imported. For every label of a few sequences of the first training part, the head must be the
-tokens that are at least tau likely, each within half a step of its log-probability, and the tail must be what sampling
-allows: its size is the tail's mass in units of tau, rounded down or up, and its squared error, summed over all labels,
-is near what the sampling gives on average, sum over the tail of p (tau - p).
+tokens that are at least tau likely, each within half a step of its distance from the most likely one, and the tail
+must be what sampling allows: its size is the tail's mass in units of tau, rounded down or up, and its squared error,
+summed over all labels, is near what the sampling gives on average, sum over the tail of p (tau - p).
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ def main() -> None:
     manifest = json.loads((targets / pointer["manifest"]).read_text())
     part = next(part for part in manifest["parts"] if part["split"] == "train")
     metadata = json.loads(pl.read_parquet_metadata(targets / part["path"])["softshard"])
+    frequent = np.array(metadata["frequent_ids"], dtype=np.int64)
+    ids = np.append(frequent, np.setdiff1d(np.arange(metadata["vocab_size"]), frequent))
     model = load_teacher(arguments.out, part["fold"])
     rows = pl.read_parquet(targets / part["path"]).head(arguments.sequences)
-    found = [compare(row, metadata, model) for row in rows.iter_rows(named=True)]
+    found = [compare(row, metadata, ids, model) for row in rows.iter_rows(named=True)]
     report(found, metadata)
 
 
@@ -48,27 +50,30 @@ def load_teacher(out: Path, fold: int) -> Any:
     return PeftModel.from_pretrained(model, receipts[-1].parent).eval() if receipts else model.eval()
 
 
-def compare(row: dict[str, Any], metadata: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Differences of one sequence's labels."""
+def compare(row: dict[str, Any], metadata: dict[str, Any], by_rank: Any, model: Any) -> dict[str, Any]:
+    """Differences of one sequence's labels; `by_rank` are the ids in the order of the part's ranks."""
     with torch.no_grad():
         logits = model(torch.tensor([row["token_ids"]])).logits[0, row["first_label"] - 1 : -1]
     exact = torch.log_softmax(logits[:, : metadata["vocab_size"]].double(), -1).numpy()
     heads, tails = np.cumsum([0, *row["head_count"]]), np.cumsum([0, *row["tail_count"]])
     tau, step = metadata["tau"], metadata["step"]
-    result: dict[str, Any] = {"labels": len(exact), "head": 0.0, "label": 0.0, "edge": 0.0, "count": 0.0}
-    result |= {"squared": 0.0, "expected": 0.0}
+    steps = np.cumsum([0, *(max(count - 1, 0) for count in row["head_count"])])
+    names = ("head", "label", "mass", "edge", "count", "squared", "expected")
+    result: dict[str, Any] = {"labels": len(exact), **dict.fromkeys(names, 0.0)}
     labels = row["token_ids"][row["first_label"] :]
     for j, logp in enumerate(exact):
-        ids = np.array(row["head_ids"][heads[j] : heads[j + 1]], dtype=np.int64)
-        stored = -step * np.cumsum(row["head_steps"][heads[j] : heads[j + 1]])
-        result["head"] = max(result["head"], float(np.abs(stored - logp[ids]).max(initial=0)))
+        ids = by_rank[row["head_ranks"][heads[j] : heads[j + 1]]]
+        below = step * np.cumsum([0, *row["head_steps"][steps[j] : steps[j + 1]]])[: len(ids)]
+        highest = logp[ids].max(initial=-np.inf)
+        result["head"] = max(result["head"], float(np.abs(highest - below - logp[ids]).max(initial=0)))
+        result["mass"] = max(result["mass"], abs(row["tail_mass"][j] - (1 - np.exp(logp[ids]).sum())))
         result["label"] = max(result["label"], abs(row["label_logprob"][j] - logp[labels[j]]))
         wrong = np.setxor1d(ids, np.flatnonzero(logp >= np.log(tau)))
         result["edge"] = max(result["edge"], float(np.abs(logp[wrong] - np.log(tau)).max(initial=0)))
         tail = np.exp(logp)
         tail[ids] = 0
         drawn = np.zeros(len(tail))
-        drawn[row["tail_ids"][tails[j] : tails[j + 1]]] = tau
+        drawn[by_rank[np.cumsum(row["tail_gaps"][tails[j] : tails[j + 1]], dtype=np.int64)]] = tau
         result["count"] = max(result["count"], abs(drawn.sum() - tail.sum()) / tau)
         result["squared"] += float(((drawn - tail) ** 2).sum())
         result["expected"] += float((tail * (tau - tail)).sum())
@@ -78,16 +83,18 @@ def compare(row: dict[str, Any], metadata: dict[str, Any], model: Any) -> dict[s
 def report(found: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
     """Print what was found; AssertionError where it is more than rounding and sampling give."""
     labels = sum(one["labels"] for one in found)
-    worst = {name: max(one[name] for one in found) for name in ("head", "label", "edge", "count")}
+    worst = {name: max(one[name] for one in found) for name in ("head", "label", "mass", "edge", "count")}
     squared, expected = (sum(one[name] for one in found) for name in ("squared", "expected"))
     print(f"{len(found)} sequences, {labels} labels")
     print(f"head log-probabilities: off by at most {worst['head']:.5f} nats, half a step is {metadata['step'] / 2:.5f}")
-    print(f"label log-probabilities: off by at most {worst['label']:.5f} nats, half a grid step is {1 / 64:.5f}")
+    print(f"label log-probabilities: off by at most {worst['label']:.5f} nats, half a grid step is {1 / 32:.5f}")
+    print(f"tail mass: off by at most {worst['mass']:.5f}, half a grid step is {1 / 510:.5f}")
     print(f"tokens on the wrong side of tau: within {worst['edge']:.1e} nats of it")
     print(f"tail entries: the mass is off by at most {worst['count']:.4f} of one entry")
     print(f"tail squared error: {squared / labels:.5f} a label, sampling gives {expected / labels:.5f} on average")
     assert worst["head"] <= metadata["step"] / 2 + 1e-3
-    assert worst["label"] <= 1 / 64 + 1e-3
+    assert worst["label"] <= 1 / 32 + 1e-3
+    assert worst["mass"] <= 1 / 510 + 1e-4
     assert worst["edge"] <= 1e-3
     assert worst["count"] <= 1 + 1e-3
     # A label's squared error lies between 0 and (1/tau + 1) tau^2 + tau, and labels draw independently: Hoeffding's

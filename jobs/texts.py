@@ -1,7 +1,7 @@
-"""The texts of the demo: what their packages hold, as documents that a job can read.
+"""The texts of the demo and of the benchmarks: what their packages hold, as documents that a job can read.
 
-In: the content of a data set, parsed. Out: documents {text, id, group} in an order that depends on nothing but their
-content. Who wrote what is known by short hashes alone.
+In: the content of a data set, parsed. Out: documents {text, id, group} in an order that depends on nothing but that
+content. Who wrote or said what is known by short hashes alone.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Document", "Turns", "conversation_documents", "topic_documents"]
+__all__ = ["Document", "Turns", "conversation_documents", "speech_documents", "topic_documents"]
 
 Document = dict[str, str]
 Turns = Sequence[Sequence[Mapping[str, str]]]
@@ -29,6 +29,18 @@ def topic_documents(topics: Mapping[str, str], *, min_characters: int = 600) -> 
         if len(text) >= min_characters:
             documents.append({"text": text, "id": name, "group": "pydoc"})
     return documents
+
+
+def speech_documents(rows: Iterable[Mapping[str, str]], *, min_characters: int = 1000) -> list[Document]:
+    """Speeches as documents {text, id, group}, in the order of the rows, without the short ones.
+
+    A row has `text`, `parlspeech_row`, which becomes the id, and `speaker`, whose hash becomes the group.
+    """
+    return [
+        {"text": row["text"], "id": row["parlspeech_row"], "group": _pseudonym(row["speaker"])}
+        for row in rows
+        if len(row["text"]) >= min_characters
+    ]
 
 
 def conversation_documents(dataset: Mapping[str, Mapping[str, Turns]]) -> list[Document]:

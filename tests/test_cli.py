@@ -180,7 +180,8 @@ def test_plan_counts_what_the_run_then_makes(finished, tiny_job, tmp_path, capsy
     assert plan["speed_is"] == "given"
     assert plan["num_trainings"] == 3
     assert plan["cost"] == pytest.approx(2 * (plan["scoring_hours"] + plan["training_hours"]))
-    assert 0 < plan["bytes"] < 10 * sum(part.num_bytes for part in manifest.parts)
+    # A teacher of one short epoch is nearly the model as it is, which is what the plan measured.
+    assert plan["bytes"] == pytest.approx(sum(part.num_bytes for part in manifest.parts), rel=0.05)
     assert not (tmp_path / "out").exists()
 
 

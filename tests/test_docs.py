@@ -33,7 +33,7 @@ def test_ten_lines_of_the_format_decode_a_part_as_softshard_does(finished):
         documented = list(scope["targets"](finished / "targets" / receipt.path))
         position = 0
         for (sequence, targets), metadata in read_rows(LocalStore(finished / "targets"), receipt):
-            entries = entries_of(targets, step=metadata.step, tau=metadata.tau)
+            entries = entries_of(targets, tau=metadata.tau)
             for j, label in enumerate(sequence.labels):
                 sequence_id, documented_label, ids, weights = documented[position]
                 position += 1

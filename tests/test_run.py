@@ -114,14 +114,17 @@ def test_a_part_read_by_polars_alone_is_the_teachers_distribution(finished, tiny
             logits = model(torch.tensor([row["token_ids"]])).logits[0, :, : metadata["vocab_size"]]
         before = logits[row["first_label"] - 1 : -1].double()
         probabilities = torch.softmax(before, -1).numpy()
-        start = 0
+        others = np.setdiff1d(np.arange(metadata["vocab_size"]), metadata["frequent_ids"])
+        by_rank = np.append(metadata["frequent_ids"], others).astype(int)
+        start = step = 0
         for j, count in enumerate(row["head_count"]):
-            steps = np.cumsum(row["head_steps"][start : start + count])
-            ids = row["head_ids"][start : start + count]
-            exact = -np.log(probabilities[j, ids])
-            assert np.all(np.abs(steps * metadata["step"] - exact) <= metadata["step"] / 2 + 1e-4)
+            ids = by_rank[row["head_ranks"][start : start + count]]
+            exact = np.log(probabilities[j, ids])
+            between = np.array(row["head_steps"][step : step + max(count - 1, 0)]) * metadata["step"]
+            assert np.all(np.abs(exact[:1] - np.append([0], between.cumsum())[:count] - exact) <= 0.025 + 1e-4)
             assert set(ids) == set(np.flatnonzero(probabilities[j] >= metadata["tau"]))
-            start += count
+            assert abs(row["tail_mass"][j] - (1 - probabilities[j, ids].sum())) <= 1 / 510 + 1e-5
+            start, step = start + count, step + max(count - 1, 0)
 
 
 def test_a_second_run_changes_nothing(finished, tmp_path):

@@ -15,17 +15,25 @@ from softshard.errors import PartConflict, PartCorrupt
 from softshard.shard.card import write_card
 from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt
 from softshard.shard.encode import decode_part, open_part
-from softshard.shard.manifest import Manifest, SourceRights, read_manifest, write_manifest
+from softshard.shard.manifest import (
+    Manifest,
+    SourceRights,
+    bytes_per_position,
+    mean_fidelity,
+    read_manifest,
+    write_manifest,
+)
 from softshard.shard.verify import verify_targets
 from softshard.storage import LocalStore
 from softshard.target.fidelity import FidelitySums
-from softshard.target.philox import label_uniforms
+from softshard.target.philox import tail_uniforms
 from softshard.target.sketch import sketch_rows
 from softshard.target.types import TokenSequence
 
 VOCAB = 300
 KINDS = {
     "threshold": ThresholdSketch(),
+    "threshold with draws": ThresholdSketch(tau=1 / 12, draws=3),
     "topk": TopkSketch(kind="topk", k=16),
     "nucleus": NucleusSketch(kind="nucleus", mass=0.9),
     "full": FullSketch(kind="full"),
@@ -52,12 +60,7 @@ def some_rows(settings, *, num_sequences=5, seed=0):
         targets, fidelity = sketch_rows(
             logits,
             labels=torch.from_numpy(sequence.labels.astype(np.int64)),
-            uniforms=label_uniforms(
-                seed=seed,
-                sequence_id=sequence.sequence_id,
-                first_label=sequence.first_label,
-                num_labels=sequence.num_labels,
-            ),
+            uniforms=tail_uniforms([sequence], seed=seed, draws=getattr(settings, "draws", 1)),
             settings=settings,
             vocab_size=VOCAB,
             places=[(sequence.sequence_id, j) for j in range(sequence.num_labels)],
@@ -101,6 +104,8 @@ def committed(store, settings=KINDS["threshold"], *, seeds=(0,)):
         target=settings.model_dump(mode="json"),
         seed=0,
         teacher={"engine": "transformers"},
+        fidelity=mean_fidelity(receipts),
+        bytes_per_position=bytes_per_position(receipts),
         parts=tuple(receipts),
     )
     write_manifest(store, manifest)
@@ -114,17 +119,33 @@ def test_round_trip_gives_the_rows_within_the_step_and_the_grids(kind):
     rows, fidelity = some_rows(settings)
     content, receipt = build_part(a_plan(settings), rows, fidelity)
     again, metadata = decode_part(content, uri="part")
-    assert metadata.kind == kind
+    assert metadata.kind == settings.kind
     assert receipt.num_bytes == len(content)
     assert receipt.num_labels == sum(sequence.num_labels for sequence, _ in rows)
     for (sequence, targets), (read_sequence, read_targets) in zip(rows, again, strict=True):
         assert read_sequence.sequence_id == sequence.sequence_id
         np.testing.assert_array_equal(read_sequence.token_ids, sequence.token_ids)
-        for name in ("head_count", "tail_count", "head_ids", "tail_ids"):
+        for name in ("head_count", "tail_count", "head_ids"):
             np.testing.assert_array_equal(getattr(read_targets, name), getattr(targets, name))
-        np.testing.assert_allclose(read_targets.head_logprobs, targets.head_logprobs, atol=settings.step / 2 + 1e-5)
-        np.testing.assert_allclose(read_targets.label_logprob, targets.label_logprob, atol=1 / 64)
-        np.testing.assert_allclose(read_targets.tail_mass, targets.tail_mass, atol=1 / 2048)
+        assert sorted_tails(read_targets) == sorted_tails(targets)
+        highest = np.repeat(np.maximum.reduceat(targets.head_logprobs, starts_of(targets)), heads_of(targets))
+        np.testing.assert_allclose(
+            read_targets.head_logprobs, targets.head_logprobs - highest, atol=settings.step / 2 + 1e-5
+        )
+        np.testing.assert_allclose(read_targets.label_logprob, targets.label_logprob, atol=1 / 32)
+        np.testing.assert_allclose(read_targets.tail_mass, targets.tail_mass, atol=1 / 510 + 1e-7)
+
+
+def heads_of(targets):
+    return targets.head_count[targets.head_count > 0]
+
+
+def starts_of(targets):
+    return (np.cumsum(targets.head_count) - targets.head_count)[targets.head_count > 0]
+
+
+def sorted_tails(targets):
+    return [sorted(ids.tolist()) for ids in np.split(targets.tail_ids, np.cumsum(targets.tail_count)[:-1])]
 
 
 def test_same_rows_give_the_same_bytes():
@@ -141,6 +162,7 @@ def test_same_rows_give_the_same_bytes():
         {"tokenizer_fingerprint": "e" * 64},
         {"teacher": {"engine": "transformers", "num_threads": 2}},
         {"sketch": ThresholdSketch(tau=1 / 25)},
+        {"sketch": ThresholdSketch(draws=2)},
         {"seed": 1},
     ],
     ids=lambda change: next(iter(change)),
@@ -158,9 +180,9 @@ def test_columns_are_encoded_as_asked():
     file, _ = open_part(content, uri="part")
     group = file.metadata.row_group(0)
     encodings = {group.column(i).path_in_schema: group.column(i).encodings for i in range(group.num_columns)}
-    for name in ("token_ids", "head_ids", "tail_ids"):
+    for name in ("token_ids", "tail_count", "head_ranks", "head_steps", "tail_gaps"):
         assert "BYTE_STREAM_SPLIT" in encodings[f"{name}.list.element"]
-    for name in ("label_logprob", "entropy", "tail_mass", "head_count", "tail_count", "head_steps"):
+    for name in ("label_logprob", "entropy", "tail_mass", "head_count"):
         assert "RLE_DICTIONARY" in encodings[f"{name}.list.element"]
     assert {group.column(i).compression for i in range(group.num_columns)} == {"ZSTD"}
 
@@ -180,7 +202,7 @@ def test_datasets_gives_the_splits_with_no_code_of_ours(tmp_path):
     script = (
         "import sys, datasets; assert not any(name.startswith('softshard') for name in sys.modules);"
         f"d = datasets.load_dataset({str(tmp_path / 'targets')!r}, cache_dir={str(tmp_path / 'cache')!r});"
-        "print({split: rows.num_rows for split, rows in d.items()}, sum(len(x) for x in d['train']['tail_ids']))"
+        "print({split: rows.num_rows for split, rows in d.items()}, sum(len(x) for x in d['train']['tail_gaps']))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     tails = sum(part.num_tail_entries for part in manifest.of_split("train"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softshard.train.batch import collate, collate_text
-from tiny_targets import STEP, VOCAB, metadata, row, sequence
+from tiny_targets import VOCAB, metadata, random_distributions, row, sequence, sketch
 
 
 def rows_of(kind, *, first_label=1):
@@ -23,8 +23,7 @@ def expected_targets(rows, *, alpha, kind, truncated="ghost", tau=1 / 8):
         for label, token in enumerate(tokens.token_ids[tokens.first_label :].tolist()):
             p, left = np.zeros(VOCAB), float(targets.tail_mass[label])
             ids = targets.head_ids[head : head + targets.head_count[label]].tolist()
-            steps = [round(-float(q) / STEP) for q in targets.head_logprobs[head : head + targets.head_count[label]]]
-            relative = [math.exp(-STEP * step) for step in steps]
+            relative = [math.exp(q) for q in targets.head_logprobs[head : head + targets.head_count[label]]]
             head_mass = 1.0 if truncated == "renormalise" and kind in ("topk", "nucleus") else 1 - left
             for i, r in zip(ids, relative, strict=True):
                 p[i] += head_mass * r / sum(relative)
@@ -85,6 +84,16 @@ def test_targets_are_the_label_and_the_sketch_mixed(kind, truncated, alpha):
         assert batch.entry_in_head is None
         if kind != "threshold":
             np.testing.assert_allclose(dense_of(batch).sum(axis=1), 1, atol=1e-5)
+
+
+def test_temperature_at_load_is_that_of_the_logits_for_a_full_target():
+    rng = np.random.default_rng(8)
+    tokens = sequence("a", rng.integers(VOCAB, size=9))
+    distributions = random_distributions(rng, tokens.num_labels)
+    rows = [(tokens, sketch(distributions, tokens.labels, kind="full", rng=rng))]
+    batch = collate(rows, metadata=metadata("full"), alpha=0.0, truncated="ghost", temperature=2.5)
+    softer = distributions ** (1 / 2.5)
+    np.testing.assert_allclose(dense_of(batch), softer / softer.sum(1, keepdims=True), rtol=1e-5)
 
 
 def test_a_threshold_sketch_keeps_its_own_mass():

@@ -11,7 +11,19 @@ from softshard.errors import CorpusEmpty, PartCorrupt, ResumeMismatch
 from softshard.storage import LocalStore
 from softshard.train.order import batch_bounds, generator_of, seed_of, through_buffer
 from softshard.train.stream import SoftLabelStream, TextBatches
-from tiny_targets import encode_part, manifest_of, metadata, receipt, row, sequence, write_targets
+from tiny_targets import (
+    VOCAB,
+    encode_part,
+    in_draws,
+    manifest_of,
+    metadata,
+    random_distributions,
+    receipt,
+    row,
+    sequence,
+    sketch,
+    write_targets,
+)
 
 SETTINGS = {"seed": 1, "batch_tokens": 64, "shuffle_buffer": 20, "alpha": 0.5, "truncated": "ghost"}
 
@@ -222,6 +234,22 @@ def test_a_part_with_other_sketch_settings_or_another_number_of_rows_is_refused(
     short = other.model_copy(update={"num_sequences": 2})
     with pytest.raises(PartCorrupt, match="names 2"):
         stream((store, manifest_of([short]))).batches_per_epoch(0)
+
+
+def test_each_epoch_takes_the_next_draw_and_the_first_again_after_the_last(tmp_path):
+    rng = np.random.default_rng(6)
+    tokens = sequence("a", rng.integers(VOCAB, size=40))
+    distributions = random_distributions(rng, tokens.num_labels, spread=1.0)
+    drawn = [sketch(distributions, tokens.labels, kind="threshold", rng=rng) for _ in range(2)]
+    content = encode_part([(tokens, in_draws(drawn))], fold=0, metadata=metadata(draws=2))
+    store = LocalStore(tmp_path)
+    store.put_once("data/train/part.parquet", content)
+    manifest = manifest_of([receipt("0" * 32, "data/train/part.parquet", content, num_sequences=1)])
+    batches = itertools.islice(stream((store, manifest), alpha=0.0), 3)
+    counts = [np.diff(batch.entry_offsets.numpy()).tolist() for batch in batches]
+    expected = [(one.head_count + one.tail_count).tolist() for one in drawn]
+    assert expected[0] != expected[1]
+    assert counts == [expected[0], expected[1], expected[0]]
 
 
 def test_a_split_without_sequences_is_refused(targets):

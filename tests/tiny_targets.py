@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,14 @@ from softshard.target.types import SequenceTargets, TokenSequence
 
 VOCAB = 50
 STEP = 0.02
-FIDELITY = Fidelity(mean_squared_error=0.0, gradient_angle_degrees=0.0, mean_kl_nats=None, mean_entries=1.0)
+FIDELITY = Fidelity(
+    mean_squared_error=0.0,
+    gradient_angle_degrees=0.0,
+    mean_kl_nats=None,
+    mean_entries=1.0,
+    mass_by_rank=None,
+    num_ranked=0,
+)
 
 
 def sequence(name, token_ids, *, first_label=1):
@@ -76,18 +84,25 @@ def sketch(distributions, labels, *, kind, rng, tau=1 / 8, k=5, mass=0.8):
     )
 
 
+def in_draws(drawn):
+    """The tails of several sketches of the same distributions as draws over one head."""
+    counts, ids = (np.concatenate([getattr(one, name) for one in drawn]) for name in ("tail_count", "tail_ids"))
+    return replace(drawn[0], tail_count=counts, tail_ids=ids)
+
+
 def row(name, length, rng, *, kind="threshold", first_label=1, vocab=VOCAB, **settings):
     tokens = sequence(name, rng.integers(vocab, size=length), first_label=first_label)
     distributions = random_distributions(rng, tokens.num_labels, vocab=vocab)
     return tokens, sketch(distributions, tokens.labels, kind=kind, rng=rng, **settings)
 
 
-def metadata(kind="threshold", *, tau=1 / 8, part_id="0" * 32, vocab=VOCAB):
+def metadata(kind="threshold", *, tau=1 / 8, draws=1, part_id="0" * 32, vocab=VOCAB):
     return PartMetadata(
         schema_version=1,
         part_id=part_id,
         kind=kind,
         tau=tau if kind == "threshold" else None,
+        draws=draws,
         k=5 if kind == "topk" else None,
         nucleus_mass=0.8 if kind == "nucleus" else None,
         step=STEP,
@@ -131,6 +146,8 @@ def manifest_of(receipts, *, vocab=VOCAB):
         target={"kind": "threshold"},
         seed=0,
         teacher={"engine": "hand"},
+        fidelity=FIDELITY,
+        bytes_per_position=1.0,
         parts=tuple(receipts),
     )
 

@@ -87,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens-per-second", type=_positive, metavar="N", help="speed of one worker; else it is measured"
     )
     plan.add_argument("--price-per-hour", type=_positive, metavar="P", help="price of one worker's hour")
+    plan.add_argument(
+        "--pilot",
+        type=_pilot_size,
+        metavar="N",
+        help="measure on N sequences, 2 or more, what each kind of target costs and keeps",
+    )
 
     _add_out(_command(commands, "status", "say how far an output folder is", _status))
 
@@ -135,6 +141,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _pilot_size(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than the 2 sequences that a pilot needs")
     return value
 
 
@@ -188,7 +201,7 @@ def _stage_runner(stage: str) -> Callable[[argparse.Namespace], int]:
 def _plan(arguments: argparse.Namespace) -> int:
     from softshard.jobfile import load_job
     from softshard.run.job import STAGES, refuse_without_holdout
-    from softshard.run.plan import make_plan, render_plan
+    from softshard.run.plan import make_plan, plan_values, render_plan
 
     job = load_job(arguments.job)
     refuse_without_holdout(job, STAGES)
@@ -197,8 +210,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         _reporter(arguments),
         tokens_per_second=arguments.tokens_per_second,
         price_per_hour=arguments.price_per_hour,
+        num_pilot=arguments.pilot,
     )
-    _print(arguments, plan, render_plan(plan))
+    _print(arguments, plan_values(plan), render_plan(plan))
     return 0
 
 

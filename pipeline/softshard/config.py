@@ -15,7 +15,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -201,9 +203,12 @@ Ratio = Annotated[float, BeforeValidator(_fraction, json_schema_input_type=float
 
 class _Sketch(_Settings):
     temperature: float = Field(default=1.0, gt=0)
-    """Logits are divided by this before anything else."""
-    step: float = Field(default=0.02, gt=0, le=1)
+    """Logits are divided by this at capture, before anything else."""
+    step: float = Field(default=0.05, gt=0, le=1)
     """Step of the stored head log-probabilities, in nats."""
+
+
+_WAYS_TO_TAU = ("tau", "budget_bytes", "max_angle_degrees")
 
 
 class ThresholdSketch(_Sketch):
@@ -213,6 +218,30 @@ class ThresholdSketch(_Sketch):
     tau: Ratio = Field(default=1 / 24, gt=0, le=1)
     """Tokens at least this likely are stored with their probability; of the others each stored one weighs tau.
     A fraction may be written as text: "1/24"."""
+    draws: int = Field(default=1, ge=1, le=64)
+    """Independent tails that are stored over one head; the training takes another one each epoch."""
+    budget_bytes: float | None = Field(default=None, gt=0)
+    """Instead of tau: the smallest tau whose parts take at most this many bytes a position, found by a pilot."""
+    max_angle_degrees: float | None = Field(default=None, gt=0, lt=90)
+    """Instead of tau: the largest tau whose gradient angle is at most this, found by a pilot."""
+
+    @model_validator(mode="after")
+    def _one_way_to_tau(self) -> ThresholdSketch:
+        given = [name for name in _WAYS_TO_TAU if name in self.model_fields_set and getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} cannot be given together: each decides tau")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_decides(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        kept = next((name for name in _WAYS_TO_TAU[1:] if values[name] is not None), "tau")
+        return {name: value for name, value in values.items() if name == kept or name not in _WAYS_TO_TAU}
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether tau is given, not yet to be found by a pilot."""
+        return self.budget_bytes is None and self.max_angle_degrees is None
 
 
 class TopkSketch(_Sketch):
@@ -294,6 +323,9 @@ class TrainSettings(_Settings):
     truncated: Literal["ghost", "renormalise"] = "ghost"
     """What stands for the tokens that a `topk` or `nucleus` sketch leaves out: `ghost` is one token with the mass of
     them all, `renormalise` scales the stored ones to 1, which teaches that the rest is impossible."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Targets become p^(1 / temperature), renormalised, at load. Only where that is exact: with `full`, and with `topk`
+    and `truncated: renormalise`; for the other kinds, set the temperature in `target`."""
     device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: DataType = "auto"
@@ -346,6 +378,16 @@ class Job(_Settings):
     cluster: ClusterSettings = ClusterSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _exact_temperature(self) -> Job:
+        kind, renormalised = self.target.kind, self.train.truncated == "renormalise"
+        if self.train.temperature != 1 and kind != "full" and not (kind == "topk" and renormalised):
+            raise ValueError(
+                f"train.temperature {self.train.temperature:g} cannot be applied at load to targets of kind {kind};"
+                " set target.temperature, which is applied at capture"
+            )
+        return self
 
     @field_validator("out")
     @classmethod

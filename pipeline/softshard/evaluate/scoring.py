@@ -180,7 +180,7 @@ class _Sums:
             self.target_entropy += float(targets.entropy.sum(dtype=np.float64))
             self.teacher_nll -= float(targets.label_logprob.sum(dtype=np.float64))
             self.whole &= metadata.kind in _UNBIASED
-            yield sequence, entries_of(targets, step=metadata.step, tau=metadata.tau)
+            yield sequence, entries_of(targets, tau=metadata.tau)
 
     def add(self, sequence: TokenSequence, scores: LabelScores) -> None:
         before = self.documents.get(sequence.document_id, DocumentSum(nll_nats=0.0, num_labels=0))

@@ -26,7 +26,6 @@ from softshard.evaluate.report import (
 from softshard.evaluate.samples import Continuations, Prompt, Samples, generate, human_continuations, make_prompts
 from softshard.evaluate.scoring import HoldoutScores, retention_nll, score_holdout
 from softshard.models import load_model, resolve_device
-from softshard.run.status import mean_fidelity
 from softshard.run.training import set_training_threads
 from softshard.run.workspace import Workspace
 from softshard.shard.manifest import Manifest
@@ -265,13 +264,13 @@ def _report(
 
 
 def _targets_summary(manifest: Manifest) -> TargetsSummary:
-    labels = sum(part.num_labels for part in manifest.parts)
-    fidelity = mean_fidelity(manifest.parts)
+    fidelity = manifest.fidelity
     assert fidelity is not None
+    assert manifest.bytes_per_position is not None
     return TargetsSummary(
         parts=len(manifest.parts),
-        positions=labels,
-        bytes_per_position=sum(part.num_bytes for part in manifest.parts) / labels,
+        positions=sum(part.num_labels for part in manifest.parts),
+        bytes_per_position=manifest.bytes_per_position,
         mean_entries=fidelity.mean_entries,
         mean_squared_error=fidelity.mean_squared_error,
         gradient_angle_degrees=fidelity.gradient_angle_degrees,

@@ -1,32 +1,40 @@
 """What a job would do, before it does it: documents, tokens, parts, bytes, hours and cost.
 
 The corpus is read and counted in full, nothing is written. Speed and bytes a position are measured on the first
-sequences of the corpus with the teacher's model as it is, or given.
+sequences of the corpus with the teacher's model as it is, or given; a pilot measures what other targets would cost.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from softshard.config import Job
+from softshard.config import Job, SketchSettings, ThresholdSketch
 from softshard.corpus.build import count_corpus, first_sequences
 from softshard.models import Tokenizer, check_context, load_tokenizer, resolve_model, weights_digest
-from softshard.shard.commit import PartPlan, build_part
+from softshard.run.pilot import (
+    NUM_SEQUENCES,
+    Extent,
+    Measured,
+    Pilot,
+    chosen_by,
+    measure,
+    run_pilot,
+    setting_of,
+    spread,
+)
+from softshard.shard.commit import PartPlan
+from softshard.target.types import TokenSequence
 from softshard.teacher.transformers_engine import TransformersTeacher, engine_identity
-from softshard.telemetry import Reporter
+from softshard.telemetry import Reporter, SilentReporter
 
-__all__ = ["Plan", "make_plan", "render_plan"]
+__all__ = ["Plan", "make_plan", "plan_values", "render_plan"]
 
 _PASSES_OF_A_TRAINING_STEP = 3.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """Figures of a few sequences."""
-
-    tokens_per_second: float
-    bytes_per_position: float
+_SPREAD = 16
+"""A pilot's sequences are chosen from so many times as many, the first ones of the corpus."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +68,24 @@ class Plan:
     """The student's, and the baseline's at each learning rate."""
     trained_tokens: int
     """Tokens of all of them, retention text left out."""
+    adapted_teacher: bool
+    """Whether the run will have a style teacher, which was not there to be measured."""
+    target: str
+    """What will be stored; where the job has a budget, what a pilot of the model as it is leads to."""
+    budget: str | None
+    """The job's `budget_bytes` or `max_angle_degrees`; None where it gives the target itself."""
+    pilot: Pilot | None
+    """What other targets would cost; None where no pilot was run."""
 
 
-def make_plan(job: Job, reporter: Reporter, *, tokens_per_second: float | None, price_per_hour: float | None) -> Plan:
+def make_plan(
+    job: Job,
+    reporter: Reporter,
+    *,
+    tokens_per_second: float | None = None,
+    price_per_hour: float | None = None,
+    num_pilot: int | None = None,
+) -> Plan:
     """Count the corpus, and measure what is not given.
 
     Args:
@@ -70,6 +93,10 @@ def make_plan(job: Job, reporter: Reporter, *, tokens_per_second: float | None, 
         reporter: where progress goes.
         tokens_per_second: speed of one worker; None: it is measured.
         price_per_hour: price of one worker's hour; None: no cost is given.
+        num_pilot: sequences of a pilot; None: none is run, unless the target has a budget.
+
+    Raises:
+        JobInvalid: the target has a budget that no tau keeps.
     """
     folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
     check_context(folder, context_tokens=job.corpus.context_tokens)
@@ -77,11 +104,11 @@ def make_plan(job: Job, reporter: Reporter, *, tokens_per_second: float | None, 
     count = count_corpus(
         settings=job.corpus, tokenizer=tokenizer, folds=job.teacher.folds, seed=job.seed, reporter=reporter
     )
-    reporter.say("measuring the teacher on the first sequences of the corpus")
-    measured = _measure(job, tokenizer)
-    speed = tokens_per_second if tokens_per_second is not None else measured.tokens_per_second
-    folds, workers = job.teacher.folds, job.cluster.workers
     train, test, everything = count.total("train"), count.total("test"), count.total()
+    extent = Extent(num_parts=everything["num_slices"], num_labels=everything["num_labels"])
+    found = _measure(job, tokenizer, reporter, extent=extent, num_pilot=num_pilot)
+    speed = tokens_per_second if tokens_per_second is not None else found.tokens_per_second
+    folds, workers = job.teacher.folds, job.cluster.workers
     scored = train["num_tokens"] + test["num_tokens"] * max(1, folds)
     trained = train["num_tokens"] * max(0, folds - 1) * job.teacher.optimizer.epochs
     scoring = scored / speed / 3600
@@ -97,8 +124,8 @@ def make_plan(job: Job, reporter: Reporter, *, tokens_per_second: float | None, 
         sequences=everything["num_sequences"],
         positions=everything["num_labels"],
         parts=everything["num_slices"],
-        bytes_per_position=measured.bytes_per_position,
-        bytes=round(everything["num_labels"] * measured.bytes_per_position),
+        bytes_per_position=found.target.bytes_per_position,
+        bytes=found.target.num_bytes,
         tokens_per_second=speed,
         speed_is="measured" if tokens_per_second is None else "given",
         workers=workers,
@@ -108,23 +135,49 @@ def make_plan(job: Job, reporter: Reporter, *, tokens_per_second: float | None, 
         cost=None if price_per_hour is None else (scoring + training) * price_per_hour,
         num_trainings=trainings,
         trained_tokens=round(train["num_tokens"] * job.train.optimizer.epochs * trainings),
+        adapted_teacher=folds > 0,
+        target=f"{job.target.kind} {setting_of(found.target.sketch)}",
+        budget=_budget(job.target),
+        pilot=found.pilot,
     )
 
 
-def _measure(job: Job, tokenizer: Tokenizer) -> Measured:
-    teacher = job.teacher
-    folder = resolve_model(teacher.model, revision=teacher.revision)
-    sequences = first_sequences(
-        settings=job.corpus, tokenizer=tokenizer, seed=job.seed, num_tokens=2 * teacher.batch_tokens
-    )
-    identity = engine_identity(teacher, weights=weights_digest(folder), adapters=())
-    engine = TransformersTeacher(
-        folder, adapters=(), identity=identity, device=teacher.device, vocab_size=tokenizer.vocab_size
-    )
-    engine.score(sequences[:1], sketch=job.target, seed=job.seed)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    tokens_per_second: float
+    target: Measured
+    pilot: Pilot | None
+
+
+def _measure(job: Job, tokenizer: Tokenizer, reporter: Reporter, *, extent: Extent, num_pilot: int | None) -> _Found:
+    engine, plan = _engine(job, tokenizer)
+    pilot: Pilot | None = None
+    if num_pilot is not None or _budget(job.target) is not None:
+        num = NUM_SEQUENCES if num_pilot is None else num_pilot
+        reporter.say(f"pilot: {num} sequences through the teacher's model")
+        first = _first(job, tokenizer, num_tokens=_SPREAD * num * job.corpus.context_tokens)
+        pilot = run_pilot(engine, spread(first, num=num), plan=plan, extent=extent, reporter=reporter)
+        plan = replace(plan, sketch=chosen_by(pilot, target=job.target, job=job.name))
+    reporter.say("measuring the teacher on the first sequences of the corpus")
+    sequences = _first(job, tokenizer, num_tokens=2 * job.teacher.batch_tokens)
+    engine.score(sequences[:1], sketch=plan.sketch, seed=plan.seed)
     started = time.perf_counter()
-    targets, fidelity = engine.score(sequences, sketch=job.target, seed=job.seed)
+    (target,) = measure(engine, sequences, sketches=(plan.sketch,), plan=plan, extent=extent, reporter=SilentReporter())
     seconds = time.perf_counter() - started
+    if pilot is not None:
+        (target,) = (row for row in pilot.rows if row.sketch == plan.sketch)
+    num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+    return _Found(tokens_per_second=num_tokens / seconds, target=target, pilot=pilot)
+
+
+def _first(job: Job, tokenizer: Tokenizer, *, num_tokens: int) -> list[TokenSequence]:
+    return first_sequences(settings=job.corpus, tokenizer=tokenizer, seed=job.seed, num_tokens=num_tokens)
+
+
+def _engine(job: Job, tokenizer: Tokenizer) -> tuple[TransformersTeacher, PartPlan]:
+    """The teacher's model as it is, and a part that it would score."""
+    folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
+    identity = engine_identity(job.teacher, weights=weights_digest(folder), adapters=())
     plan = PartPlan(
         index=0,
         split="train",
@@ -136,12 +189,24 @@ def _measure(job: Job, tokenizer: Tokenizer) -> Measured:
         sketch=job.target,
         seed=job.seed,
     )
-    content, _ = build_part(plan, list(zip(sequences, targets, strict=True)), fidelity)
-    num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
-    return Measured(
-        tokens_per_second=num_tokens / seconds,
-        bytes_per_position=len(content) / fidelity.num_labels,
+    engine = TransformersTeacher(
+        folder, adapters=(), identity=identity, device=job.teacher.device, vocab_size=tokenizer.vocab_size
     )
+    return engine, plan
+
+
+def _budget(target: SketchSettings) -> str | None:
+    if not isinstance(target, ThresholdSketch) or target.is_resolved:
+        return None
+    if target.budget_bytes is not None:
+        return f"budget_bytes {target.budget_bytes:g}"
+    return f"max_angle_degrees {target.max_angle_degrees:g}"
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values."""
+    pilot = None if plan.pilot is None else plan.pilot.model_dump(mode="json")
+    return {**asdict(replace(plan, pilot=None)), "pilot": pilot}
 
 
 def render_plan(plan: Plan) -> str:
@@ -152,6 +217,7 @@ def render_plan(plan: Plan) -> str:
         ("tokens", f"{plan.tokens:,} in {plan.sequences:,} sequences"),
         ("positions", f"{plan.positions:,}"),
         ("parts", f"{plan.parts:,}"),
+        ("target", plan.target + (f", for {plan.budget}" if plan.budget else "")),
         ("bytes", f"about {plan.bytes:,} at {plan.bytes_per_position:.1f} a position"),
         ("speed", f"{plan.tokens_per_second:,.0f} tokens a second and worker, {plan.speed_is}"),
         ("style teacher", f"{plan.training_hours:.3g} hours"),
@@ -161,4 +227,39 @@ def render_plan(plan: Plan) -> str:
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f}"))
     rows.append(("then", f"{plan.num_trainings} training(s) of the student, {plan.trained_tokens:,} tokens in all"))
-    return "\n".join([f"{plan.out}: job {plan.job}", "", *(f"{name:<15} {value}" for name, value in rows)]) + "\n"
+    lines = [f"{plan.out}: job {plan.job}", "", *(f"{name:<15} {value}" for name, value in rows)]
+    if plan.pilot is not None:
+        lines += ["", *_table(plan.pilot), "", *_measured_on(plan, plan.pilot)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(pilot: Pilot) -> Iterator[str]:
+    yield f"  {'kind':<10}{'setting':>9}{'entries':>9}{'bytes':>9}{'error':>10}{'angle':>8}{'left out':>10}{'run':>10}"
+    for row in pilot.rows:
+        yield (
+            f"{'*' if row.sketch == pilot.chosen else ' '} {row.sketch.kind:<10}{setting_of(row.sketch):>9}"
+            f"{row.mean_entries:>9.1f}{row.bytes_per_position:>9.1f}{row.mean_squared_error:>10.5f}"
+            f"{row.gradient_angle_degrees:>8.2f}{row.mean_mass_left_out:>10.1%}{_human(row.num_bytes):>10}"
+        )
+    yield ""
+    yield "* the target of the job. Entries (of one draw), bytes, mean squared error, angle"
+    yield "in degrees between the gradients of what is stored and of the whole target, and"
+    yield "mass that no draw ever stores: a position. Run: all parts together. Error and"
+    yield "angle of a threshold are noise, which averages out; what is left out does not."
+
+
+def _measured_on(plan: Plan, pilot: Pilot) -> Iterator[str]:
+    yield f"Measured on {pilot.num_sequences:,} sequences, {pilot.num_labels:,} positions, with the teacher's model"
+    yield "as it is" + ("; the style teacher is not there before the run." if plan.adapted_teacher else ".")
+    if plan.budget:
+        yield "The run finds its tau by a pilot of its own, with the teacher that it uses."
+
+
+def _human(num_bytes: float) -> str:
+    """Three digits and a unit, powers of a thousand."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 999.5 or unit == "TB":
+            break
+        num_bytes /= 1000
+    digits = 0 if unit == "B" or num_bytes >= 99.95 else 1 if num_bytes >= 9.995 else 2
+    return f"{num_bytes:,.{digits}f} {unit}"

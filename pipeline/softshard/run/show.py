@@ -95,7 +95,7 @@ def _find(out: str, manifest: Manifest, sequence_id: str) -> tuple[Receipt, Row,
 
 def _positions(row: Row, metadata: PartMetadata, tokenizer: Tokenizer) -> Iterator[ShownPosition]:
     sequence, targets = row
-    entries = entries_of(targets, step=metadata.step, tau=metadata.tau)
+    entries = entries_of(targets, tau=metadata.tau)
     words = {token: tokenizer.decode([token]) for token in np.unique(np.append(entries.ids, sequence.labels)).tolist()}
     for j, label in enumerate(sequence.labels.tolist()):
         start, stop = int(entries.offsets[j]), int(entries.offsets[j + 1])

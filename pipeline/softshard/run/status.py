@@ -13,9 +13,8 @@ from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import JobInvalid, ManifestMissing
 from softshard.jobfile import load_job
 from softshard.run.workspace import owner_of
-from softshard.shard.manifest import Manifest, Receipt, read_manifest, read_receipt
+from softshard.shard.manifest import Manifest, Receipt, mean_fidelity, read_manifest, read_receipt
 from softshard.shard.read import read_rows
-from softshard.shard.schema import Fidelity
 from softshard.shard.verify import Verification, verify_targets
 from softshard.storage import LocalStore
 from softshard.telemetry import Reporter
@@ -23,7 +22,6 @@ from softshard.telemetry import Reporter
 __all__ = [
     "StageStatus",
     "Status",
-    "mean_fidelity",
     "read_status",
     "render_status",
     "render_verification",
@@ -49,24 +47,6 @@ class Status:
     stages: tuple[StageStatus, ...]
     sequences: tuple[str, ...]
     """Ids of a few stored sequences, to be shown."""
-
-
-def mean_fidelity(receipts: tuple[Receipt, ...]) -> Fidelity | None:
-    """Fidelity of many parts: means weighted by labels. None where there is no part."""
-    labels = sum(receipt.num_labels for receipt in receipts)
-    if not labels:
-        return None
-
-    def mean(name: str) -> float:
-        return float(sum(getattr(receipt.fidelity, name) * receipt.num_labels for receipt in receipts) / labels)
-
-    has_kl = all(receipt.fidelity.mean_kl_nats is not None for receipt in receipts)
-    return Fidelity(
-        mean_squared_error=mean("mean_squared_error"),
-        gradient_angle_degrees=mean("gradient_angle_degrees"),
-        mean_kl_nats=mean("mean_kl_nats") if has_kl else None,
-        mean_entries=mean("mean_entries"),
-    )
 
 
 def read_status(out: str) -> Status:
@@ -121,6 +101,10 @@ def _targets(store: LocalStore) -> tuple[StageStatus, tuple[str, ...]]:
         figures["entries_per_position"] = round(fidelity.mean_entries, 2)
         figures["mean_squared_error"] = round(fidelity.mean_squared_error, 6)
         figures["gradient_angle_degrees"] = round(fidelity.gradient_angle_degrees, 2)
+        if fidelity.mean_kl_nats is not None:
+            figures["kl_nats"] = round(fidelity.mean_kl_nats, 6)
+        for rank, mass in (fidelity.mass_by_rank or {}).items():
+            figures[f"mass_of_top_{rank}"] = round(mass, 3)
     status = StageStatus(stage="targets", complete=manifest is not None, figures=figures)
     return status, _some_sequences(store, receipts)
 

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softshard.config import CorpusSettings
+from softshard.config import CorpusSettings, SketchSettings
 from softshard.corpus.build import build_corpus, current_corpus
 from softshard.corpus.manifest import CorpusManifest
 from softshard.errors import ManifestMissing, PartsFailed
 from softshard.models import check_context, check_vocabulary, output_size
+from softshard.run.choice import ensure_resolved
 from softshard.run.cluster import Cluster, open_cluster
 from softshard.run.tasks import FoldTask, ScoreTask, score_part, train_adapter
 from softshard.run.workspace import Workspace
 from softshard.shard.card import write_card
 from softshard.shard.commit import PartPlan, find_receipt
-from softshard.shard.manifest import Manifest, Receipt, write_manifest
+from softshard.shard.manifest import Manifest, Receipt, bytes_per_position, mean_fidelity, write_manifest
 from softshard.shard.schema import SCHEMA_VERSION
 from softshard.storage import LocalStore
 from softshard.teacher.protocol import TeacherIdentity
@@ -194,7 +195,10 @@ def _train_folds(
 
 
 def plan_parts(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeacher) -> list[ScoreTask]:
-    """Every part of the run, fold after fold so that a worker keeps its engine; `plan.index` is the corpus's order."""
+    """Every part of the run, with the job's own target, fold after fold so that a worker keeps its engine.
+
+    `plan.index` is the corpus's order.
+    """
     job, model = workspace.job, workspace.teacher_model
     identities = {fold: _identity(workspace, teacher, fold) for fold in {part.fold for part in corpus.slices}}
     tasks = []
@@ -241,10 +245,12 @@ def ensure_targets(
     """The targets of the whole corpus: parts computed where they are missing, then the manifest and the card.
 
     Raises:
+        JobInvalid: the target has a budget that no tau keeps.
         PartsFailed: some parts were set aside; no manifest was written.
     """
     store = workspace.targets
-    tasks = plan_parts(workspace, corpus, teacher)
+    asked = plan_parts(workspace, corpus, teacher)
+    tasks = ensure_resolved(asked, corpus, reporter, cluster, job=workspace.job.name, compute=compute)
     receipts: dict[str, Receipt] = {}
     missing = []
     for task in tasks:
@@ -258,7 +264,8 @@ def ensure_targets(
     if missing:
         receipts.update(_score_parts(workspace, missing, reporter, cluster))
     in_order = sorted(tasks, key=lambda task: task.plan.index)
-    manifest = _manifest(workspace, corpus, teacher, [receipts[task.plan.part_id] for task in in_order])
+    ordered = [receipts[task.plan.part_id] for task in in_order]
+    manifest = _manifest(workspace, corpus, teacher, tasks[0].plan.sketch, ordered)
     write_manifest(store, manifest)
     write_card(store, manifest)
     return manifest
@@ -286,7 +293,11 @@ def _score_parts(
 
 
 def _manifest(
-    workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeacher, receipts: Sequence[Receipt]
+    workspace: Workspace,
+    corpus: CorpusManifest,
+    teacher: StyleTeacher,
+    sketch: SketchSettings,
+    receipts: Sequence[Receipt],
 ) -> Manifest:
     job = workspace.job
     identity = _identity(workspace, teacher, -1)
@@ -299,8 +310,10 @@ def _manifest(
         vocab_size=corpus.vocab_size,
         context_tokens=corpus.context_tokens,
         overlap_tokens=corpus.overlap_tokens,
-        target=job.target.model_dump(mode="json"),
+        target=sketch.model_dump(mode="json"),
         seed=job.seed,
         teacher=dict(identity),
+        fidelity=mean_fidelity(receipts),
+        bytes_per_position=bytes_per_position(receipts),
         parts=tuple(receipts),
     )

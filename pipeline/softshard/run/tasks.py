@@ -20,7 +20,7 @@ from softshard.teacher.protocol import Teacher
 from softshard.teacher.style import AdapterReceipt, FoldPlan, train_fold
 from softshard.train.loop import Step
 
-__all__ = ["FoldTask", "ScoreTask", "score_part", "train_adapter"]
+__all__ = ["FoldTask", "ScoreTask", "load_teacher", "score_part", "train_adapter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +49,13 @@ def score_part(task: ScoreTask) -> Receipt:
     if receipt is not None:
         return receipt
     sequences = read_slice(LocalStore(task.corpus), task.slice)
-    scored, fidelity = _teacher(task).score(sequences, sketch=task.plan.sketch, seed=task.plan.seed)
+    scored, fidelity = load_teacher(task).score(sequences, sketch=task.plan.sketch, seed=task.plan.seed)
     content, receipt = build_part(task.plan, list(zip(sequences, scored, strict=True)), fidelity)
     return commit_part(targets, content, receipt)
 
 
-def _teacher(task: ScoreTask) -> Teacher:
+def load_teacher(task: ScoreTask) -> Teacher:
+    """The engine of a part; that of the last one where it is the same. Raises EngineDiffers."""
     global _engine
     key = digest_of([task.plan.teacher, str(task.model), [str(path) for path in task.adapters]])
     if _engine is None or _engine[0] != key:

@@ -100,6 +100,7 @@ def _plans(
         "num_threads": settings.num_threads,
         "lora": settings.lora,
         "truncated": settings.truncated if manifest.target["kind"] in {"topk", "nucleus"} else None,
+        "temperature": settings.temperature,
         "shuffle_buffer": settings.shuffle_buffer,
         "chunk_positions": settings.chunk_positions,
         "seed": workspace.job.seed,
@@ -154,6 +155,7 @@ def _train(
         shuffle_buffer=settings.shuffle_buffer,
         alpha=plan.alpha,
         truncated=settings.truncated,
+        temperature=settings.temperature,
     )
     with reporter.progress(f"train {plan.label}", total=None, unit="steps") as progress:
 

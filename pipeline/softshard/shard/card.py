@@ -42,6 +42,7 @@ def write_card(store: Store, manifest: Manifest) -> None:
         *(f"| {s.name} | {s.style} | {s.license} | {s.rights_basis} |" for s in manifest.sources),
         "",
         f"Sketch: {', '.join(f'{name} {value}' for name, value in manifest.target.items())}.",
+        *_fidelity(manifest),
         f"Tokenizer `{manifest.tokenizer_fingerprint[:16]}`, {manifest.vocab_size:,} tokens.",
         "",
         "```python",
@@ -54,3 +55,14 @@ def write_card(store: Store, manifest: Manifest) -> None:
     content = ("\n".join(lines) + "\n").encode()
     if not store.exists("README.md") or store.read("README.md") != content:
         store.replace("README.md", content)
+
+
+def _fidelity(manifest: Manifest) -> list[str]:
+    if manifest.fidelity is None or manifest.bytes_per_position is None:
+        return []
+    fidelity = manifest.fidelity
+    return [
+        f"{manifest.bytes_per_position:.1f} bytes and {fidelity.mean_entries:.1f} entries a position; against the"
+        f" teacher's whole distribution: mean squared error {fidelity.mean_squared_error:.4g}, gradient angle"
+        f" {fidelity.gradient_angle_degrees:.1f} degrees."
+    ]

@@ -18,7 +18,7 @@ from softshard.shard.encode import encode_part
 from softshard.shard.manifest import Receipt, canonical_json, read_receipt
 from softshard.shard.schema import SCHEMA_VERSION, Fidelity, PartMetadata
 from softshard.storage import Store, sha256_of
-from softshard.target.fidelity import FidelitySums
+from softshard.target.fidelity import RANKS, FidelitySums
 from softshard.target.types import SequenceTargets, TokenSequence
 
 __all__ = ["PartPlan", "build_part", "commit_part", "find_receipt", "receipt_path"]
@@ -92,22 +92,31 @@ def _read_receipt(store: Store, part_id: str) -> Receipt | None:
         return None
 
 
+def fidelity_of(sums: FidelitySums, *, covers_all: bool) -> Fidelity:
+    """Means of what was summed over the labels of a part; `covers_all`: the kind stores every token."""
+    by_rank = {str(rank): getattr(sums, f"mass_{rank}") / max(sums.num_ranked, 1) for rank in RANKS}
+    return Fidelity(
+        mean_squared_error=sums.squared_error / sums.num_labels,
+        gradient_angle_degrees=sums.angle_degrees / sums.num_labels,
+        mean_kl_nats=sums.kl_nats / sums.num_labels if covers_all else None,
+        mean_entries=sums.num_entries / sums.num_labels,
+        mass_by_rank=by_rank if sums.num_ranked else None,
+        num_ranked=sums.num_ranked,
+    )
+
+
 def build_part(
     plan: PartPlan, rows: Sequence[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums
 ) -> tuple[bytes, Receipt]:
     """Bytes of a part, and the receipt that will say so."""
     labels = fidelity.num_labels
-    measured = Fidelity(
-        mean_squared_error=fidelity.squared_error / labels,
-        gradient_angle_degrees=fidelity.angle_degrees / labels,
-        mean_kl_nats=fidelity.kl_nats / labels if plan.sketch.kind == "full" else None,
-        mean_entries=fidelity.num_entries / labels,
-    )
+    measured = fidelity_of(fidelity, covers_all=plan.sketch.kind == "full")
     metadata = PartMetadata(
         schema_version=SCHEMA_VERSION,
         part_id=plan.part_id,
         kind=plan.sketch.kind,
         tau=plan.sketch.tau if plan.sketch.kind == "threshold" else None,
+        draws=plan.sketch.draws if plan.sketch.kind == "threshold" else 1,
         k=plan.sketch.k if plan.sketch.kind == "topk" else None,
         nucleus_mass=plan.sketch.mass if plan.sketch.kind == "nucleus" else None,
         step=plan.sketch.step,

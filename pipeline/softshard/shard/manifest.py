@@ -8,6 +8,7 @@ carries a time or a worker's name: the same run gives the same bytes. `manifest.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,17 @@ from softshard.errors import ManifestMissing, PartCorrupt
 from softshard.shard.schema import Fidelity
 from softshard.storage import LocalStore, Store
 
-__all__ = ["Manifest", "Receipt", "SourceRights", "canonical_json", "read_manifest", "read_receipt", "write_manifest"]
+__all__ = [
+    "Manifest",
+    "Receipt",
+    "SourceRights",
+    "bytes_per_position",
+    "canonical_json",
+    "mean_fidelity",
+    "read_manifest",
+    "read_receipt",
+    "write_manifest",
+]
 
 
 class _Record(BaseModel):
@@ -76,6 +87,10 @@ class Manifest(_Record):
     seed: int
     teacher: dict[str, Any]
     """Identity of the teacher: engine, versions, dtype, threads, digests of weights and of each fold's adapter."""
+    fidelity: Fidelity | None
+    """Of all parts together, weighted by labels; null where there is no label."""
+    bytes_per_position: float | None
+    """Bytes of all parts, everything in them counted, over their labels."""
     parts: tuple[Receipt, ...]
     """Receipts, in the order of the corpus."""
 
@@ -87,6 +102,38 @@ class Manifest(_Record):
     def of_split(self, split: str) -> tuple[Receipt, ...]:
         """Receipts of one split."""
         return tuple(part for part in self.parts if part.split == split)
+
+
+def mean_fidelity(receipts: Sequence[Receipt]) -> Fidelity | None:
+    """Fidelity of many parts: means weighted by labels. None where there is no label."""
+    labels = sum(receipt.num_labels for receipt in receipts)
+    if not labels:
+        return None
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(receipt.fidelity, name) * receipt.num_labels for receipt in receipts) / labels)
+
+    ranked = [receipt.fidelity for receipt in receipts if receipt.fidelity.mass_by_rank is not None]
+    num_ranked = sum(fidelity.num_ranked for fidelity in ranked)
+    masses: dict[str, float] = {}
+    for fidelity in ranked:
+        for rank, mass in (fidelity.mass_by_rank or {}).items():
+            masses[rank] = masses.get(rank, 0.0) + mass * fidelity.num_ranked / num_ranked
+    has_kl = all(receipt.fidelity.mean_kl_nats is not None for receipt in receipts)
+    return Fidelity(
+        mean_squared_error=mean("mean_squared_error"),
+        gradient_angle_degrees=mean("gradient_angle_degrees"),
+        mean_kl_nats=mean("mean_kl_nats") if has_kl else None,
+        mean_entries=mean("mean_entries"),
+        mass_by_rank=masses or None,
+        num_ranked=num_ranked,
+    )
+
+
+def bytes_per_position(receipts: Sequence[Receipt]) -> float | None:
+    """Bytes of all parts over their labels. None where there is no label."""
+    labels = sum(receipt.num_labels for receipt in receipts)
+    return sum(receipt.num_bytes for receipt in receipts) / labels if labels else None
 
 
 def canonical_json(record: BaseModel) -> bytes:

@@ -45,7 +45,7 @@ def read_row_group(content: bytes, group: int, *, uri: str) -> tuple[list[Row], 
         batches = file.read_row_group(group).to_batches()
     except (pa.ArrowException, OSError) as error:
         raise PartCorrupt(uri=uri, problem=f"row group {group} cannot be decompressed: {error}") from error
-    return [row for batch in batches for row in decode_batch(batch, step=metadata.step, uri=uri)], metadata
+    return [row for batch in batches for row in decode_batch(batch, metadata=metadata, uri=uri)], metadata
 
 
 def read_rows(store: Store, receipt: Receipt) -> Iterator[tuple[Row, PartMetadata]]:

@@ -50,9 +50,9 @@ PART_SCHEMA = pa.schema(
         pa.field("tail_mass", _list(pa.float32()), nullable=False),
         pa.field("head_count", _list(pa.int32()), nullable=False),
         pa.field("tail_count", _list(pa.int32()), nullable=False),
-        pa.field("head_ids", _list(pa.int32()), nullable=False),
+        pa.field("head_ranks", _list(pa.int32()), nullable=False),
         pa.field("head_steps", _list(pa.int16()), nullable=False),
-        pa.field("tail_ids", _list(pa.int32()), nullable=False),
+        pa.field("tail_gaps", _list(pa.int32()), nullable=False),
     ]
 )
 
@@ -69,7 +69,11 @@ class Fidelity(BaseModel):
     mean_kl_nats: float | None
     """Mean KL(target || stored), where the stored form covers every token (`full`); else null."""
     mean_entries: float
-    """Mean entries a label."""
+    """Mean entries a label, in one draw."""
+    mass_by_rank: dict[str, float] | None
+    """Mean mass of the 1, 8, 64 and 512 most likely tokens, over a random sample of the labels; null without one."""
+    num_ranked: int
+    """Labels of that sample."""
 
 
 class PartMetadata(BaseModel):
@@ -82,6 +86,8 @@ class PartMetadata(BaseModel):
     kind: Literal["threshold", "topk", "nucleus", "full"]
     tau: float | None
     """Weight of a tail entry (`threshold`)."""
+    draws: int
+    """Independent tails of each label; 1 for the kinds without a tail."""
     k: int | None
     """Entries (`topk`)."""
     nucleus_mass: float | None
@@ -96,6 +102,8 @@ class PartMetadata(BaseModel):
     teacher: dict[str, str | int | float | list[str]]
     """The teacher's identity: engine, versions, dtype, threads, digests of weights and adapters."""
     fidelity: Fidelity
+    frequent_ids: tuple[int, ...] = ()
+    """Ids of ranks 0, 1, 2, ...; all others follow, ascending."""
 
 
 def metadata_of(schema: pa.Schema, *, uri: str) -> PartMetadata:

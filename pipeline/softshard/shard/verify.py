@@ -17,6 +17,7 @@ from softshard.shard.encode import decode_batch, open_part
 from softshard.shard.manifest import Manifest, Receipt, canonical_json, read_manifest
 from softshard.shard.read import read_checked
 from softshard.storage import Store
+from softshard.target.codec import MASS_GRID
 from softshard.target.entries import entries_of
 from softshard.target.types import SequenceTargets
 
@@ -110,27 +111,25 @@ def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, de
             problems.append(f"{uri}: has {seen}, its receipt says {said}")
         if deep:
             for batch in file.iter_batches(batch_size=64):
-                for sequence, targets in decode_batch(batch, step=metadata.step, uri=uri):
-                    problem = _check_mass(targets, metadata.step, metadata.tau, metadata.vocab_size)
+                for sequence, targets in decode_batch(batch, metadata=metadata, uri=uri):
+                    problem = _check_mass(targets, metadata.tau)
                     problems += [f"{uri}: sequence {sequence.sequence_id}: {problem}"] if problem else []
     except PartCorrupt as error:
         return [str(error)]
     return problems
 
 
-def _check_mass(targets: SequenceTargets, step: float, tau: float | None, vocab_size: int) -> str | None:
+def _check_mass(targets: SequenceTargets, tau: float | None) -> str | None:
     """What is wrong with the masses of a sequence's sketches; None: nothing."""
-    entries = entries_of(targets, step=step, tau=tau)
-    if len(entries.ids) and not 0 <= int(entries.ids.min()) <= int(entries.ids.max()) < vocab_size:
-        return f"a token id lies outside the vocabulary of {vocab_size}"
-    labels = np.repeat(np.arange(len(targets.head_count)), np.diff(entries.offsets))
-    mass = np.bincount(labels, weights=entries.weights.astype(np.float64), minlength=len(targets.head_count))
-    if tau is None:
-        off = np.abs(mass - (1 - targets.tail_mass)) > 1e-5
-    else:
-        sampled = mass - targets.tail_count * tau
-        filled = targets.head_count > 0
-        expected = np.where(filled, 1 - targets.tail_mass, 0.0)
-        most = np.ceil(targets.tail_mass / tau + 1e-3 / tau) + 1
-        off = (np.abs(sampled - expected) > 1e-5) | (targets.tail_count > most)
+    off = np.zeros(targets.num_labels, dtype=np.bool_)
+    for draw in range(targets.draws):
+        entries = entries_of(targets, tau=tau, draw=draw)
+        counts = targets.of_draw(draw).tail_count
+        labels = np.repeat(np.arange(targets.num_labels), np.diff(entries.offsets))
+        mass = np.bincount(labels, weights=entries.weights.astype(np.float64), minlength=targets.num_labels)
+        expected = 1.0 - targets.tail_mass.astype(np.float64)
+        if tau is not None:
+            expected = np.where(targets.head_count > 0, expected, 0.0) + counts * tau
+            off |= np.abs(counts * tau - targets.tail_mass) > tau + MASS_GRID
+        off |= np.abs(mass - expected) > 1e-5
     return f"{int(off.sum())} label(s) have a mass that is not 1" if off.any() else None

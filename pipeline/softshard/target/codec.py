@@ -1,11 +1,14 @@
-"""Head probabilities as whole steps, per-label values on grids, and back.
+"""Head probabilities as whole steps, tokens as ranks, per-label values on grids, and back.
 
-In: log-probabilities, sorted by falling probability within each label. Out: int16 differences of `-log p / step`,
-rounded. Decoding gives weights whose sum is the head's mass whatever the rounding:
-`(1 - tail_mass) * exp(-step * q_i) / sum_j exp(-step * q_j)`.
+In: log-probabilities, sorted by falling probability within each label, and token ids. Out: small whole numbers that
+compress well. Decoding gives head weights whose sum is the head's mass whatever the rounding:
+`(1 - tail_mass) * exp(-step * q_i) / sum_j exp(-step * q_j)`. A rank is a token's place in the part's own order, in
+which frequent tokens come first; the ranks of a tail are sorted, which costs nothing since its entries weigh the same.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +17,27 @@ __all__ = [
     "LOGPROB_GRID",
     "MASS_GRID",
     "decode_head",
+    "decode_tail",
     "encode_head",
+    "encode_tail",
+    "frequent_ids",
+    "head_steps",
     "head_weights",
+    "ids_by_rank",
     "offsets_of",
+    "ranks_of",
     "to_logprob_grid",
     "to_mass_grid",
 ]
 
-LOGPROB_GRID = 2.0**-5
-"""Grid, in nats, of stored label log-probabilities and entropies: off by at most 1/64."""
-MASS_GRID = 2.0**-10
-"""Grid of the stored tail mass: off by at most 1/2048."""
+LOGPROB_GRID = 1 / 16
+"""Grid, in nats, of stored label log-probabilities and entropies: off by at most 1/32."""
+MASS_GRID = 1 / 255
+"""Grid of the stored tail mass: off by at most 1/510. Its 256 values are a byte each in Parquet's dictionary."""
 _MOST_STEPS = 32767
+_OFTEN = 24
+"""An id in the metadata takes some six bytes; measured, it earns them back when it occurs about this often."""
+_MOST_FREQUENT = 4096
 
 
 def offsets_of(counts: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -35,41 +47,103 @@ def offsets_of(counts: NDArray[np.int32]) -> NDArray[np.int64]:
     return offsets
 
 
-def encode_head(logprobs: NDArray[np.float32], counts: NDArray[np.int32], *, step: float) -> NDArray[np.int16]:
-    """[H] int16: each label's `-log p` in steps, less the one before it, the first from 0.
+def head_steps(logprobs: NDArray[np.float32], counts: NDArray[np.int32], *, step: float) -> NDArray[np.float64]:
+    """[H] whole steps by which each is less likely than the label's most likely entry; at most 32,767.
 
-    Steps stop at 32,767, so that no difference overflows; with a step of .02 that is a probability of e^-655.
+    With a step of .05 that is a probability of e^-1638 of the most likely one.
     """
-    steps = np.clip(np.rint(logprobs.astype(np.float64) / -step), 0, _MOST_STEPS).astype(np.int32)
-    differences = np.diff(steps, prepend=np.int32(0))
-    starts = offsets_of(counts)[:-1][counts > 0]
-    differences[starts] = steps[starts]
+    steps: NDArray[np.float64] = np.minimum(np.rint(_below_first(logprobs, counts) / step), _MOST_STEPS)
+    return steps
+
+
+def encode_head(logprobs: NDArray[np.float32], counts: NDArray[np.int32], *, step: float) -> NDArray[np.int16]:
+    """Int16 differences between the `head_steps` of neighbours: one fewer than a label has entries, in all labels."""
+    differences = np.diff(head_steps(logprobs, counts, step=step), prepend=0.0)[_after_first(counts)]
     if len(differences) and differences.min() < 0:
         raise ValueError("head log-probabilities must fall within each label")
     narrow: NDArray[np.int16] = differences.astype(np.int16)
     return narrow
 
 
+def _after_first(counts: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[H] whether an entry is not its label's first."""
+    after = np.ones(int(counts.sum()), dtype=np.bool_)
+    after[offsets_of(counts)[:-1][counts > 0]] = False
+    return after
+
+
+def _below_first(logprobs: NDArray[np.floating[Any]], counts: NDArray[np.int32]) -> NDArray[np.float64]:
+    """How much less each is than its label's first, in nats."""
+    exact = logprobs.astype(np.float64)
+    highest = np.repeat(exact[offsets_of(counts)[:-1][counts > 0]], counts[counts > 0])
+    return highest - exact
+
+
 def decode_head(differences: NDArray[np.int16], counts: NDArray[np.int32]) -> NDArray[np.int32]:
-    """[H] int32: `-log p` in steps, the inverse of `encode_head`."""
+    """[H] int32: steps below the label's most likely entry, the inverse of `encode_head`."""
+    after = _after_first(counts)
+    steps = np.zeros(len(after), dtype=np.int32)
+    steps[after] = differences
+    return _running(steps, counts)
+
+
+def _running(differences: NDArray[Any], counts: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Running sums within each label."""
     running = np.cumsum(differences, dtype=np.int64)
     before = np.concatenate([np.zeros(1, np.int64), running])[offsets_of(counts)[:-1]]
-    steps: NDArray[np.int32] = (running - np.repeat(before, counts)).astype(np.int32)
-    return steps
+    sums: NDArray[np.int32] = (running - np.repeat(before, counts)).astype(np.int32)
+    return sums
+
+
+def frequent_ids(ids: NDArray[np.int32], *, vocab_size: int) -> NDArray[np.int32]:
+    """Ids that occur often enough to be worth a place in the metadata, the most frequent first, equal ones by id."""
+    counts = np.bincount(ids, minlength=vocab_size)
+    often = np.flatnonzero(counts >= _OFTEN)
+    order = np.argsort(-counts[often], kind="stable")[:_MOST_FREQUENT]
+    chosen: NDArray[np.int32] = often[order].astype(np.int32)
+    return chosen
+
+
+def ids_by_rank(frequent: NDArray[np.int32], *, vocab_size: int) -> NDArray[np.int32]:
+    """[V] ids: the frequent ones, then all others ascending. Ranks are what a part stores."""
+    others = np.ones(vocab_size, dtype=np.bool_)
+    others[frequent] = False
+    return np.concatenate([frequent, np.flatnonzero(others).astype(np.int32)])
+
+
+def ranks_of(by_rank: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[V] rank of each id, the inverse of `ids_by_rank`."""
+    ranks = np.empty_like(by_rank)
+    ranks[by_rank] = np.arange(len(by_rank), dtype=np.int32)
+    return ranks
+
+
+def encode_tail(ranks: NDArray[np.int32], counts: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[T] int32: each label's ranks, sorted, each less the one before it, the first from 0."""
+    labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts) << 32
+    keys = np.sort(labels | ranks)
+    gaps = np.diff(keys, prepend=0)
+    starts = offsets_of(counts)[:-1][counts > 0]
+    gaps[starts] = keys[starts]
+    narrow: NDArray[np.int32] = gaps.astype(np.int32)  # drops the label, which fills the upper half
+    return narrow
+
+
+def decode_tail(gaps: NDArray[np.int32], counts: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[T] ranks, ascending within a label, the inverse of `encode_tail`."""
+    return _running(gaps, counts)
 
 
 def head_weights(
-    steps: NDArray[np.int32], counts: NDArray[np.int32], mass: NDArray[np.float32], *, step: float
+    logprobs: NDArray[np.floating[Any]], counts: NDArray[np.int32], mass: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """[H] weights that sum to `mass` [P] within each label that has a head."""
-    relative = np.exp(-step * steps.astype(np.float64))
-    offsets = offsets_of(counts)
-    sums = np.zeros(len(counts))
+    """[H] weights as exp(logprobs), sorted within a label, that sum to `mass` [P] where there is a head."""
+    relative = np.exp(-_below_first(logprobs, counts))
     filled = counts > 0
-    if filled.any():
-        sums[filled] = np.add.reduceat(relative, offsets[:-1][filled])
-    scale = np.divide(mass.astype(np.float64), sums, out=np.zeros(len(sums)), where=filled)
-    weights: NDArray[np.float64] = relative * np.repeat(scale, counts)
+    if not filled.any():
+        return relative
+    sums = np.add.reduceat(relative, offsets_of(counts)[:-1][filled])
+    weights: NDArray[np.float64] = relative * np.repeat(mass[filled].astype(np.float64) / sums, counts[filled])
     return weights
 
 

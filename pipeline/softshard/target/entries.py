@@ -28,24 +28,22 @@ class Entries:
     """[P + 1]"""
 
 
-def entries_of(targets: SequenceTargets, *, step: float, tau: float | None) -> Entries:
+def entries_of(targets: SequenceTargets, *, tau: float | None, draw: int = 0, temperature: float = 1.0) -> Entries:
     """Entries whose weights sum, in expectation, to 1 (threshold), or to 1 - tail_mass (the other kinds).
 
-    `tau` is the weight of a tail entry, None where the kind has none.
+    Args:
+        targets: of any number of labels.
+        tau: weight of a tail entry, None where the kind has none.
+        draw: which of the independent tails; counted from 0, and from 0 again after the last, so an epoch will do.
+        temperature: the head becomes p^(1 / temperature), of the same mass. That is the target at that temperature
+            where the head is the whole vocabulary, or where what is left out is to be renormalised away.
     """
-    steps = np.rint(targets.head_logprobs.astype(np.float64) / -step).astype(np.int32)
-    heads = head_weights(steps, targets.head_count, 1 - targets.tail_mass, step=step)
-    offsets = offsets_of(targets.head_count + targets.tail_count)
-    ids = np.empty(offsets[-1], dtype=np.int32)
-    weights = np.empty(offsets[-1], dtype=np.float32)
-    head_at = _places(offsets[:-1], targets.head_count)
-    tail_at = _places(offsets[:-1] + targets.head_count, targets.tail_count)
-    ids[head_at], weights[head_at] = targets.head_ids, heads
-    ids[tail_at], weights[tail_at] = targets.tail_ids, 0.0 if tau is None else tau
-    return Entries(ids=ids, weights=weights, offsets=offsets)
-
-
-def _places(starts: NDArray[np.int64], counts: NDArray[np.int32]) -> NDArray[np.int64]:
-    within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(offsets_of(counts)[:-1], counts)
-    places: NDArray[np.int64] = np.repeat(starts, counts) + within
-    return places
+    targets = targets.of_draw(draw)
+    heads = head_weights(targets.head_logprobs / temperature, targets.head_count, 1 - targets.tail_mass)
+    counts = np.stack([targets.head_count, targets.tail_count], axis=1)
+    in_head = np.repeat(np.tile([True, False], len(counts)), counts.reshape(-1))
+    ids = np.empty(len(in_head), dtype=np.int32)
+    weights = np.full(len(in_head), 0.0 if tau is None else tau, dtype=np.float32)
+    ids[in_head], weights[in_head] = targets.head_ids, heads
+    ids[~in_head] = targets.tail_ids
+    return Entries(ids=ids, weights=weights, offsets=offsets_of(counts.sum(1, dtype=np.int32)))

@@ -3,19 +3,22 @@
 Only sums are needed. With p the target, s what is stored, u = 1/V a student that knows nothing and S the mass of s:
 |s - p|^2 = |p|^2 + sum over entries of (s_i^2 - 2 s_i p_i); the gradients of the loss at u are u - p and u - s, with
 (u - p)(u - s) = sum p_i s_i - S/V, |u - p|^2 = |p|^2 - 1/V, |u - s|^2 = |s|^2 - 2S/V + 1/V.
+
+The uniform student is the one that flatters no sketch: a trained student's own probabilities stand in both gradients,
+so that any sketch of a peaked distribution would seem near.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from softshard.target.codec import offsets_of
-from softshard.target.entries import Entries
+__all__ = ["RANKS", "FidelitySums", "StoredLabels", "mass_by_rank", "measure"]
 
-__all__ = ["FidelitySums", "measure"]
+RANKS = (1, 8, 64, 512)
+"""Numbers of most likely tokens whose mass is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,47 +30,64 @@ class FidelitySums:
     angle_degrees: float = 0.0
     kl_nats: float = 0.0
     num_entries: int = 0
+    num_ranked: int = 0
+    """Labels whose mass by rank was measured: a random sample, since it takes a partial sort."""
+    mass_1: float = 0.0
+    mass_8: float = 0.0
+    mass_64: float = 0.0
+    mass_512: float = 0.0
 
     def __add__(self, other: FidelitySums) -> FidelitySums:
         return FidelitySums(
-            num_labels=self.num_labels + other.num_labels,
-            squared_error=self.squared_error + other.squared_error,
-            angle_degrees=self.angle_degrees + other.angle_degrees,
-            kl_nats=self.kl_nats + other.kl_nats,
-            num_entries=self.num_entries + other.num_entries,
+            **{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredLabels:
+    """Entries of P labels as a reader will see them, beside what the teacher said of the same tokens."""
+
+    head_count: NDArray[np.int32]
+    """[P]"""
+    head_weights: NDArray[np.float64]
+    """[H]"""
+    head_probabilities: NDArray[np.float64]
+    """[H]"""
+    tail_count: NDArray[np.int32]
+    """[P] of one draw."""
+    tail_probabilities: NDArray[np.float64]
+    """[T]"""
+    tau: float
+    """Weight of a tail entry."""
+
+
 def measure(
-    stored: Entries,
-    probabilities: NDArray[np.float64],
-    *,
-    square_sums: NDArray[np.float64],
-    vocab_size: int,
-    covers_all: bool,
+    stored: StoredLabels, *, square_sums: NDArray[np.float64], vocab_size: int, covers_all: bool
 ) -> FidelitySums:
-    """Fidelity of some labels.
+    """Fidelity of some labels, all but the mass by rank.
 
     Args:
-        stored: what a reader of the part will see.
-        probabilities: [E] the target's probability of each entry.
+        stored: entries and probabilities.
         square_sums: [P] sum of the squared probabilities of each label's whole target.
         vocab_size: V.
-        covers_all: the entries are the whole vocabulary, so that KL(target || stored) is defined.
+        covers_all: the heads are the whole vocabulary, so that KL(target || stored) is defined.
     """
-    counts = np.diff(stored.offsets)
-    labels = np.repeat(np.arange(len(counts)), counts)
-    weights = stored.weights.astype(np.float64)
+    labels = len(square_sums)
+    heads = np.repeat(np.arange(labels), stored.head_count)
+    tails = np.repeat(np.arange(labels), stored.tail_count)
+    weights, probabilities, tau = stored.head_weights, stored.head_probabilities, stored.tau
 
-    def per_label(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(labels, weights=values, minlength=len(counts)).astype(np.float64)
+    def per_label(rows: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.bincount(rows, weights=values, minlength=labels).astype(np.float64)
 
-    product, square, mass = per_label(weights * probabilities), per_label(weights**2), per_label(weights)
+    product = per_label(heads, weights * probabilities) + tau * per_label(tails, stored.tail_probabilities)
+    square = per_label(heads, weights**2) + tau**2 * stored.tail_count
+    mass = per_label(heads, weights) + tau * stored.tail_count
     error = np.maximum(square_sums + square - 2 * product, 0.0)
     lengths = np.sqrt(
         np.maximum(square_sums - 1 / vocab_size, 0.0) * np.maximum(square - (2 * mass - 1) / vocab_size, 0.0)
     )
-    cosine = np.divide(product - mass / vocab_size, lengths, out=np.ones(len(counts)), where=lengths > 1e-12)
+    cosine = np.divide(product - mass / vocab_size, lengths, out=np.ones(labels), where=lengths > 1e-12)
     kl = 0.0
     if covers_all:
         seen = probabilities > 0
@@ -75,9 +95,16 @@ def measure(
             np.sum(probabilities[seen] * (np.log(probabilities[seen]) - np.log(np.maximum(weights[seen], 1e-300))))
         )
     return FidelitySums(
-        num_labels=len(counts),
+        num_labels=labels,
         squared_error=float(error.sum()),
         angle_degrees=float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).sum()),
         kl_nats=kl,
-        num_entries=int(offsets_of(counts.astype(np.int32))[-1]),
+        num_entries=len(weights) + len(stored.tail_probabilities),
     )
+
+
+def mass_by_rank(most_likely: NDArray[np.float32]) -> FidelitySums:
+    """Mass of the RANKS most likely tokens, from [n, up to 512] probabilities of n labels in falling order."""
+    running = most_likely.cumsum(1, dtype=np.float64)
+    first, eight, more, most = (float(running[:, min(rank, running.shape[1]) - 1].sum()) for rank in RANKS)
+    return FidelitySums(num_ranked=len(most_likely), mass_1=first, mass_8=eight, mass_64=more, mass_512=most)

@@ -7,11 +7,14 @@ Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["label_uniforms", "philox4x32"]
+from softshard.target.types import TokenSequence
+
+__all__ = ["label_uniforms", "philox4x32", "tail_uniforms"]
 
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -45,3 +48,24 @@ def label_uniforms(
     high, low = words[:, 0] >> np.uint64(5), words[:, 1] >> np.uint64(6)
     numbers: NDArray[np.float64] = (high * np.uint64(1 << 26) + low).astype(np.float64) * 2.0**-53
     return numbers
+
+
+def tail_uniforms(sequences: Sequence[TokenSequence], *, seed: int, draws: int) -> NDArray[np.float64]:
+    """[draws, P] numbers of the labels of all sequences, one after the other, for each independent tail."""
+    return np.stack(
+        [
+            np.concatenate(
+                [
+                    label_uniforms(
+                        seed=seed,
+                        sequence_id=sequence.sequence_id,
+                        first_label=sequence.first_label,
+                        num_labels=sequence.num_labels,
+                        draw=draw,
+                    )
+                    for sequence in sequences
+                ]
+            )
+            for draw in range(draws)
+        ]
+    )

@@ -1,7 +1,7 @@
 """Which entries of a distribution are stored: the head of each kind, and the sampled tail.
 
-In: rows of probabilities as a torch tensor on any device. Out: flat entries with their rows. A head is sorted by
-falling probability, equal ones by rising id; a tail by rising id.
+In: rows of logits in blocks. Out: flat entries with their rows. A head is sorted by falling probability, equal ones by
+rising id; a tail by rising id.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softshard.config import FullSketch, NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
+from softshard.config import FullSketch, NucleusSketch, TopkSketch
+from softshard.target.blocks import BLOCK, BlockedRows
 
-__all__ = ["BLOCK", "Selection", "block_sums", "sample_tail", "select_head"]
+__all__ = ["Selection", "ranked_head", "sample_tail", "threshold_head"]
 
-BLOCK = 128
-"""Tokens of a block: running sums go block by block, and only blocks that are hit are walked token by token."""
+_JUST_BELOW = 1 - 1e-5
+"""A block without an entry of the head may sum to a little more in float32; a closer look costs nothing but time."""
+
+
+_ENTRIES_AT_ONCE = 2**16
+"""Tail entries whose blocks are walked at a time: some 50 MB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,74 +33,97 @@ class Selection:
     ids: Tensor
     """[E] int64"""
     probabilities: Tensor
-    """[E] in the type of the rows."""
+    """[E] float64"""
 
 
-def select_head(probabilities: Tensor, settings: SketchSettings, *, vocab_size: int) -> Selection:
-    """Head of each row of [rows, vocabulary] probabilities; vocabulary a multiple of BLOCK, padded with zeros."""
+def ranked_head(probabilities: Tensor, settings: TopkSketch | NucleusSketch | FullSketch) -> Selection:
+    """Head of each row of [rows, V] probabilities, which become zero there."""
+    vocab_size = probabilities.shape[1]
     match settings:
-        case ThresholdSketch(tau=tau):
-            return _sorted(probabilities, *_at_least(probabilities, tau))
         case TopkSketch(k=k):
-            _, ids = torch.topk(probabilities[:, :vocab_size], min(k, vocab_size), dim=1)
-            return _sorted(probabilities, *_flat(ids, torch.ones_like(ids, dtype=torch.bool)))
-        case NucleusSketch(mass=mass, max_entries=most):
-            values, ids = torch.topk(probabilities[:, :vocab_size], min(most, vocab_size), dim=1)
-            before = values.double().cumsum(1) - values
-            return _sorted(probabilities, *_flat(ids, before < mass))
+            most, mass = k, None
+        case NucleusSketch(max_entries=cap, mass=wanted_mass):
+            most, mass = cap, wanted_mass
         case FullSketch():
-            values, ids = torch.sort(probabilities[:, :vocab_size], dim=1, descending=True, stable=True)
-            rows = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
-            return Selection(rows=rows, ids=ids.reshape(-1), probabilities=values.reshape(-1))
+            most, mass = vocab_size, None
+    if most < vocab_size:
+        values, ids = torch.topk(probabilities, most, dim=1)
+    else:
+        values, ids = torch.sort(probabilities, dim=1, descending=True, stable=True)
+    exact = values.double()
+    wanted = torch.ones_like(ids, dtype=torch.bool) if mass is None else exact.cumsum(1) - exact < mass
+    rows = torch.nonzero(wanted, as_tuple=True)[0]
+    head = _sorted(rows, ids[wanted], exact[wanted])
+    probabilities[head.rows, head.ids] = 0
+    return head
 
 
-def _at_least(probabilities: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Rows and ids of the tokens that are at least tau likely; blocks without one are passed over by their maximum."""
-    blocked = probabilities.view(len(probabilities), -1, BLOCK)
-    rows, blocks = torch.nonzero(blocked.amax(-1) >= tau, as_tuple=True)
-    hits, places = torch.nonzero(blocked[rows, blocks] >= tau, as_tuple=True)
-    return rows[hits], blocks[hits] * BLOCK + places
+def threshold_head(rows: BlockedRows, sums: Tensor, *, log_sums: Tensor, tau: float) -> Selection:
+    """Tokens that are at least tau likely. Blocks that cannot hold one are passed over by their sums.
+
+    `sums`, [rows, blocks] float64, lose the head: they are then those of the tail.
+    """
+    at, blocks = torch.nonzero(sums >= tau * _JUST_BELOW, as_tuple=True)
+    inside = rows.probabilities(at, blocks, log_sums)
+    taken = inside >= tau
+    hits, places = torch.nonzero(taken, as_tuple=True)
+    head = _sorted(at[hits], blocks[hits] * BLOCK + places, inside[hits, places].double())
+    sums[at, blocks] = inside.masked_fill_(taken, 0).sum(1, dtype=torch.float64)
+    return head
 
 
-def _flat(ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.nonzero(wanted, as_tuple=True)[0], ids[wanted]
+def _sorted(rows: Tensor, ids: Tensor, probabilities: Tensor) -> Selection:
+    """By row, then by falling probability, then by rising id."""
+    if len(ids) and bool((ids[1:] < ids[:-1]).logical_and_(rows[1:] == rows[:-1]).any()):
+        by_id = torch.argsort(ids, stable=True)
+        rows, ids, probabilities = rows[by_id], ids[by_id], probabilities[by_id]
+    # Probabilities come from float32: two that differ do so by far more than is lost beside the number of a row.
+    order = torch.argsort(2 * rows - probabilities, stable=True)
+    return Selection(rows=rows[order], ids=ids[order], probabilities=probabilities[order])
 
 
-def _sorted(probabilities: Tensor, rows: Tensor, ids: Tensor) -> Selection:
-    by_id = torch.argsort(ids, stable=True)
-    rows, ids = rows[by_id], ids[by_id]
-    by_probability = torch.argsort(probabilities[rows, ids], descending=True, stable=True)
-    rows, ids = rows[by_probability], ids[by_probability]
-    by_row = torch.argsort(rows, stable=True)
-    rows, ids = rows[by_row], ids[by_row]
-    return Selection(rows=rows, ids=ids, probabilities=probabilities[rows, ids])
-
-
-def block_sums(tail: Tensor) -> Tensor:
-    """[rows, vocabulary / BLOCK] running sums, in float64, of the blocks of each row."""
-    return tail.view(len(tail), -1, BLOCK).sum(-1, dtype=torch.float64).cumsum(1)
-
-
-def sample_tail(tail: Tensor, sums: Tensor, uniforms: Tensor, *, tau: float) -> Selection:
+def sample_tail(rows: BlockedRows, sums: Tensor, uniforms: Tensor, *, log_sums: Tensor, tau: float) -> Selection:
     """Systematic sampling of the tail: token i is taken where floor(c_i / tau + u) > floor(c_(i-1) / tau + u).
 
     c_i is the running sum of the row's tail probabilities in id order, u the row's uniform number. Token i is taken
     with probability p_i / tau and stands for a weight of tau (Duffield, Lund, Thorup: Learn more, sample less, 2005).
+    So an entry is the token at which c first reaches (k - u) tau, for k = 1, 2, ...: the running sums of the blocks
+    tell its block, and those within the block the token.
 
     Args:
-        tail: [rows, vocabulary] probabilities, all below tau, zero at the head; vocabulary a multiple of BLOCK.
-        sums: [rows, vocabulary / BLOCK] of `block_sums`.
+        rows: logits.
+        sums: [rows, blocks] float64 of the tail.
         uniforms: [rows] float64 in [0, 1).
+        log_sums: [rows] of the logits.
         tau: weight of an entry.
     """
-    counted = torch.floor(sums / tau + uniforms[:, None])
-    before = torch.cat([torch.zeros_like(counted[:, :1]), counted[:, :-1]], dim=1)
-    rows, blocks = torch.nonzero(counted > before, as_tuple=True)
-    inside = tail.view(len(tail), -1, BLOCK)[rows, blocks]
-    base = torch.where(blocks > 0, sums[rows, (blocks - 1).clamp(min=0)], 0.0)
-    running = inside.double().cumsum(1) + base[:, None]
-    running[:, -1] = sums[rows, blocks]
-    walked = torch.floor(running / tau + uniforms[rows, None])
-    previous = torch.cat([before[rows, blocks][:, None], walked[:, :-1]], dim=1)
-    hits, places = torch.nonzero((walked > previous) & (inside > 0), as_tuple=True)
-    return Selection(rows=rows[hits], ids=blocks[hits] * BLOCK + places, probabilities=inside[hits, places])
+    running = sums.cumsum(1)
+    most = int(float(running[:, -1].max()) / tau) + 1
+    wanted = (torch.arange(1, most + 1, device=sums.device) - uniforms[:, None]) * tau
+    at, entry = torch.nonzero(wanted <= running[:, -1:], as_tuple=True)
+    blocks = torch.searchsorted(running, wanted)[at, entry]
+    mass = sums[at, blocks]
+    into_block = wanted[at, entry] - running[at, blocks] + mass
+    pieces = [
+        _walk(rows, at[piece], blocks[piece], into_block[piece], mass[piece], log_sums=log_sums, tau=tau)
+        for piece in torch.split(torch.arange(len(at), device=at.device), _ENTRIES_AT_ONCE)
+    ]
+    places, probabilities = (torch.cat([piece[which] for piece in pieces]) for which in (0, 1))
+    ids = blocks * BLOCK + places
+    # Only where rounding puts a multiple beside a token: on one that is impossible, or twice on one just below tau.
+    kept = probabilities > 0
+    kept[1:] &= (ids[1:] != ids[:-1]) | (at[1:] != at[:-1])
+    return Selection(rows=at[kept], ids=ids[kept], probabilities=probabilities[kept])
+
+
+def _walk(
+    rows: BlockedRows, at: Tensor, blocks: Tensor, into_block: Tensor, mass: Tensor, *, log_sums: Tensor, tau: float
+) -> tuple[Tensor, Tensor]:
+    """Place in its block, and probability, of the tail token at which the block's running sum reaches `into_block`."""
+    inside = rows.probabilities(at, blocks, log_sums)
+    inside.masked_fill_(inside >= tau, 0)
+    walked = inside.cumsum(1, dtype=torch.float64)
+    # The dense pass and this closer look round differently in the seventh digit; the pass's own sum is what counts.
+    reached = into_block * (walked[:, -1] / mass)
+    places = torch.searchsorted(walked, reached[:, None]).clamp_(max=BLOCK - 1)
+    return places[:, 0], inside.gather(1, places)[:, 0].double()

@@ -6,7 +6,7 @@ before it, `first_label + j - 1`. L tokens have P = L - first_label labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,21 +45,41 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceTargets:
-    """Sketches of one sequence's targets. Entries of label j are the next head_count[j] and tail_count[j] ones."""
+    """Sketches of the targets of P labels. Entries of label j are the next head_count[j] and tail_count[j] ones."""
 
     label_logprob: NDArray[np.float32]
     """[P] log-probability of the label under the target, in nats."""
     entropy: NDArray[np.float32]
     """[P] entropy of the target, in nats."""
     tail_mass: NDArray[np.float32]
-    """[P] exact mass of the tokens outside the head."""
+    """[P] mass of the tokens outside the head."""
     head_count: NDArray[np.int32]
     """[P]"""
     tail_count: NDArray[np.int32]
-    """[P]"""
+    """[draws * P] counts of all labels in the first draw, then of all labels in the second."""
     head_ids: NDArray[np.int32]
     """[H] by falling probability within a label; equal ones by rising id."""
     head_logprobs: NDArray[np.float32]
-    """[H] in nats, relative to the whole distribution."""
+    """[H] in nats. Only differences within a label count: the head as a whole weighs 1 - tail_mass."""
     tail_ids: NDArray[np.int32]
-    """[T] ascending within a label; each weighs tau."""
+    """[T] in the order of tail_count, each another token of its label; each weighs tau."""
+
+    @property
+    def num_labels(self) -> int:
+        """P."""
+        return len(self.entropy)
+
+    @property
+    def draws(self) -> int:
+        """Independent tails that each label has; 1 where there is no label."""
+        return len(self.tail_count) // self.num_labels if self.num_labels else 1
+
+    def of_draw(self, draw: int) -> SequenceTargets:
+        """The same heads with one draw's tails alone; `draw` counts from 0 and starts again after the last."""
+        if self.draws == 1:
+            return self
+        draw %= self.draws
+        counts = self.tail_count.reshape(self.draws, self.num_labels)
+        start = int(counts[:draw].sum())
+        tails = self.tail_ids[start : start + int(counts[draw].sum())]
+        return replace(self, tail_count=counts[draw], tail_ids=tails)

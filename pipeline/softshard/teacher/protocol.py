@@ -37,3 +37,8 @@ class Teacher(Protocol):
         Raises:
             LogitsInvalid: the model gave NaN or +inf.
         """
+
+    def score_each(
+        self, sequences: Sequence[TokenSequence], *, sketches: Sequence[SketchSettings], seed: int
+    ) -> list[tuple[list[SequenceTargets], FidelitySums]]:
+        """What `score` gives with each of some settings, bit for bit, for one pass of the model."""

@@ -6,7 +6,7 @@ makes the large tensor, is applied to a few positions at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +19,9 @@ from softshard.decoder import Decoder, batches_by_length
 from softshard.errors import EngineDiffers
 from softshard.models import check_vocabulary, load_model, resolve_device, resolve_dtype
 from softshard.target.fidelity import FidelitySums
-from softshard.target.philox import label_uniforms
-from softshard.target.sketch import concatenate, sketch_rows, split_rows
+from softshard.target.join import concatenate, split_rows
+from softshard.target.philox import tail_uniforms
+from softshard.target.sketch import sketch_rows
 from softshard.target.types import SequenceTargets, TokenSequence
 from softshard.teacher.protocol import TeacherIdentity
 
@@ -93,55 +94,78 @@ class TransformersTeacher:
         self, sequences: Sequence[TokenSequence], *, sketch: SketchSettings, seed: int
     ) -> tuple[list[SequenceTargets], FidelitySums]:
         """Targets of each sequence; see `Teacher.score`."""
-        results: dict[int, SequenceTargets] = {}
-        fidelity = FidelitySums()
+        return self.score_each(sequences, sketches=(sketch,), seed=seed)[0]
+
+    def score_each(
+        self, sequences: Sequence[TokenSequence], *, sketches: Sequence[SketchSettings], seed: int
+    ) -> list[tuple[list[SequenceTargets], FidelitySums]]:
+        """Targets of each sequence with each of some settings; see `Teacher.score_each`."""
+        results: list[dict[int, SequenceTargets]] = [{} for _ in sketches]
+        sums = [FidelitySums() for _ in sketches]
         for batch in batches_by_length(sequences, batch_tokens=self._batch_tokens):
-            scored, measured = self._score_batch([sequences[index] for index in batch], sketch, seed)
-            results.update(zip(batch, scored, strict=True))
-            fidelity += measured
-        return [results[index] for index in range(len(sequences))], fidelity
+            scored = self._score_batch([sequences[index] for index in batch], sketches, seed)
+            for number, (targets, measured) in enumerate(scored):
+                results[number].update(zip(batch, targets, strict=True))
+                sums[number] += measured
+        in_order = [[result[index] for index in range(len(sequences))] for result in results]
+        return list(zip(in_order, sums, strict=True))
 
     @torch.inference_mode()
     def _score_batch(
-        self, batch: list[TokenSequence], sketch: SketchSettings, seed: int
-    ) -> tuple[list[SequenceTargets], FidelitySums]:
+        self, batch: list[TokenSequence], sketches: Sequence[SketchSettings], seed: int
+    ) -> list[tuple[list[SequenceTargets], FidelitySums]]:
         states = [self._states(batch, name) for name in self._names]
         labels = torch.from_numpy(np.concatenate([sequence.labels for sequence in batch]).astype(np.int64)).to(
             self._device
         )
-        uniforms = np.concatenate(
-            [
-                label_uniforms(seed=seed, sequence_id=s.sequence_id, first_label=s.first_label, num_labels=s.num_labels)
-                for s in batch
-            ]
-        )
+        draws = [sketch.draws if sketch.kind == "threshold" else 1 for sketch in sketches]
+        uniforms = tail_uniforms(batch, seed=seed, draws=max(draws))
         places = [(s.sequence_id, s.first_label + j - 1) for s in batch for j in range(s.num_labels)]
-        pieces, fidelity = [], FidelitySums()
+        pieces: list[list[SequenceTargets]] = [[] for _ in sketches]
+        sums = [FidelitySums() for _ in sketches]
         for start in range(0, len(labels), _ROWS_OF_LOGITS):
             rows = slice(start, start + _ROWS_OF_LOGITS)
-            targets, measured = sketch_rows(
-                self._logits([state[rows] for state in states], sketch.temperature),
-                labels=labels[rows],
-                uniforms=uniforms[rows],
-                settings=sketch,
-                vocab_size=self._vocab_size,
-                places=places[rows],
-            )
-            pieces.append(targets)
-            fidelity += measured
-        return split_rows(concatenate(pieces), [sequence.num_labels for sequence in batch]), fidelity
+            for number, logits, temperature in self._logits_of_each([state[rows] for state in states], sketches):
+                targets, measured = sketch_rows(
+                    logits,
+                    labels=labels[rows],
+                    uniforms=uniforms[: draws[number], rows],
+                    settings=sketches[number],
+                    vocab_size=self._vocab_size,
+                    places=places[rows],
+                    temperature=temperature,
+                )
+                pieces[number].append(targets)
+                sums[number] += measured
+        lengths = [sequence.num_labels for sequence in batch]
+        return [(split_rows(concatenate(piece), lengths), total) for piece, total in zip(pieces, sums, strict=True)]
 
     def _states(self, batch: list[TokenSequence], adapter: str | None) -> Tensor:
         if adapter is not None:
             self._model.set_adapter(adapter)
         return self._decoder.states(batch)
 
-    def _logits(self, states: list[Tensor], temperature: float) -> Tensor:
-        logits = [self._decoder.logits(state)[:, : self._vocab_size].float() / temperature for state in states]
-        if len(logits) == 1:
-            return logits[0]
-        stacked = torch.stack([torch.log_softmax(one, 1) for one in logits])
-        return torch.logsumexp(stacked, 0) - float(np.log(len(logits)))
+    def _logits_of_each(
+        self, states: list[Tensor], sketches: Sequence[SketchSettings]
+    ) -> Iterator[tuple[int, Tensor, float]]:
+        """The place of each of the settings, and its `_logits`, computed once a temperature."""
+        for temperature in dict.fromkeys(sketch.temperature for sketch in sketches):
+            logits, divisor = self._logits(states, temperature)
+            for number, sketch in enumerate(sketches):
+                if sketch.temperature == temperature:
+                    yield number, logits, divisor
+
+    def _logits(self, states: list[Tensor], temperature: float) -> tuple[Tensor, float]:
+        """Logits, and what they are still to be divided by; of several models, the log of the mean distribution."""
+        if len(states) == 1:
+            return self._decoder.logits(states[0]), temperature
+        mean: Tensor | None = None
+        for state in states:
+            logits = self._decoder.logits(state)[:, : self._vocab_size].float()
+            log_probabilities = torch.log_softmax(logits / temperature, 1)
+            mean = log_probabilities if mean is None else torch.logaddexp(mean, log_probabilities, out=mean)
+        assert mean is not None
+        return mean.sub_(float(np.log(len(states)))), 1.0
 
 
 def _with_adapters(model: Any, adapters: Sequence[Path], device: str) -> tuple[Any, list[str | None]]:

@@ -20,7 +20,8 @@ from softshard.shard.read import Row
 from softshard.shard.schema import PartMetadata
 from softshard.target.codec import offsets_of
 from softshard.target.entries import Entries, entries_of
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.target.join import concatenate
+from softshard.target.types import TokenSequence
 
 __all__ = ["Batch", "collate", "collate_text"]
 
@@ -64,25 +65,31 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Row], *, metadata: PartMetadata, alpha: float, truncated: Literal["ghost", "renormalise"]
+    rows: Sequence[Row],
+    *,
+    metadata: PartMetadata,
+    alpha: float,
+    truncated: Literal["ghost", "renormalise"],
+    draw: int = 0,
+    temperature: float = 1.0,
 ) -> Batch:
     """Sequences with the targets alpha * delta(label) + (1 - alpha) * sketch.
 
     `metadata` is that of any part of the rows' manifest. Where the kind leaves tokens out (`topk`, `nucleus`),
     `ghost` keeps the weights and gives (1 - alpha) of the stored tail mass to a ghost token, and `renormalise`
     scales the weights of a label to 1 before mixing. A `threshold` sketch is never scaled: its sum is random, and
-    scaling it would bias it.
+    scaling it would bias it. `draw` and `temperature` are as in `entries_of`.
     """
     sequences = [sequence for sequence, _ in rows]
     if alpha == 1:
         return collate_text(sequences)
-    targets, tail = _joined([target for _, target in rows]), None
+    targets, tail = concatenate([target.of_draw(draw) for _, target in rows]), None
     if metadata.kind in ("topk", "nucleus"):
         if truncated == "ghost":
             tail = (1 - alpha) * targets.tail_mass
         else:
             targets = replace(targets, tail_mass=np.zeros_like(targets.tail_mass))
-    entries = entries_of(targets, step=metadata.step, tau=metadata.tau)
+    entries = entries_of(targets, tau=metadata.tau, temperature=temperature)
     labels = np.concatenate([sequence.labels for sequence in sequences])
     mixed, in_head = _with_labels(entries, labels=labels, alpha=alpha)
     return _batch(sequences, mixed, in_head=None if tail is None else in_head, tail=tail)
@@ -94,12 +101,6 @@ def collate_text(sequences: Sequence[TokenSequence]) -> Batch:
     ones = np.ones(len(labels), dtype=np.float32)
     own = Entries(ids=labels, weights=ones, offsets=np.arange(len(labels) + 1, dtype=np.int64))
     return _batch(sequences, own, in_head=None, tail=None)
-
-
-def _joined(targets: Sequence[SequenceTargets]) -> SequenceTargets:
-    """The targets of several sequences as those of one."""
-    names = [field.name for field in fields(SequenceTargets)]
-    return SequenceTargets(**{name: np.concatenate([getattr(item, name) for item in targets]) for name in names})
 
 
 def _with_labels(entries: Entries, *, labels: NDArray[np.int32], alpha: float) -> tuple[Entries, NDArray[np.bool_]]:

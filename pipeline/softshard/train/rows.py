@@ -21,7 +21,7 @@ from softshard.storage import Store
 
 __all__ = ["RowIndex", "index_rows"]
 
-_SETTINGS = ("kind", "tau", "k", "nucleus_mass", "step", "temperature", "tokenizer_fingerprint", "vocab_size")
+_SETTINGS = ("kind", "tau", "draws", "k", "nucleus_mass", "step", "temperature", "tokenizer_fingerprint", "vocab_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

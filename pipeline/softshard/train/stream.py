@@ -95,7 +95,8 @@ class SoftLabelStream(_Source):
     """Batches of one split of a manifest's parts, with their stored targets.
 
     All ranks get the same number of batches: batch i of a round goes to rank i, and in the last round a rank without
-    one gets a copy of the epoch's last batch with weight zero. `alpha` and `truncated` are as in `collate`.
+    one gets a copy of the epoch's last batch with weight zero. Each epoch takes the next draw of the tails; `alpha`,
+    `truncated` and `temperature` are as in `collate`.
 
     Raises:
         CorpusEmpty: the split has no sequence.
@@ -114,6 +115,7 @@ class SoftLabelStream(_Source):
         shuffle_buffer: int,
         alpha: float,
         truncated: Literal["ghost", "renormalise"],
+        temperature: float = 1.0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -121,7 +123,7 @@ class SoftLabelStream(_Source):
             raise ValueError(f"rank is {rank}, it must be from 0 to below world_size {world_size}")
         super().__init__(
             data=manifest.digest,
-            content=digest_of([manifest.digest, split, alpha, truncated]),
+            content=digest_of([manifest.digest, split, alpha, truncated, temperature]),
             seed=seed,
             batch_tokens=batch_tokens,
             shuffle_buffer=shuffle_buffer,
@@ -129,7 +131,7 @@ class SoftLabelStream(_Source):
         self._store, self._receipts, self._split = store, manifest.of_split(split), split
         if not any(receipt.num_sequences for receipt in self._receipts):
             raise CorpusEmpty(counts={"sequences": 0}, split=split)
-        self._alpha, self._truncated = alpha, truncated
+        self._alpha, self._truncated, self._temperature = alpha, truncated, temperature
         self._rank, self._world_size = rank, world_size
         self._plans: dict[int, _Plan] = {}
 
@@ -147,7 +149,14 @@ class SoftLabelStream(_Source):
             rows = self._rows(plan, mine)
             for start, index in zip(rounds, mine, strict=True):
                 taken = [next(rows) for _ in range(plan.bounds[index], plan.bounds[index + 1])]
-                batch = collate(taken, metadata=self._index.metadata, alpha=self._alpha, truncated=self._truncated)
+                batch = collate(
+                    taken,
+                    metadata=self._index.metadata,
+                    alpha=self._alpha,
+                    truncated=self._truncated,
+                    draw=self._epoch,
+                    temperature=self._temperature,
+                )
                 self._consumed = min(start + self._world_size, plan.num_batches)
                 yield batch if index == start + self._rank else batch.without_weight()
             self._epoch, self._consumed = self._epoch + 1, 0
