@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from softshard.sketches import (
+    FullSketch,
+    NucleusSketch,
+    Settings,
+    SketchSettings,
+    ThresholdSketch,
+    TopkSketch,
 )
 
 __all__ = [
@@ -46,11 +45,7 @@ DataType = Literal["auto", "float32", "bfloat16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class SourceSettings(_Settings):
+class SourceSettings(Settings):
     """One source of documents. A source without a licence and a rights basis is refused."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -87,7 +82,7 @@ class SourceSettings(_Settings):
             raise ValueError(problem) from error
 
 
-class CorpusSettings(_Settings):
+class CorpusSettings(Settings):
     """How documents become sequences."""
 
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
@@ -122,7 +117,7 @@ def _refuse_equal_names(sources: tuple[SourceSettings, ...]) -> None:
         raise ValueError(f"source names must differ: {', '.join(twice)} is given more than once")
 
 
-class LoraSettings(_Settings):
+class LoraSettings(Settings):
     """A low-rank adapter (LoRA) on the linear layers of the decoder."""
 
     rank: int = Field(default=16, ge=1)
@@ -137,7 +132,7 @@ class LoraSettings(_Settings):
     """Adapt only this many of the last layers; the backward pass then ends there. Without it, all."""
 
 
-class OptimizerSettings(_Settings):
+class OptimizerSettings(Settings):
     """AdamW with linear warm-up and a cosine down to a tenth."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -156,7 +151,7 @@ class OptimizerSettings(_Settings):
     """A stopped training goes on from the last multiple of this many steps."""
 
 
-class TeacherSettings(_Settings):
+class TeacherSettings(Settings):
     """The model that gives the targets, and how it is adapted to the corpus."""
 
     model: str = Field(min_length=1)
@@ -189,89 +184,7 @@ class TeacherSettings(_Settings):
         return self
 
 
-def _fraction(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError, OverflowError):
-            return value
-    return value
-
-
-Ratio = Annotated[float, BeforeValidator(_fraction, json_schema_input_type=float | str)]
-
-
-class _Sketch(_Settings):
-    temperature: float = Field(default=1.0, gt=0)
-    """Logits are divided by this at capture, before anything else."""
-    step: float = Field(default=0.05, gt=0, le=1)
-    """Step of the stored head log-probabilities, in nats."""
-
-
-_WAYS_TO_TAU = ("tau", "budget_bytes", "max_angle_degrees")
-
-
-class ThresholdSketch(_Sketch):
-    """Threshold sampling (Duffield, Lund, Thorup, 2005): unbiased, least variance for its number of entries."""
-
-    kind: Literal["threshold"] = "threshold"
-    tau: Ratio = Field(default=1 / 24, gt=0, le=1)
-    """Tokens at least this likely are stored with their probability; of the others each stored one weighs tau.
-    A fraction may be written as text: "1/24"."""
-    draws: int = Field(default=1, ge=1, le=64)
-    """Independent tails that are stored over one head; the training takes another one each epoch."""
-    budget_bytes: float | None = Field(default=None, gt=0)
-    """Instead of tau: the smallest tau whose parts take at most this many bytes a position, found by a pilot."""
-    max_angle_degrees: float | None = Field(default=None, gt=0, lt=90)
-    """Instead of tau: the largest tau whose gradient angle is at most this, found by a pilot."""
-
-    @model_validator(mode="after")
-    def _one_way_to_tau(self) -> ThresholdSketch:
-        given = [name for name in _WAYS_TO_TAU if name in self.model_fields_set and getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} cannot be given together: each decides tau")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _what_decides(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = dump(self)
-        kept = next((name for name in _WAYS_TO_TAU[1:] if values[name] is not None), "tau")
-        return {name: value for name, value in values.items() if name == kept or name not in _WAYS_TO_TAU}
-
-    @property
-    def is_resolved(self) -> bool:
-        """Whether tau is given, not yet to be found by a pilot."""
-        return self.budget_bytes is None and self.max_angle_degrees is None
-
-
-class TopkSketch(_Sketch):
-    """The k most likely tokens and the exact mass of the rest."""
-
-    kind: Literal["topk"]
-    k: int = Field(default=64, ge=1)
-    """Entries."""
-
-
-class NucleusSketch(_Sketch):
-    """The smallest set of tokens with a given mass, and the exact mass of the rest."""
-
-    kind: Literal["nucleus"]
-    mass: float = Field(default=0.95, gt=0, lt=1)
-    """Mass of the set."""
-    max_entries: int = Field(default=512, ge=1)
-    """Most entries; a set that needs more is cut there."""
-
-
-class FullSketch(_Sketch):
-    """Every token of the vocabulary; for small vocabularies and for checking the others."""
-
-    kind: Literal["full"]
-
-
-SketchSettings = Annotated[ThresholdSketch | TopkSketch | NucleusSketch | FullSketch, Field(discriminator="kind")]
-
-
-class ClusterSettings(_Settings):
+class ClusterSettings(Settings):
     """Where the tasks run: a local Dask cluster, or a running one."""
 
     workers: int = Field(default=1, ge=1)
@@ -282,7 +195,7 @@ class ClusterSettings(_Settings):
     """How often a part is tried before it is set aside."""
 
 
-class RetentionSettings(_Settings):
+class RetentionSettings(Settings):
     """The loss on other data that keeps what the model knew."""
 
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
@@ -300,7 +213,7 @@ class RetentionSettings(_Settings):
         return self
 
 
-class BaselineSettings(_Settings):
+class BaselineSettings(Settings):
     """Ordinary fine-tuning on the same tokens, with the same steps, at its own best learning rate."""
 
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1e-4, 2e-4, 5e-4), min_length=1)
@@ -309,7 +222,7 @@ class BaselineSettings(_Settings):
     """Retention weight of the baseline; ordinary fine-tuning has none."""
 
 
-class TrainSettings(_Settings):
+class TrainSettings(Settings):
     """KL fine-tuning of a light adapter on the stored targets."""
 
     model: str | None = None
@@ -346,7 +259,7 @@ class TrainSettings(_Settings):
     """The fine-tuning that everything is compared with; null: none."""
 
 
-class EvaluateSettings(_Settings):
+class EvaluateSettings(Settings):
     """What the report measures."""
 
     num_samples: int = Field(default=24, ge=1)
@@ -363,7 +276,7 @@ class EvaluateSettings(_Settings):
     """Bins of equal width of the calibration error."""
 
 
-class Job(_Settings):
+class Job(Settings):
     """A whole run, from human writing to an adapter and its report."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

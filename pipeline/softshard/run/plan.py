@@ -108,13 +108,8 @@ def make_plan(
     extent = Extent(num_parts=everything["num_slices"], num_labels=everything["num_labels"])
     found = _measure(job, tokenizer, reporter, extent=extent, num_pilot=num_pilot)
     speed = tokens_per_second if tokens_per_second is not None else found.tokens_per_second
-    folds, workers = job.teacher.folds, job.cluster.workers
-    scored = train["num_tokens"] + test["num_tokens"] * max(1, folds)
-    trained = train["num_tokens"] * max(0, folds - 1) * job.teacher.optimizer.epochs
-    scoring = scored / speed / 3600
-    training = trained * _PASSES_OF_A_TRAINING_STEP / speed / 3600
+    hours = _teacher_hours(job, train_tokens=train["num_tokens"], test_tokens=test["num_tokens"], speed=speed)
     trainings = 1 + (0 if job.train.baseline is None else len(job.train.baseline.learning_rates))
-    wall = scoring / workers + (training / min(workers, folds) if folds else 0.0)
     return Plan(
         job=job.name,
         out=job.out,
@@ -128,18 +123,37 @@ def make_plan(
         bytes=found.target.num_bytes,
         tokens_per_second=speed,
         speed_is="measured" if tokens_per_second is None else "given",
-        workers=workers,
-        scoring_hours=scoring,
-        training_hours=training,
-        wall_hours=wall,
-        cost=None if price_per_hour is None else (scoring + training) * price_per_hour,
+        workers=job.cluster.workers,
+        scoring_hours=hours.scoring,
+        training_hours=hours.training,
+        wall_hours=hours.wall,
+        cost=None if price_per_hour is None else (hours.scoring + hours.training) * price_per_hour,
         num_trainings=trainings,
         trained_tokens=round(train["num_tokens"] * job.train.optimizer.epochs * trainings),
-        adapted_teacher=folds > 0,
+        adapted_teacher=job.teacher.folds > 0,
         target=f"{job.target.kind} {setting_of(found.target.sketch)}",
         budget=_budget(job.target),
         pilot=found.pilot,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Hours:
+    """Of the teacher: over all workers, and on the clock."""
+
+    scoring: float
+    training: float
+    wall: float
+
+
+def _teacher_hours(job: Job, *, train_tokens: int, test_tokens: int, speed: float) -> _Hours:
+    folds, workers = job.teacher.folds, job.cluster.workers
+    scored = train_tokens + test_tokens * max(1, folds)
+    trained = train_tokens * max(0, folds - 1) * job.teacher.optimizer.epochs
+    scoring = scored / speed / 3600
+    training = trained * _PASSES_OF_A_TRAINING_STEP / speed / 3600
+    wall = scoring / workers + (training / min(workers, folds) if folds else 0.0)
+    return _Hours(scoring=scoring, training=training, wall=wall)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,7 +103,7 @@ def _targets(store: LocalStore) -> tuple[StageStatus, tuple[str, ...]]:
         figures["gradient_angle_degrees"] = round(fidelity.gradient_angle_degrees, 2)
         if fidelity.mean_kl_nats is not None:
             figures["kl_nats"] = round(fidelity.mean_kl_nats, 6)
-        for rank, mass in (fidelity.mass_by_rank or {}).items():
+        for rank, mass in sorted((fidelity.mass_by_rank or {}).items(), key=lambda item: int(item[0])):
             figures[f"mass_of_top_{rank}"] = round(mass, 3)
     status = StageStatus(stage="targets", complete=manifest is not None, figures=figures)
     return status, _some_sequences(store, receipts)

@@ -21,7 +21,7 @@ from softshard.storage import Store, sha256_of
 from softshard.target.fidelity import RANKS, FidelitySums
 from softshard.target.types import SequenceTargets, TokenSequence
 
-__all__ = ["PartPlan", "build_part", "commit_part", "find_receipt", "receipt_path"]
+__all__ = ["PartPlan", "build_part", "commit_part", "fidelity_of", "find_receipt", "receipt_path"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
