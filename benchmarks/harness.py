@@ -1,0 +1,163 @@
+"""What every benchmark here needs: times that can be compared, answers that are checked, a record of the figures.
+
+In: a function that measures. Out: readable lines while it does; one JSON object as the last line that is printed; after
+a full run a file in `benchmarks/results`, with the machine, the commit and the command. The prose that is measured on
+comes from `prose.py` and is named here too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prose import ModelName, Positions, middle_states, positions
+from softshard.errors import SoftshardError
+
+__all__ = [
+    "ModelName",
+    "Options",
+    "Positions",
+    "Result",
+    "WrongAnswer",
+    "interleaved",
+    "middle_states",
+    "positions",
+    "require",
+    "run",
+    "say",
+    "say_table",
+]
+
+_CACHE = Path(".cache/materials")
+_RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(candidates: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Seconds of each candidate: the least of its repeats, taken in alternation, so that all meet the same noise."""
+    seconds = dict.fromkeys(candidates, float("inf"))
+    for _ in range(repeats):
+        for name, candidate in candidates.items():
+            started = time.perf_counter()
+            candidate()
+            seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return seconds
+
+
+class WrongAnswer(Exception):
+    """What a benchmark computes is not what another route gives, so its figures would mean nothing."""
+
+
+def require(holds: bool, claim: str) -> None:
+    """Say what was checked. Raises WrongAnswer if it does not hold."""
+    if not holds:
+        raise WrongAnswer(claim)
+    say(f"checked: {claim}")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def say_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of at most 80 columns: the first column to the left, the others to the right."""
+    cells = [tuple(columns), *(tuple(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
+    for row in cells:
+        say("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    quick: bool
+    """About a minute: fewer positions and repeats, nothing is written to the results."""
+    cache: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    figures: Mapping[str, float]
+    """Named figures, for the last line."""
+    details: Mapping[str, Any]
+    """Tables and settings, for the record."""
+
+
+def run(name: str, measure: Callable[[Options], Result], *, description: str) -> int:
+    """Parse the command line, measure, print the figures as the last line; a full run is recorded. The exit code."""
+    parser = argparse.ArgumentParser(prog=f"{name}.py", description=description)
+    parser.add_argument("--quick", action="store_true", help="about a minute, less exact, not recorded")
+    parser.add_argument("--cache", type=Path, default=_CACHE, help="folder of the materials (default: %(default)s)")
+    options = Options(**vars(parser.parse_args()))
+    commit, started = _commit(), time.monotonic()
+    try:
+        result = measure(options)
+    except SoftshardError as error:
+        print(f"{name}.py: {error}", file=sys.stderr)
+        return error.exit_code
+    if not options.quick:
+        _record(name, result, commit=commit, seconds=time.monotonic() - started)
+    say(json.dumps(dict(result.figures)))
+    return 0
+
+
+def _record(name: str, result: Result, *, commit: str | None, seconds: float) -> None:
+    content = {
+        "command": f"python benchmarks/{name}.py",
+        "commit": commit,
+        "seconds": round(seconds),
+        "machine": _machine(),
+        "figures": dict(result.figures),
+        "details": dict(result.details),
+    }
+    file = _RESULTS / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    say(f"recorded in benchmarks/results/{file.name}")
+
+
+def _machine() -> dict[str, object]:
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in ("torch", "numpy", "pyarrow")},
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the working tree, with `-dirty` where it has changes outside the results; None where git knows none."""
+    described = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return f"{described}-dirty" if described and changed else described
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parents[1]), *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
