@@ -1,11 +1,13 @@
 """Parts: bytes and back, encodings, what other readers see, and what is said of damaged ones."""
 
+import json
 import subprocess
 import sys
 
 import duckdb
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,18 +15,19 @@ import torch
 from softshard.config import FullSketch, NucleusSketch, ThresholdSketch, TopkSketch
 from softshard.errors import PartConflict, PartCorrupt
 from softshard.shard.card import write_card
-from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt
+from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt, receipt_path
 from softshard.shard.encode import decode_part, open_part
 from softshard.shard.manifest import (
     Manifest,
     SourceRights,
     bytes_per_position,
+    canonical_json,
     mean_fidelity,
     read_manifest,
     write_manifest,
 )
 from softshard.shard.verify import verify_targets
-from softshard.storage import LocalStore
+from softshard.storage import LocalStore, sha256_of
 from softshard.target.fidelity import FidelitySums
 from softshard.target.philox import tail_uniforms
 from softshard.target.sketch import sketch_rows
@@ -296,6 +299,86 @@ def test_damage_is_found_and_named(tmp_path, damage):
     problems = verify_targets(store).problems
     assert len(problems) == 1
     assert (part.part_id if damage == "no receipt" else part.path) in problems[0]
+
+
+def first_with(row, name, least):
+    """Index of the first label with so many entries, and the place of its first one."""
+    counts = np.array(row[name])
+    label = int(np.argmax(counts >= least))
+    return label, int(counts[:label].sum())
+
+
+def twice_in_tail(row, metadata):
+    row["tail_gaps"][first_with(row, "tail_count", 2)[1] + 1] = 0
+
+
+def twice_in_head(row, metadata):
+    start = first_with(row, "head_count", 2)[1]
+    row["head_ranks"][start + 1] = row["head_ranks"][start]
+
+
+def backward_gap(row, metadata):
+    row["tail_gaps"][first_with(row, "tail_count", 2)[1] + 1] = -1
+
+
+def rising_head(row, metadata):
+    row["head_steps"][0] = -3
+
+
+def changed(name, value):
+    return lambda row, metadata: row[name].__setitem__(0, value)
+
+
+def said(name, value):
+    return lambda row, metadata: metadata.__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        twice_in_tail,
+        twice_in_head,
+        backward_gap,
+        rising_head,
+        changed("tail_mass", float("nan")),
+        changed("tail_mass", 0.99),
+        changed("entropy", -3.0),
+        changed("entropy", float("nan")),
+        changed("label_logprob", 5.0),
+        changed("token_ids", 999_999),
+        changed("head_ranks", VOCAB),
+        said("frequent_ids", [3, 3]),
+        said("frequent_ids", [-1]),
+        said("frequent_ids", [2**40]),
+        said("draws", 0),
+        said("draws", 2),
+        said("step", 0),
+        said("step", 0.02),
+        said("tau", None),
+        said("tau", 0.5),
+        said("kind", "topk"),
+        said("vocab_size", -5),
+        said("vocab_size", 20),
+        said("seed", 7),
+    ],
+)
+def test_deep_verification_finds_what_a_hash_cannot(tmp_path, damage):
+    store = LocalStore(tmp_path)
+    manifest = committed(store)
+    part = manifest.parts[0]
+    table = pq.read_table(tmp_path / part.path)
+    metadata = json.loads(table.schema.metadata[b"softshard"])
+    rows = table.to_pylist()
+    damage(rows[-1], metadata)
+    table = pa.Table.from_pylist(rows, schema=table.schema.with_metadata({"softshard": json.dumps(metadata)}))
+    pq.write_table(table, tmp_path / part.path)
+    content = (tmp_path / part.path).read_bytes()
+    receipt = part.model_copy(update={"sha256": sha256_of(content), "num_bytes": len(content)})
+    store.replace(receipt_path(part.part_id), canonical_json(receipt))
+    write_manifest(store, manifest.model_copy(update={"parts": (receipt,)}))
+    problems = verify_targets(store, deep=True).problems
+    assert problems
+    assert all(part.path in problem for problem in problems)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all"])

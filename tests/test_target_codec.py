@@ -117,6 +117,14 @@ def test_no_mass_and_all_mass_are_on_the_grid_of_256_values():
     assert (grid[0], grid[-1]) == (0, 1)
 
 
+@pytest.mark.parametrize("n", [2, 24, 31, 32, 100, 1000, 32768])
+def test_rounding_the_mass_changes_the_smallest_head_by_at_most_a_sixteenth(n):
+    tau = 1 / n
+    mass = np.linspace(0, 1 - tau, 999, dtype=np.float32)
+    head = 1 - to_mass_grid(mass, tau=tau).astype(np.float64)
+    assert np.abs(head / (1 - mass.astype(np.float64)) - 1).max() <= 1 / 16 + 1e-3
+
+
 def some_targets(**changes):
     values = {
         "label_logprob": np.zeros(3, np.float32),

@@ -145,10 +145,9 @@ def _positive(text: str) -> float:
 
 
 def _pilot_size(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} is less than the 2 sequences that a pilot needs")
-    return value
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of sequences; a pilot needs 2 or more")
+    return int(text)
 
 
 def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:

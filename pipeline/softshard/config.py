@@ -238,7 +238,8 @@ class TrainSettings(Settings):
     them all, `renormalise` scales the stored ones to 1, which teaches that the rest is impossible."""
     temperature: float = Field(default=1.0, gt=0)
     """Targets become p^(1 / temperature), renormalised, at load. Only where that is exact: with `full`, and with `topk`
-    and `truncated: renormalise`; for the other kinds, set the temperature in `target`."""
+    and `truncated: renormalise`; for the other kinds, set the temperature in `target`. The report compares with the
+    targets as they are stored."""
     device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: DataType = "auto"

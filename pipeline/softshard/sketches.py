@@ -37,9 +37,9 @@ Ratio = Annotated[float, BeforeValidator(_fraction, json_schema_input_type=float
 
 
 class _Sketch(Settings):
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01)
     """Logits are divided by this at capture, before anything else."""
-    step: float = Field(default=0.05, gt=0, le=1)
+    step: float = Field(default=0.05, ge=0.002, le=1)
     """Step of the stored head log-probabilities, in nats."""
 
 
@@ -70,7 +70,7 @@ class ThresholdSketch(_Sketch):
     @model_serializer(mode="wrap")
     def _what_decides(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = dump(self)
-        kept = next((name for name in _WAYS_TO_TAU[1:] if values[name] is not None), "tau")
+        kept = next((name for name in _WAYS_TO_TAU[1:] if values.get(name) is not None), "tau")
         return {name: value for name, value in values.items() if name == kept or name not in _WAYS_TO_TAU}
 
     @property

@@ -24,7 +24,7 @@ KINDS = {"threshold": 1, "threshold-draws": 3, "topk": 1, "nucleus": 1, "full": 
 
 
 def rows_of(kind, draws, rng):
-    for index, length in enumerate((120, 2, 180, 68) if kind == "threshold" else (30, 2, 45, 17)):
+    for index, length in enumerate((30, 2, 45, 17) if kind == "full" else (120, 2, 180, 68)):
         tokens = sequence(f"{index:032x}", rng.integers(VOCAB, size=length), first_label=1 + index % 2 * (length > 2))
         distributions = random_distributions(rng, tokens.num_labels, vocab=VOCAB)
         drawn = [sketch(distributions, tokens.labels, kind=kind, rng=rng) for _ in range(draws)]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softshard.config import FullSketch, NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
 from softshard.errors import JobInvalid
@@ -71,8 +71,14 @@ class Pilot(_Record):
     num_labels: int
     chosen: SketchSettings | None
     """The job's setting, tau found where it has a budget; null where no tau keeps that."""
-    rows: tuple[Measured, ...]
+    rows: tuple[Measured, ...] = Field(min_length=1)
     """By kind, then by entries."""
+
+    @model_validator(mode="after")
+    def _chosen_among_rows(self) -> Pilot:
+        if self.chosen is not None and self.chosen not in [row.sketch for row in self.rows]:
+            raise ValueError("what it chose is not in its table")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

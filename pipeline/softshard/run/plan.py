@@ -176,10 +176,13 @@ def _measure(job: Job, tokenizer: Tokenizer, reporter: Reporter, *, extent: Exte
     sequences = _first(job, tokenizer, num_tokens=2 * job.teacher.batch_tokens)
     engine.score(sequences[:1], sketch=plan.sketch, seed=plan.seed)
     started = time.perf_counter()
-    (target,) = measure(engine, sequences, sketches=(plan.sketch,), plan=plan, extent=extent, reporter=SilentReporter())
+    engine.score(sequences, sketch=plan.sketch, seed=plan.seed)
     seconds = time.perf_counter() - started
-    if pilot is not None:
-        (target,) = (row for row in pilot.rows if row.sketch == plan.sketch)
+    if pilot is None:
+        rows = measure(engine, sequences, sketches=(plan.sketch,), plan=plan, extent=extent, reporter=SilentReporter())
+    else:
+        rows = [row for row in pilot.rows if row.sketch == plan.sketch]
+    (target,) = rows
     num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
     return _Found(tokens_per_second=num_tokens / seconds, target=target, pilot=pilot)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from softshard.errors import PartCorrupt
 from softshard.shard.schema import METADATA_KEY, PART_SCHEMA, PartMetadata, metadata_of
 from softshard.target.codec import (
+    after_first,
     decode_head,
     decode_tail,
     encode_head,
@@ -99,7 +100,7 @@ def _table(
         "token_ids": np.concatenate([sequence.token_ids for sequence in sequences] or [np.zeros(0, np.int32)]),
         "label_logprob": to_logprob_grid(flat["label_logprob"]),
         "entropy": to_logprob_grid(flat["entropy"]),
-        "tail_mass": to_mass_grid(flat["tail_mass"]),
+        "tail_mass": to_mass_grid(flat["tail_mass"], tau=metadata.tau),
         "head_count": flat["head_count"],
         "tail_count": flat["tail_count"],
         "head_ranks": ranks[flat["head_ids"]],
@@ -217,6 +218,10 @@ def _check_lengths(
     for name, (counts, owner) in entries.items():
         bad = np.diff(offsets_of(counts)[offsets_of(lengths[owner])]) != lengths[name]
         _refuse(bad | (counts.min(initial=0) < 0), plain, "entries and counts do not fit together", uri=uri)
+    if flat["head_steps"].min(initial=0) < 0:
+        raise PartCorrupt(uri=uri, problem="the steps of a head do not fall")
+    if flat["tail_gaps"].min(initial=0) < 0 or flat["tail_gaps"][after_first(tails)].min(initial=1) < 1:
+        raise PartCorrupt(uri=uri, problem="a tail holds a token twice")
 
 
 def _refuse(bad: NDArray[np.bool_], plain: dict[str, list[Any]], problem: str, *, uri: str) -> None:

@@ -10,7 +10,7 @@ import json
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softshard.errors import PartCorrupt
 
@@ -86,24 +86,33 @@ class PartMetadata(BaseModel):
     kind: Literal["threshold", "topk", "nucleus", "full"]
     tau: float | None
     """Weight of a tail entry (`threshold`)."""
-    draws: int
+    draws: int = Field(ge=1)
     """Independent tails of each label; 1 for the kinds without a tail."""
     k: int | None
     """Entries (`topk`)."""
     nucleus_mass: float | None
     """Mass asked for (`nucleus`)."""
-    step: float
+    step: float = Field(gt=0)
     """Step of head_steps, in nats."""
     temperature: float
     """Temperature at capture."""
     seed: int
     tokenizer_fingerprint: str
-    vocab_size: int
+    vocab_size: int = Field(ge=1)
     teacher: dict[str, str | int | float | list[str]]
     """The teacher's identity: engine, versions, dtype, threads, digests of weights and adapters."""
     fidelity: Fidelity
     frequent_ids: tuple[int, ...] = ()
     """Ids of ranks 0, 1, 2, ...; all others follow, ascending."""
+
+    @model_validator(mode="after")
+    def _decodable(self) -> PartMetadata:
+        ids = self.frequent_ids
+        if len(set(ids)) != len(ids) or (ids and not 0 <= min(ids) <= max(ids) < self.vocab_size):
+            raise ValueError("frequent_ids must be different tokens of the vocabulary")
+        if (self.tau is not None) != (self.kind == "threshold"):
+            raise ValueError(f"kind {self.kind} with tau {self.tau}")
+        return self
 
 
 def metadata_of(schema: pa.Schema, *, uri: str) -> PartMetadata:

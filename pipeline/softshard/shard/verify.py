@@ -16,10 +16,11 @@ from softshard.shard.commit import receipt_path
 from softshard.shard.encode import decode_batch, open_part
 from softshard.shard.manifest import Manifest, Receipt, canonical_json, read_manifest
 from softshard.shard.read import read_checked
+from softshard.shard.schema import PartMetadata
 from softshard.storage import Store
-from softshard.target.codec import MASS_GRID
+from softshard.target.codec import LOGPROB_GRID, mass_grid
 from softshard.target.entries import entries_of
-from softshard.target.types import SequenceTargets
+from softshard.target.types import SequenceTargets, TokenSequence
 
 __all__ = ["Verification", "verify_targets"]
 
@@ -99,8 +100,8 @@ def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, de
         problems = []
         if metadata.part_id != receipt.part_id:
             problems.append(f"{uri}: says it is part {metadata.part_id}, its receipt says {receipt.part_id}")
-        if manifest and metadata.tokenizer_fingerprint != manifest.tokenizer_fingerprint:
-            problems.append(f"{uri}: its tokenizer is not the manifest's")
+        if manifest:
+            problems += [f"{uri}: {problem}" for problem in _check_metadata(metadata, manifest)]
         lengths = file.read(columns=["label_logprob"]).column(0)
         labels = len(lengths.combine_chunks().flatten())
         if (file.metadata.num_rows, labels) != (receipt.num_sequences, receipt.num_labels):
@@ -112,24 +113,54 @@ def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, de
         if deep:
             for batch in file.iter_batches(batch_size=64):
                 for sequence, targets in decode_batch(batch, metadata=metadata, uri=uri):
-                    problem = _check_mass(targets, metadata.tau)
+                    problem = _check_values(sequence, targets, metadata) or _check_mass(targets, metadata.tau)
                     problems += [f"{uri}: sequence {sequence.sequence_id}: {problem}"] if problem else []
     except PartCorrupt as error:
         return [str(error)]
     return problems
 
 
+def _check_metadata(metadata: PartMetadata, manifest: Manifest) -> list[str]:
+    problems = []
+    for name in ("tokenizer_fingerprint", "vocab_size", "seed"):
+        if getattr(metadata, name) != getattr(manifest, name):
+            problems.append(f"its {name.replace('_', ' ')} is not the manifest's")
+    for name in ("kind", "tau", "draws", "k", "step", "temperature"):
+        if name in manifest.target and getattr(metadata, name) != manifest.target[name]:
+            problems.append(f"has {name} {getattr(metadata, name)}, the manifest says {manifest.target[name]}")
+    return problems
+
+
+def _check_values(sequence: TokenSequence, targets: SequenceTargets, metadata: PartMetadata) -> str | None:
+    """What no target can be, apart from its mass; None: nothing."""
+    if not 0 <= int(sequence.token_ids.min()) <= int(sequence.token_ids.max()) < metadata.vocab_size:
+        return "a token of the text lies outside the vocabulary"
+    if not (targets.label_logprob <= 0).all() or not np.isfinite(targets.label_logprob).all():
+        return "a label has a log-probability above 0, or none"
+    most = np.log(metadata.vocab_size) + LOGPROB_GRID
+    if not ((targets.entropy >= 0) & (targets.entropy <= most)).all():
+        return "an entropy is not one of a distribution over the vocabulary"
+    for draw in range(targets.draws):
+        entries = entries_of(targets, tau=metadata.tau, draw=draw)
+        labels = np.repeat(np.arange(targets.num_labels, dtype=np.int64), np.diff(entries.offsets))
+        if len(np.unique(labels * metadata.vocab_size + entries.ids)) != len(entries.ids):
+            return "a label holds a token twice"
+    return None
+
+
 def _check_mass(targets: SequenceTargets, tau: float | None) -> str | None:
     """What is wrong with the masses of a sequence's sketches; None: nothing."""
-    off = np.zeros(targets.num_labels, dtype=np.bool_)
+    mass_outside = targets.tail_mass.astype(np.float64)
+    headless = targets.head_count == 0
+    right = (mass_outside >= 0) & (mass_outside <= 1) & (~headless | (mass_outside == 1))
     for draw in range(targets.draws):
-        entries = entries_of(targets, tau=tau, draw=draw)
-        counts = targets.of_draw(draw).tail_count
+        entries, counts = entries_of(targets, tau=tau, draw=draw), targets.of_draw(draw).tail_count
         labels = np.repeat(np.arange(targets.num_labels), np.diff(entries.offsets))
         mass = np.bincount(labels, weights=entries.weights.astype(np.float64), minlength=targets.num_labels)
-        expected = 1.0 - targets.tail_mass.astype(np.float64)
-        if tau is not None:
-            expected = np.where(targets.head_count > 0, expected, 0.0) + counts * tau
-            off |= np.abs(counts * tau - targets.tail_mass) > tau + MASS_GRID
-        off |= np.abs(mass - expected) > 1e-5
-    return f"{int(off.sum())} label(s) have a mass that is not 1" if off.any() else None
+        expected = np.where(headless, 0.0, 1 - mass_outside) + counts * (tau or 0.0)
+        right &= np.abs(mass - expected) <= 1e-5
+        if tau is None:
+            right &= counts == 0
+        else:
+            right &= np.abs(counts * tau - mass_outside) <= tau + mass_grid(tau)
+    return f"{int((~right).sum())} label(s) have a mass that is not 1" if not right.all() else None

@@ -1,7 +1,7 @@
 """Rows of logits seen as blocks of tokens: one pass over all of them, then a closer look at the few that matter.
 
 In: [rows, at least V] logits on any device and in any floating type. Out: chunks of the dense distribution while they
-are in the cache, and the probabilities of single blocks later on. Never is a second [rows, V] array made; logits beyond
+are in the cache, and the probabilities of single blocks later on. No second copy of [rows, V] is made. Logits beyond
 the vocabulary are padding and are left out.
 """
 
@@ -20,7 +20,7 @@ BLOCK = 64
 
 _CHUNK_ON_CPU = 8 * 49_152
 """Elements of a chunk: few enough for the caches, enough to spread what a call costs whatever its size."""
-_CHUNK_ON_GPU = 2**26
+_CHUNK_ON_GPU = 2**24
 
 
 class BlockedRows:
@@ -95,7 +95,8 @@ def _buffers(num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
     """[2, num_rows, V] float32, kept from call to call: fresh pages would cost an eighth of the time."""
     found: Tensor | None = getattr(_kept, "buffers", None)
     if found is None or found.shape[1] < num_rows or found.shape[2] != vocab_size or found.device != device:
-        found = _kept.buffers = torch.empty((2, num_rows, vocab_size), device=device)
+        with torch.inference_mode(False):
+            found = _kept.buffers = torch.empty((2, num_rows, vocab_size), device=device)
     return found
 
 

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 __all__ = [
     "LOGPROB_GRID",
+    "LOWEST_LOGPROB",
     "MASS_GRID",
+    "after_first",
     "decode_head",
     "decode_tail",
     "encode_head",
@@ -24,6 +26,7 @@ __all__ = [
     "head_steps",
     "head_weights",
     "ids_by_rank",
+    "mass_grid",
     "offsets_of",
     "ranks_of",
     "to_logprob_grid",
@@ -32,6 +35,8 @@ __all__ = [
 
 LOGPROB_GRID = 1 / 16
 """Grid, in nats, of stored label log-probabilities and entropies: off by at most 1/32."""
+LOWEST_LOGPROB = -1000.0
+"""An impossible label is stored as having this log-probability, so that sums and means stay finite."""
 MASS_GRID = 1 / 255
 """Grid of the stored tail mass: off by at most 1/510. Its 256 values are a byte each in Parquet's dictionary."""
 _MOST_STEPS = 32767
@@ -50,7 +55,7 @@ def offsets_of(counts: NDArray[np.int32]) -> NDArray[np.int64]:
 def head_steps(logprobs: NDArray[np.float32], counts: NDArray[np.int32], *, step: float) -> NDArray[np.float64]:
     """[H] whole steps by which each is less likely than the label's most likely entry; at most 32,767.
 
-    With a step of .05 that is a probability of e^-1638 of the most likely one.
+    With the smallest step, .002, that is a probability of e^-65 of the most likely one.
     """
     steps: NDArray[np.float64] = np.minimum(np.rint(_below_first(logprobs, counts) / step), _MOST_STEPS)
     return steps
@@ -58,14 +63,14 @@ def head_steps(logprobs: NDArray[np.float32], counts: NDArray[np.int32], *, step
 
 def encode_head(logprobs: NDArray[np.float32], counts: NDArray[np.int32], *, step: float) -> NDArray[np.int16]:
     """Int16 differences between the `head_steps` of neighbours: one fewer than a label has entries, in all labels."""
-    differences = np.diff(head_steps(logprobs, counts, step=step), prepend=0.0)[_after_first(counts)]
+    differences = np.diff(head_steps(logprobs, counts, step=step), prepend=0.0)[after_first(counts)]
     if len(differences) and differences.min() < 0:
         raise ValueError("head log-probabilities must fall within each label")
     narrow: NDArray[np.int16] = differences.astype(np.int16)
     return narrow
 
 
-def _after_first(counts: NDArray[np.int32]) -> NDArray[np.bool_]:
+def after_first(counts: NDArray[np.int32]) -> NDArray[np.bool_]:
     """[H] whether an entry is not its label's first."""
     after = np.ones(int(counts.sum()), dtype=np.bool_)
     after[offsets_of(counts)[:-1][counts > 0]] = False
@@ -81,7 +86,7 @@ def _below_first(logprobs: NDArray[np.floating[Any]], counts: NDArray[np.int32])
 
 def decode_head(differences: NDArray[np.int16], counts: NDArray[np.int32]) -> NDArray[np.int32]:
     """[H] int32: steps below the label's most likely entry, the inverse of `encode_head`."""
-    after = _after_first(counts)
+    after = after_first(counts)
     steps = np.zeros(len(after), dtype=np.int32)
     steps[after] = differences
     return _running(steps, counts)
@@ -153,7 +158,21 @@ def to_logprob_grid(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return rounded
 
 
-def to_mass_grid(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Nearest multiples of MASS_GRID, within 0 and 1."""
-    rounded: NDArray[np.float32] = np.clip(np.rint(values / MASS_GRID) * MASS_GRID, 0.0, 1.0).astype(np.float32)
+def mass_grid(tau: float | None) -> float:
+    """Grid of the tail mass: MASS_GRID, halved until it is at most tau / 8.
+
+    A head weighs at least tau, so that rounding changes it by at most a sixteenth. None: no tail is sampled.
+    """
+    grid = MASS_GRID
+    while tau is not None and grid > tau / 8:
+        grid /= 2
+    return grid
+
+
+def to_mass_grid(values: NDArray[np.float32], *, tau: float | None = None) -> NDArray[np.float32]:
+    """Nearest multiples of the mass grid, within 0 and 1."""
+    levels = round(1 / mass_grid(tau))
+    rounded: NDArray[np.float32] = np.clip(np.rint(values.astype(np.float64) * levels) / levels, 0.0, 1.0).astype(
+        np.float32
+    )
     return rounded

@@ -53,7 +53,9 @@ def pass_over(rows: BlockedRows, labels: Tensor, settings: SketchSettings, *, ra
     """
     sums = torch.empty((rows.num_rows, rows.num_blocks), device=rows.device)
     norms, products, chosen = (torch.empty(rows.num_rows, device=rows.device) for _ in range(3))
-    heads, most_likely = [], []
+    heads: list[Selection] = []
+    head_masses: list[Tensor] = []
+    most_likely: list[Tensor] = []
     size, most = rows.chunk_rows, min(RANKS[-1], rows.vocab_size)
     by_chunk = [torch.split(part, size) for part in (sums, norms, products, chosen[:, None], labels[:, None])]
     for number, (scores, probabilities, scratch) in enumerate(rows.chunks()):
@@ -64,14 +66,15 @@ def pass_over(rows: BlockedRows, labels: Tensor, settings: SketchSettings, *, ra
         for row in ranked[ranked // size == number].tolist():
             most_likely.append(torch.topk(probabilities[row % size], most).values)
         if not isinstance(settings, ThresholdSketch):
-            found = ranked_head(probabilities, settings)
+            found, mass = ranked_head(probabilities, settings)
             heads.append(replace(found, rows=found.rows + number * size))
+            head_masses.append(mass)
         block_sums(probabilities, out=chunk_sums)
     head = _joined(heads) if heads else None
     sums = sums.double()
     total = sums.sum(1)
     if head is not None:
-        total.index_add_(0, head.rows, head.probabilities)
+        total += torch.cat(head_masses)
         head = replace(head, probabilities=head.probabilities / total[head.rows])
     label_scores = rows.scores_of(labels).double()
     # The softmax adds up in float32, which is off by 1e-5 over a large vocabulary; sums of blocks are not.
@@ -99,10 +102,10 @@ def _log_sums(rows: BlockedRows, label_scores: Tensor, chosen: Tensor) -> Tensor
 
 def _without_zero_times_infinity(rows: BlockedRows, products: Tensor) -> Tensor:
     """Sums of probability times logit, done again where a logit of -inf made them NaN."""
-    for row in torch.nonzero(torch.isnan(products))[:, 0].tolist():
-        scores = rows.scores(slice(row, row + 1))[0]
-        possible = scores > -torch.inf
-        products[row] = torch.dot(torch.softmax(scores, 0)[possible], scores[possible])
+    for found in torch.split(torch.nonzero(torch.isnan(products))[:, 0], rows.chunk_rows):
+        scores = rows.scores(found)
+        probabilities = torch.softmax(scores, 1)
+        products[found] = (probabilities * scores.masked_fill(probabilities == 0, 0)).sum(1)
     return products
 
 

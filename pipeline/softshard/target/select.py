@@ -36,8 +36,8 @@ class Selection:
     """[E] float64"""
 
 
-def ranked_head(probabilities: Tensor, settings: TopkSketch | NucleusSketch | FullSketch) -> Selection:
-    """Head of each row of [rows, V] probabilities, which become zero there."""
+def ranked_head(probabilities: Tensor, settings: TopkSketch | NucleusSketch | FullSketch) -> tuple[Selection, Tensor]:
+    """Head of each row of [rows, V] float32 probabilities, which become zero there; and its mass, [rows] float64."""
     vocab_size = probabilities.shape[1]
     match settings:
         case TopkSketch(k=k):
@@ -53,9 +53,9 @@ def ranked_head(probabilities: Tensor, settings: TopkSketch | NucleusSketch | Fu
     exact = values.double()
     wanted = torch.ones_like(ids, dtype=torch.bool) if mass is None else exact.cumsum(1) - exact < mass
     rows = torch.nonzero(wanted, as_tuple=True)[0]
-    head = _sorted(rows, ids[wanted], exact[wanted])
+    head = _sorted(rows, ids[wanted], values[wanted])
     probabilities[head.rows, head.ids] = 0
-    return head
+    return head, (exact * wanted).sum(1)
 
 
 def threshold_head(rows: BlockedRows, sums: Tensor, *, log_sums: Tensor, tau: float) -> Selection:
@@ -67,19 +67,19 @@ def threshold_head(rows: BlockedRows, sums: Tensor, *, log_sums: Tensor, tau: fl
     inside = rows.probabilities(at, blocks, log_sums)
     taken = inside >= tau
     hits, places = torch.nonzero(taken, as_tuple=True)
-    head = _sorted(at[hits], blocks[hits] * BLOCK + places, inside[hits, places].double())
+    head = _sorted(at[hits], blocks[hits] * BLOCK + places, inside[hits, places])
     sums[at, blocks] = inside.masked_fill_(taken, 0).sum(1, dtype=torch.float64)
     return head
 
 
 def _sorted(rows: Tensor, ids: Tensor, probabilities: Tensor) -> Selection:
-    """By row, then by falling probability, then by rising id."""
+    """By row, then by falling probability, then by rising id. Probabilities are float32, not negative."""
     if len(ids) and bool((ids[1:] < ids[:-1]).logical_and_(rows[1:] == rows[:-1]).any()):
         by_id = torch.argsort(ids, stable=True)
         rows, ids, probabilities = rows[by_id], ids[by_id], probabilities[by_id]
-    # Probabilities come from float32: two that differ do so by far more than is lost beside the number of a row.
-    order = torch.argsort(2 * rows - probabilities, stable=True)
-    return Selection(rows=rows[order], ids=ids[order], probabilities=probabilities[order])
+    # Such floats are in the order of their bits, so that one whole number can hold row and probability.
+    order = torch.argsort((rows << 32) - probabilities.view(torch.int32), stable=True)
+    return Selection(rows=rows[order], ids=ids[order], probabilities=probabilities[order].double())
 
 
 def sample_tail(rows: BlockedRows, sums: Tensor, uniforms: Tensor, *, log_sums: Tensor, tau: float) -> Selection:
@@ -97,6 +97,8 @@ def sample_tail(rows: BlockedRows, sums: Tensor, uniforms: Tensor, *, log_sums: 
         log_sums: [rows] of the logits.
         tau: weight of an entry.
     """
+    if not len(sums):
+        return Selection(rows=sums.new_zeros(0).long(), ids=sums.new_zeros(0).long(), probabilities=sums.new_zeros(0))
     running = sums.cumsum(1)
     most = int(float(running[:, -1].max()) / tau) + 1
     wanted = (torch.arange(1, most + 1, device=sums.device) - uniforms[:, None]) * tau

@@ -17,7 +17,7 @@ from torch import Tensor
 from softshard.config import SketchSettings, ThresholdSketch
 from softshard.errors import LogitsInvalid
 from softshard.target.blocks import BlockedRows
-from softshard.target.codec import head_steps, head_weights, to_mass_grid
+from softshard.target.codec import LOWEST_LOGPROB, head_steps, head_weights, to_mass_grid
 from softshard.target.dense import DensePass, pass_over
 from softshard.target.entries import Entries, entries_of
 from softshard.target.fidelity import FidelitySums, StoredLabels, mass_by_rank, measure
@@ -50,7 +50,7 @@ def sketch_rows(
         settings: kind of sketch, and the step with which it will be stored.
         vocab_size: tokens of the vocabulary.
         places: [rows] sequence id and position of each row, for the error.
-        temperature: logits are divided by it.
+        temperature: logits are divided by it; that of the settings is the caller's to pass on, or to have applied.
 
     Raises:
         LogitsInvalid: a row has NaN or +inf, or nothing but -inf.
@@ -94,13 +94,13 @@ def _targets(
     tail_mass[head_count == 0] = 1.0
     tail_counts = [torch.bincount(tail.rows, minlength=rows.num_rows) for tail in tails]
     return SequenceTargets(
-        label_logprob=_float32(passed.label_logprob),
+        label_logprob=np.maximum(_float32(passed.label_logprob), np.float32(LOWEST_LOGPROB)),
         entropy=_float32(passed.entropy),
         tail_mass=_float32(tail_mass),
         head_count=_int32(head_count),
         tail_count=_int32(torch.cat(tail_counts)) if tails else np.zeros(draws * rows.num_rows, np.int32),
         head_ids=_int32(head.ids),
-        head_logprobs=np.minimum(_float32(head.probabilities.log()), 0),
+        head_logprobs=np.clip(_float32(head.probabilities.log()), LOWEST_LOGPROB, 0),
         tail_ids=_int32(torch.cat([tail.ids for tail in tails])) if tails else np.zeros(0, np.int32),
     )
 
@@ -125,24 +125,25 @@ def _stored(
 ) -> StoredLabels:
     """The first draw as a reader will see it."""
     steps = head_steps(targets.head_logprobs, targets.head_count, step=settings.step)
-    mass = 1 - to_mass_grid(targets.tail_mass)
+    tau = settings.tau if isinstance(settings, ThresholdSketch) else None
+    mass = 1 - to_mass_grid(targets.tail_mass, tau=tau)
     return StoredLabels(
         head_count=targets.head_count,
         head_weights=head_weights(steps * -settings.step, targets.head_count, mass),
         head_probabilities=_float64(head.probabilities),
         tail_count=targets.tail_count[: targets.num_labels],
         tail_probabilities=_float64(tails[0].probabilities) if tails else np.zeros(0),
-        tau=settings.tau if isinstance(settings, ThresholdSketch) else 0.0,
+        tau=tau or 0.0,
     )
 
 
 def stored_entries(targets: SequenceTargets, settings: SketchSettings, *, draw: int = 0) -> Entries:
     """Entries as a reader of the part will see them: after steps and grids."""
     steps = head_steps(targets.head_logprobs, targets.head_count, step=settings.step)
+    tau = settings.tau if isinstance(settings, ThresholdSketch) else None
     stored = replace(
         targets,
         head_logprobs=(steps * -settings.step).astype(np.float32),
-        tail_mass=to_mass_grid(targets.tail_mass),
+        tail_mass=to_mass_grid(targets.tail_mass, tau=tau),
     )
-    tau = settings.tau if isinstance(settings, ThresholdSketch) else None
     return entries_of(stored, tau=tau, draw=draw)

@@ -48,7 +48,7 @@ class SequenceTargets:
     """Sketches of the targets of P labels. Entries of label j are the next head_count[j] and tail_count[j] ones."""
 
     label_logprob: NDArray[np.float32]
-    """[P] log-probability of the label under the target, in nats."""
+    """[P] log-probability of the label under the target, in nats; -1,000 where it is lower or impossible."""
     entropy: NDArray[np.float32]
     """[P] entropy of the target, in nats."""
     tail_mass: NDArray[np.float32]
