@@ -27,7 +27,8 @@ from softshard.run.pilot import (
 )
 from softshard.shard.commit import PartPlan
 from softshard.target.types import TokenSequence
-from softshard.teacher.transformers_engine import TransformersTeacher, engine_identity
+from softshard.teacher.engines import identity_of, open_teacher
+from softshard.teacher.protocol import Teacher
 from softshard.telemetry import Reporter, SilentReporter
 
 __all__ = ["Plan", "make_plan", "plan_values", "render_plan"]
@@ -164,6 +165,7 @@ def _measure(job: Job, tokenizer: Tokenizer, reporter: Reporter, *, extent: Exte
     started = time.perf_counter()
     (target,) = measure(engine, sequences, sketches=(plan.sketch,), plan=plan, extent=extent, reporter=SilentReporter())
     seconds = time.perf_counter() - started
+    engine.close()
     if pilot is not None:
         (target,) = (row for row in pilot.rows if row.sketch == plan.sketch)
     num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
@@ -174,10 +176,12 @@ def _first(job: Job, tokenizer: Tokenizer, *, num_tokens: int) -> list[TokenSequ
     return first_sequences(settings=job.corpus, tokenizer=tokenizer, seed=job.seed, num_tokens=num_tokens)
 
 
-def _engine(job: Job, tokenizer: Tokenizer) -> tuple[TransformersTeacher, PartPlan]:
+def _engine(job: Job, tokenizer: Tokenizer) -> tuple[Teacher, PartPlan]:
     """The teacher's model as it is, and a part that it would score."""
     folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
-    identity = engine_identity(job.teacher, weights=weights_digest(folder), adapters=())
+    identity = identity_of(
+        job.teacher, context_tokens=job.corpus.context_tokens, weights=weights_digest(folder), adapters=()
+    )
     plan = PartPlan(
         index=0,
         split="train",
@@ -189,7 +193,7 @@ def _engine(job: Job, tokenizer: Tokenizer) -> tuple[TransformersTeacher, PartPl
         sketch=job.target,
         seed=job.seed,
     )
-    engine = TransformersTeacher(
+    engine = open_teacher(
         folder, adapters=(), identity=identity, device=job.teacher.device, vocab_size=tokenizer.vocab_size
     )
     return engine, plan
