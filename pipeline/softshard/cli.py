@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_out(verify)
     _add_quiet(verify)
     verify.add_argument("--deep", action="store_true", help="decode every sketch and check its mass")
+    verify.add_argument(
+        "--against-teacher", type=_count, metavar="N", help="then score N sequences again and compare them with it"
+    )
+    verify.add_argument(
+        "--engine", choices=("transformers", "vllm"), help="with --against-teacher: score with this engine"
+    )
 
     show = _command(commands, "show", "show one stored sequence, position by position", _show)
     _add_out(show)
@@ -141,6 +147,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return value
 
 
@@ -224,11 +237,23 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.engine is not None and arguments.against_teacher is None:
+        from softshard.errors import JobInvalid
+
+        raise JobInvalid(file="softshard verify", place="--engine", problem="needs --against-teacher N")
     from softshard.run.status import render_verification, verify_output
 
     verification = verify_output(arguments.out, _reporter(arguments), deep=arguments.deep)
-    _print(arguments, verification, render_verification(arguments.out, verification))
-    return EXIT_DATA if verification.problems else 0
+    text = render_verification(arguments.out, verification)
+    if arguments.against_teacher is None or verification.problems:
+        _print(arguments, verification, text)
+        return EXIT_DATA if verification.problems else 0
+    from softshard.run.rescore import render_rescored, rescore
+
+    rescored = rescore(arguments.out, _reporter(arguments), num=arguments.against_teacher, engine=arguments.engine)
+    values = {**asdict(verification), "against_teacher": asdict(rescored)}
+    _print(arguments, values, text + render_rescored(arguments.out, rescored))
+    return EXIT_DATA if rescored.num_beyond else 0
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterMissing",
+    "AdapterNotInForce",
+    "ArchitectureUnsupported",
     "CorpusEmpty",
     "DataInvalid",
     "EngineDiffers",
+    "EngineFailed",
+    "EngineMissing",
     "FoldEmpty",
     "HoldoutEmpty",
     "JobInvalid",
@@ -71,6 +75,19 @@ class JobInvalid(SoftshardError):
         super().__init__(f"{file}: {place}: {problem}" if place else f"{file}: {problem}")
 
 
+class EngineMissing(SoftshardError):
+    """The job names an engine that is not installed."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, engine: str) -> None:
+        self.engine = engine
+        super().__init__(
+            f"teacher.engine: {engine} is not installed here; install softshard[{engine}],"
+            " or use `engine: transformers`"
+        )
+
+
 class OutputForeign(SoftshardError):
     """The output folder belongs to another job, or to something else altogether."""
 
@@ -124,6 +141,28 @@ class EngineDiffers(DataInvalid):
         super().__init__(
             f"this worker's {what} is {actual}, the job's is {expected}: parts would not be what their id says;"
             " give all workers the same environment and name `teacher.device`"
+        )
+
+
+class ArchitectureUnsupported(DataInvalid):
+    """A model whose architecture an engine cannot make a teacher of."""
+
+    def __init__(self, *, architecture: str, reason: str) -> None:
+        self.architecture, self.reason = architecture, reason
+        super().__init__(
+            f"the vllm engine cannot make a teacher of {architecture}: {reason}; use `teacher.engine: transformers`"
+        )
+
+
+class AdapterNotInForce(DataInvalid):
+    """An engine that should serve an adapted model does not give that model's distributions."""
+
+    def __init__(self, *, model: str, share: float, difference: float, allowed: float) -> None:
+        self.model, self.share, self.difference, self.allowed = model, share, difference, allowed
+        super().__init__(
+            f"{model}: on a known text the engine shows {share:.0%} of what the adapter changes, and is"
+            f" {difference:.2g} nats a token from the adapted model (allowed: {allowed:g}), so the adapter is not"
+            " proven to be in force; use `teacher.engine: transformers`, or `teacher.dtype: float32`"
         )
 
 
@@ -286,6 +325,14 @@ class TryAgain(SoftshardError):
     """Something passed away that may be there again later."""
 
     exit_code = EXIT_TRY_AGAIN
+
+
+class EngineFailed(TryAgain):
+    """An engine ended in the middle of its work."""
+
+    def __init__(self, *, engine: str, problem: str) -> None:
+        self.engine, self.problem = engine, problem
+        super().__init__(f"the {engine} engine failed: {problem}; what is committed is kept, run the job again")
 
 
 class StorageFull(TryAgain):

@@ -68,8 +68,6 @@ def _refuse_impossible(job: Job, root: yaml.Node | None, file: str) -> None:
     def refuse(problem: str, *location: str | int) -> None:
         raise JobInvalid(file=file, place=_place(root, location), problem=problem)
 
-    if job.teacher.engine == "vllm":
-        refuse("the vllm engine is not part of this version; use transformers", "teacher", "engine")
     if job.target.kind == "threshold" and job.target.tau < 2**-15:
         refuse("must be at least 1/32768; use `kind: full` to store everything", "target", "tau")
     if "://" in job.out:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Tokenizer",
+    "architecture_of",
     "check_context",
     "check_tokenizer",
     "check_vocabulary",
@@ -141,6 +142,17 @@ def check_vocabulary(*, model: str, model_size: int, data: str, data_size: int) 
     """Refuse a model that has no logit for some token of the data. Raises VocabularyMismatch."""
     if model_size < data_size:
         raise VocabularyMismatch(data=data, data_size=data_size, model=model, model_size=model_size)
+
+
+def architecture_of(folder: Path) -> str:
+    """Name of a model's class, by its config. Raises ModelInvalid."""
+    try:
+        names = json.loads((folder / "config.json").read_text()).get("architectures")
+    except (OSError, ValueError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"its config.json cannot be read: {error}") from error
+    if not names:
+        raise ModelInvalid(model=str(folder), problem="its config.json names no architecture")
+    return str(names[0])
 
 
 def output_size(folder: Path) -> int:

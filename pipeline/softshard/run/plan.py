@@ -27,7 +27,8 @@ from softshard.run.pilot import (
 )
 from softshard.shard.commit import PartPlan
 from softshard.target.types import TokenSequence
-from softshard.teacher.transformers_engine import TransformersTeacher, engine_identity
+from softshard.teacher.engines import identity_of, open_teacher
+from softshard.teacher.protocol import Teacher
 from softshard.telemetry import Reporter, SilentReporter
 
 __all__ = ["Plan", "make_plan", "plan_values", "render_plan"]
@@ -183,6 +184,7 @@ def _measure(job: Job, tokenizer: Tokenizer, reporter: Reporter, *, extent: Exte
     else:
         rows = [row for row in pilot.rows if row.sketch == plan.sketch]
     (target,) = rows
+    engine.close()
     num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
     return _Found(tokens_per_second=num_tokens / seconds, target=target, pilot=pilot)
 
@@ -191,10 +193,12 @@ def _first(job: Job, tokenizer: Tokenizer, *, num_tokens: int) -> list[TokenSequ
     return first_sequences(settings=job.corpus, tokenizer=tokenizer, seed=job.seed, num_tokens=num_tokens)
 
 
-def _engine(job: Job, tokenizer: Tokenizer) -> tuple[TransformersTeacher, PartPlan]:
+def _engine(job: Job, tokenizer: Tokenizer) -> tuple[Teacher, PartPlan]:
     """The teacher's model as it is, and a part that it would score."""
     folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
-    identity = engine_identity(job.teacher, weights=weights_digest(folder), adapters=())
+    identity = identity_of(
+        job.teacher, context_tokens=job.corpus.context_tokens, weights=weights_digest(folder), adapters=()
+    )
     plan = PartPlan(
         index=0,
         split="train",
@@ -206,7 +210,7 @@ def _engine(job: Job, tokenizer: Tokenizer) -> tuple[TransformersTeacher, PartPl
         sketch=job.target,
         seed=job.seed,
     )
-    engine = TransformersTeacher(
+    engine = open_teacher(
         folder, adapters=(), identity=identity, device=job.teacher.device, vocab_size=tokenizer.vocab_size
     )
     return engine, plan

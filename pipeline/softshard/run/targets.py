@@ -26,9 +26,9 @@ from softshard.shard.commit import PartPlan, find_receipt
 from softshard.shard.manifest import Manifest, Receipt, bytes_per_position, mean_fidelity, write_manifest
 from softshard.shard.schema import SCHEMA_VERSION
 from softshard.storage import LocalStore
+from softshard.teacher.engines import identity_of, identity_of_run
 from softshard.teacher.protocol import TeacherIdentity
 from softshard.teacher.style import AdapterReceipt, FoldPlan, find_adapter, training_precision
-from softshard.teacher.transformers_engine import engine_identity
 from softshard.telemetry import Reporter
 
 __all__ = [
@@ -230,7 +230,12 @@ def plan_parts(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeach
 
 def _identity(workspace: Workspace, teacher: StyleTeacher, fold: int) -> TeacherIdentity:
     adapters = [receipt.digest for _, receipt in teacher.of_fold(fold)]
-    return engine_identity(workspace.job.teacher, weights=workspace.teacher_model.weights, adapters=adapters)
+    return identity_of(
+        workspace.job.teacher,
+        context_tokens=workspace.job.corpus.context_tokens,
+        weights=workspace.teacher_model.weights,
+        adapters=adapters,
+    )
 
 
 def ensure_targets(
@@ -300,7 +305,12 @@ def _manifest(
     receipts: Sequence[Receipt],
 ) -> Manifest:
     job = workspace.job
-    identity = _identity(workspace, teacher, -1)
+    identity = identity_of_run(
+        job.teacher,
+        context_tokens=job.corpus.context_tokens,
+        weights=workspace.teacher_model.weights,
+        adapters=[receipt.digest for _, receipt in teacher.adapters],
+    )
     return Manifest(
         schema_version=SCHEMA_VERSION,
         job=job.name,

@@ -12,6 +12,7 @@ from pathlib import Path
 from softshard.config import digest_of
 from softshard.corpus.manifest import CorpusManifest, CorpusSlice
 from softshard.corpus.read import iter_sequences, read_slice
+from softshard.errors import EngineFailed
 from softshard.run.cluster import send_message
 from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt
 from softshard.shard.manifest import Receipt
@@ -49,7 +50,11 @@ def score_part(task: ScoreTask) -> Receipt:
     if receipt is not None:
         return receipt
     sequences = read_slice(LocalStore(task.corpus), task.slice)
-    scored, fidelity = load_teacher(task).score(sequences, sketch=task.plan.sketch, seed=task.plan.seed)
+    try:
+        scored, fidelity = load_teacher(task).score(sequences, sketch=task.plan.sketch, seed=task.plan.seed)
+    except EngineFailed:
+        _forget_teacher()
+        raise
     content, receipt = build_part(task.plan, list(zip(sequences, scored, strict=True)), fidelity)
     return commit_part(targets, content, receipt)
 
@@ -59,11 +64,10 @@ def load_teacher(task: ScoreTask) -> Teacher:
     global _engine
     key = digest_of([task.plan.teacher, str(task.model), [str(path) for path in task.adapters]])
     if _engine is None or _engine[0] != key:
-        from softshard.teacher.transformers_engine import TransformersTeacher, refuse_other_engine
+        from softshard.teacher.engines import open_teacher
 
-        _engine = None
-        refuse_other_engine(task.plan.teacher, device=task.device)
-        teacher = TransformersTeacher(
+        _forget_teacher()
+        teacher = open_teacher(
             task.model,
             adapters=task.adapters,
             identity=task.plan.teacher,
@@ -72,6 +76,13 @@ def load_teacher(task: ScoreTask) -> Teacher:
         )
         _engine = (key, teacher)
     return _engine[1]
+
+
+def _forget_teacher() -> None:
+    global _engine
+    if _engine is not None:
+        last, _engine = _engine[1], None
+        last.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

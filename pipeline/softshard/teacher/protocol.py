@@ -42,3 +42,6 @@ class Teacher(Protocol):
         self, sequences: Sequence[TokenSequence], *, sketches: Sequence[SketchSettings], seed: int
     ) -> list[tuple[list[SequenceTargets], FidelitySums]]:
         """What `score` gives with each of some settings, bit for bit, for one pass of the model."""
+
+    def close(self) -> None:
+        """Give back what the engine holds; it scores no more."""

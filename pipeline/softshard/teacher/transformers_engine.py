@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from softshard.config import DataType, SketchSettings, TeacherSettings
 from softshard.decoder import Decoder, batches_by_length
-from softshard.errors import EngineDiffers
 from softshard.models import check_vocabulary, load_model, resolve_device, resolve_dtype
 from softshard.target.fidelity import FidelitySums
 from softshard.target.join import concatenate, split_rows
@@ -25,7 +24,7 @@ from softshard.target.sketch import sketch_rows
 from softshard.target.types import SequenceTargets, TokenSequence
 from softshard.teacher.protocol import TeacherIdentity
 
-__all__ = ["TransformersTeacher", "engine_identity", "refuse_other_engine"]
+__all__ = ["TransformersTeacher", "engine_identity", "process_identity"]
 
 _ROWS_OF_LOGITS = 256
 
@@ -33,7 +32,7 @@ _ROWS_OF_LOGITS = 256
 def engine_identity(settings: TeacherSettings, *, weights: str, adapters: Sequence[str]) -> TeacherIdentity:
     """Identity of this engine, known before it is loaded. `weights` and `adapters` are digests."""
     return {
-        **_process_identity(settings.device, settings.dtype),
+        **process_identity(settings.device, settings.dtype),
         "num_threads": settings.num_threads,
         "batch_tokens": settings.batch_tokens,
         "weights": weights,
@@ -41,7 +40,7 @@ def engine_identity(settings: TeacherSettings, *, weights: str, adapters: Sequen
     }
 
 
-def _process_identity(device: str, dtype: DataType) -> dict[str, str]:
+def process_identity(device: str, dtype: DataType) -> dict[str, str]:
     """What of an identity depends on the process that asks."""
     import transformers
 
@@ -53,17 +52,6 @@ def _process_identity(device: str, dtype: DataType) -> dict[str, str]:
         "device": device.split(":")[0],
         "dtype": str(resolve_dtype(dtype, device=device)).removeprefix("torch."),
     }
-
-
-def refuse_other_engine(expected: TeacherIdentity, *, device: str) -> None:
-    """Refuse to score with another engine than the one that the part is named by.
-
-    Raises:
-        EngineDiffers: this process has another version or kind of device.
-    """
-    for what, here in _process_identity(device, cast("DataType", expected["dtype"])).items():
-        if here != expected[what]:
-            raise EngineDiffers(what=what, expected=str(expected[what]), actual=here)
 
 
 class TransformersTeacher:
@@ -89,6 +77,9 @@ class TransformersTeacher:
         self._decoder = Decoder.of(self._model)
         size = self._decoder.output_size
         check_vocabulary(model=str(folder), model_size=size, data="the tokenizer", data_size=vocab_size)
+
+    def close(self) -> None:
+        """Nothing: the model's memory is free once nobody holds the teacher."""
 
     def score(
         self, sequences: Sequence[TokenSequence], *, sketch: SketchSettings, seed: int

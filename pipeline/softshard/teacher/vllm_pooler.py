@@ -1,0 +1,256 @@
+"""What vLLM's processes run: any decoder that vLLM has, as a pooling model that gives sketches instead of text.
+
+In: hidden states of a batch, as vLLM schedules it. Out: for each sequence that is complete, the chain of records of
+`vllm_wire`. Rows are sketched as they come, so that of a sequence that vLLM takes in pieces no hidden state is kept.
+Random numbers are keyed by (seed, sequence id, label, draw): neither pieces nor batches nor retries change one.
+
+Only vLLM's own processes import this module; vLLM finds it by the entry point group `vllm.general_plugins`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.pooler import PoolingParamsUpdate
+from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.model_executor.models import ModelRegistry, interfaces, interfaces_base
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+from softshard.config import FullSketch, SketchSettings, ThresholdSketch
+from softshard.errors import ArchitectureUnsupported, LogitsInvalid
+from softshard.target.philox import label_uniforms
+from softshard.target.sketch import sketch_rows
+from softshard.teacher.vllm_wire import pack_invalid, pack_targets
+
+__all__ = ["EXTRA", "PREFIX", "SketchPooler", "make_teacher", "register", "request_of", "teacher_class"]
+
+PREFIX = "Softshard"
+"""A teacher of architecture X is registered as SoftshardX."""
+EXTRA = "softshard"
+"""Key of what this module is told: of the engine in `additional_config`, of a request in `extra_kwargs`."""
+
+_DECORATE = "_decorate_for_torch_compile"
+_SETTINGS: TypeAdapter[list[SketchSettings]] = TypeAdapter(list[SketchSettings])
+
+
+def register() -> None:
+    """The entry point: give every architecture that vLLM has a teacher, whose class is made when it is asked for."""
+    for architecture in sorted(ModelRegistry.get_supported_archs()):
+        if not architecture.startswith(PREFIX):
+            ModelRegistry.register_model(PREFIX + architecture, f"{__name__}:{PREFIX}{architecture}")
+            if architecture in MODELS_CONFIG_MAP:
+                MODELS_CONFIG_MAP[PREFIX + architecture] = MODELS_CONFIG_MAP[architecture]
+
+
+def make_teacher(architecture: str, *, compiled_here: bool) -> str:
+    """Name of an architecture's teacher, registered as a class: vLLM need not start a process to look at it.
+
+    Args:
+        architecture: as the model's config has it.
+        compiled_here: vLLM will compile the model in this very process.
+
+    Raises:
+        ArchitectureUnsupported: the architecture cannot be a teacher; the error says why.
+    """
+    register()
+    made = teacher_class(architecture)
+    if compiled_here and hasattr(made, _DECORATE):
+        reason = (
+            "vLLM runs it through the class of transformers, which compiling would change for the whole worker;"
+            " set `enforce_eager: true` or `own_process: true` in teacher.vllm"
+        )
+        raise ArchitectureUnsupported(architecture=architecture, reason=reason)
+    ModelRegistry.register_model(PREFIX + architecture, made)
+    return str(made.__name__)
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith(PREFIX):
+        raise AttributeError(name)
+    return teacher_class(name.removeprefix(PREFIX))
+
+
+@lru_cache(maxsize=32)
+def teacher_class(architecture: str) -> Any:
+    """The pooling model of an architecture: the same class, with a pooler.
+
+    Raises:
+        ArchitectureUnsupported: the architecture cannot be a teacher; the error says why.
+    """
+    base = _decoder_class(architecture)
+    own: dict[str, Any] = {"__module__": __name__, "is_pooling_model": True}
+    if hasattr(base, _DECORATE):
+        own[_DECORATE] = _leave_class_alone
+
+    def build(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        told = get_current_vllm_config().additional_config[EXTRA]
+        self.pooler = SketchPooler(self.compute_logits, chunk_rows=told["chunk_rows"], vocab_size=told["vocab_size"])
+
+    return type(PREFIX + architecture, (base,), {**own, "__init__": build})
+
+
+def _leave_class_alone(model: Any) -> None:
+    """Stands for vLLM's own preparation of a transformers class for compilation, where that is asked for alone.
+
+    Some architectures vLLM runs through transformers' class, which it then changes so that it cannot be made without
+    vLLM again: in a worker that is to train or to score with transformers later, all that would fail.
+    """
+    if not get_current_vllm_config().model_config.enforce_eager:
+        getattr(super(type(model), model), _DECORATE)()
+
+
+def _decoder_class(architecture: str) -> Any:
+    def refuse(reason: str) -> ArchitectureUnsupported:
+        return ArchitectureUnsupported(architecture=architecture, reason=reason)
+
+    if architecture.endswith("Model") and not architecture.endswith(("LMHeadModel", "ChatGLMModel")):
+        raise refuse("the name is that of a body without an output layer, which gives no distribution of a next token")
+    registered = ModelRegistry.models.get(architecture)
+    if registered is None:
+        raise refuse("this version of vLLM has no model of that name")
+    try:
+        model = registered.load_model_cls()
+    except ImportError as error:
+        raise refuse(f"vLLM's model of that name cannot be imported here ({error})") from error
+    if interfaces.supports_multimodal(model):
+        raise refuse("vLLM's model of that name takes more than text")
+    if not interfaces_base.is_text_generation_model(model) or interfaces_base.is_pooling_model(model):
+        raise refuse("it has no compute_logits, so it gives no distribution of a next token")
+    if interfaces.has_inner_state(model) or interfaces.is_attention_free(model) or interfaces.is_hybrid(model):
+        raise refuse("it carries a state from token to token, and vLLM's pooling of such models is not proven")
+    return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """One sequence, as the teacher asks for it."""
+
+    sequence_id: str
+    first_label: int
+    seed: int
+    settings: str
+    """JSON list of sketch settings."""
+
+
+def request_of(*, sequence_id: str, first_label: int, seed: int, settings: list[SketchSettings]) -> dict[str, Any]:
+    """What `PoolingParams.extra_kwargs` has to carry for a sequence."""
+    text = _SETTINGS.dump_json(settings).decode()
+    return {EXTRA: {"sequence_id": sequence_id, "first_label": first_label, "seed": seed, "settings": text}}
+
+
+@lru_cache(maxsize=64)
+def _settings_of(text: str) -> list[SketchSettings]:
+    return _SETTINGS.validate_json(text)
+
+
+class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when types are checked
+    """Rows of hidden states to records of targets, `chunk_rows` rows of logits at a time.
+
+    Args:
+        compute_logits: [n, d] hidden states to [n, at least vocab_size] logits, or to None where another rank of a
+            tensor-parallel engine has them.
+        chunk_rows: most rows of logits that exist at one time.
+        vocab_size: tokens of the vocabulary; logits beyond them are padding.
+    """
+
+    def __init__(self, compute_logits: Callable[[Tensor], Tensor | None], *, chunk_rows: int, vocab_size: int) -> None:
+        super().__init__()
+        self._compute_logits = compute_logits
+        self._chunk_rows, self._vocab_size = chunk_rows, vocab_size
+
+    def get_supported_tasks(self) -> set[str]:
+        """The task whose output vLLM passes on as it is."""
+        return {"token_classify"}
+
+    def get_pooling_updates(self, task: str) -> PoolingParamsUpdate:
+        """Ask for the token ids: they are the labels, also of the last row of a piece."""
+        return PoolingParamsUpdate(requires_token_ids=True)
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor | None]:
+        """For each request of a batch, its chain of records; None where its prompt has not ended.
+
+        vLLM's memory profile comes without requests of ours: it is answered by a rehearsal at full chunk size.
+        """
+        params = pooling_metadata.pooling_params
+        if any(EXTRA not in (param.extra_kwargs or {}) for param in params):
+            self._rehearse(hidden_states)
+            return [torch.zeros(0, dtype=torch.int32) for _ in params]
+        cursor = pooling_metadata.get_pooling_cursor()
+        counts, ends = cursor.num_scheduled_tokens_cpu.tolist(), cursor.seq_lens_cpu.tolist()
+        all_ids, states = pooling_metadata.get_prompt_token_ids_cpu(), pooling_metadata.pooling_states
+        outputs: list[Tensor | None] = []
+        for rows, end, ids, param, state in zip(
+            torch.split(hidden_states, counts), ends, all_ids, params, states, strict=True
+        ):
+            start, records = end - len(rows), state.hidden_states_cache
+            if start == 0:
+                records.clear()  # A request that was preempted starts again.
+            records.extend(self._sketch(rows, ids, start=start, request=_Request(**param.extra_kwargs[EXTRA])))
+            done = end == len(ids) and records
+            outputs.append(torch.cat(records) if done else None)
+            if done:
+                state.clean()
+        return outputs
+
+    def _sketch(self, states: Tensor, ids: Tensor, *, start: int, request: _Request) -> Iterator[Tensor]:
+        """Records of the rows that stand before a label; `start` is the position of the first row."""
+        first = max(start, request.first_label - 1)
+        last = min(start + len(states), len(ids) - 1)
+        for at in range(first, last, self._chunk_rows):
+            until = min(at + self._chunk_rows, last)
+            # Every rank of a tensor-parallel engine has to take part in this.
+            logits = self._compute_logits(states[at - start : until - start])
+            if logits is not None and get_tensor_model_parallel_rank() == 0:
+                yield from self._records(logits, ids[at + 1 : until + 1], position=at, request=request)
+
+    def _records(self, logits: Tensor, labels: Tensor, *, position: int, request: _Request) -> Iterator[Tensor]:
+        labels = labels.to(device=logits.device, dtype=torch.int64)
+        places = [(request.sequence_id, position + row) for row in range(len(labels))]
+        for number, settings in enumerate(_settings_of(request.settings)):
+            uniforms = [
+                label_uniforms(
+                    seed=request.seed,
+                    sequence_id=request.sequence_id,
+                    first_label=position + 1,
+                    num_labels=len(labels),
+                    draw=draw,
+                )
+                for draw in range(settings.draws if isinstance(settings, ThresholdSketch) else 1)
+            ]
+            try:
+                targets, sums = sketch_rows(
+                    logits,
+                    labels=labels,
+                    uniforms=np.stack(uniforms),
+                    settings=settings,
+                    vocab_size=self._vocab_size,
+                    places=places,
+                    temperature=settings.temperature,
+                )
+            except LogitsInvalid as error:
+                # An error here would end the engine; a record reaches the teacher, which raises it.
+                yield pack_invalid(position=error.position, value=error.value, setting=number)
+                return
+            yield pack_targets(targets, sums, setting=number)
+
+    def _rehearse(self, hidden_states: Tensor) -> None:
+        """Take what the largest chunk takes: all its rows at once, and the kind that stores every token."""
+        rows = hidden_states[: self._chunk_rows]
+        request = _Request(
+            sequence_id="",
+            first_label=1,
+            seed=0,
+            settings=_SETTINGS.dump_json([ThresholdSketch(), FullSketch(kind="full")]).decode(),
+        )
+        for _ in self._sketch(rows, torch.zeros(len(rows) + 1, dtype=torch.int64), start=0, request=request):
+            pass
