@@ -46,7 +46,7 @@ from rate_distortion import DenseRows, Point, angle_between, draw, errors_of, me
 from softshard.config import ThresholdSketch
 from softshard.errors import JobInvalid
 from softshard.shard.commit import fidelity_of
-from softshard.target.philox import label_uniforms
+from softshard.target.philox import draw_uniforms
 from softshard.target.sketch import sketch_rows, stored_entries
 from softshard.target.types import SequenceTargets
 from ways import CHUNK, Part, Way, all_ways, read_renormalised, stored_parts
@@ -111,13 +111,14 @@ def _check_mean(source: Positions) -> dict[str, float]:
     """
     tau, num_draws, vocab_size = _SKETCH.tau, _AVERAGED_DRAWS, source.vocab_size
     target, first = _dense(source, _AVERAGED_ROWS), source.sequences[0]
-    noise = [
-        label_uniforms(
-            seed=0, sequence_id=first.sequence_id, first_label=first.first_label, num_labels=_AVERAGED_ROWS, draw=draw
-        )
-        for draw in range(num_draws)
-    ]
-    targets = _sketch(source, np.stack(noise))
+    noise = draw_uniforms(
+        seed=0,
+        sequence_id=first.sequence_id,
+        first_label=first.first_label,
+        num_labels=_AVERAGED_ROWS,
+        draws=num_draws,
+    )
+    targets = _sketch(source, noise)
     mean = np.zeros((_AVERAGED_ROWS, vocab_size))
     rows = np.arange(_AVERAGED_ROWS)
     tails = np.tile(rows, num_draws).repeat(targets.tail_count)

@@ -50,12 +50,12 @@ class Form:
     @property
     def tau(self) -> float | None:
         """Weight of a tail entry."""
-        return self.settings.tau if isinstance(self.settings, ThresholdSketch) else None
+        return self.settings.tail_weight
 
     @property
     def draws(self) -> int:
         """Independent tails."""
-        return self.settings.draws if isinstance(self.settings, ThresholdSketch) else 1
+        return self.settings.num_draws
 
     def noise(self, source: Positions) -> FloatArray:
         """[draws, N] in [0, 1): those of a run with seed 0; for multinomial sampling, streams of its own."""

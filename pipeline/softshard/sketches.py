@@ -42,6 +42,16 @@ class _Sketch(Settings):
     step: float = Field(default=0.05, ge=0.002, le=1)
     """Step of the stored head log-probabilities, in nats."""
 
+    @property
+    def tail_weight(self) -> float | None:
+        """Weight of a sampled tail entry; None where no tail is sampled."""
+        return None
+
+    @property
+    def num_draws(self) -> int:
+        """Independent tails of a label; 1 where no tail is sampled."""
+        return 1
+
 
 _WAYS_TO_TAU = ("tau", "budget_bytes", "max_angle_degrees")
 
@@ -72,6 +82,16 @@ class ThresholdSketch(_Sketch):
         values: dict[str, Any] = dump(self)
         kept = next((name for name in _WAYS_TO_TAU[1:] if values.get(name) is not None), "tau")
         return {name: value for name, value in values.items() if name == kept or name not in _WAYS_TO_TAU}
+
+    @property
+    def tail_weight(self) -> float:
+        """Tau."""
+        return self.tau
+
+    @property
+    def num_draws(self) -> int:
+        """As the job has it."""
+        return self.draws
 
     @property
     def is_resolved(self) -> bool:

@@ -208,8 +208,7 @@ def _ladder(target: SketchSettings, *, vocab_size: int) -> list[SketchSettings]:
 
 
 def _threshold(target: SketchSettings, n: int) -> ThresholdSketch:
-    draws = target.draws if isinstance(target, ThresholdSketch) else 1
-    return ThresholdSketch(tau=1 / n, draws=draws, temperature=target.temperature, step=target.step)
+    return ThresholdSketch(tau=1 / n, draws=target.num_draws, temperature=target.temperature, step=target.step)
 
 
 def _bracket(target: ThresholdSketch, rows: Iterable[Measured]) -> Bracket:

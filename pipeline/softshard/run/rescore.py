@@ -211,7 +211,7 @@ def compare(
     _, ours, theirs = np.intersect1d(places[0], places[1], assume_unique=True, return_indices=True)
     heads = np.abs(weights[ours] - exact[theirs])
     slack = np.expm1(sketch.step + noise_nats)
-    rounded = mass_grid(sketch.tau if isinstance(sketch, ThresholdSketch) else None) / 2 + _ROUNDING
+    rounded = mass_grid(sketch.tail_weight) / 2 + _ROUNDING
     beyond += int((heads > exact[theirs] * slack + rounded).sum())
     for own, probabilities, other in ((places[0], weights, places[1]), (places[1], exact, places[0])):
         alone = ~np.isin(own, other)

@@ -113,7 +113,7 @@ def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, de
         if deep:
             for batch in file.iter_batches(batch_size=64):
                 for sequence, targets in decode_batch(batch, metadata=metadata, uri=uri):
-                    problem = _check_values(sequence, targets, metadata) or _check_mass(targets, metadata.tau)
+                    problem = _check_values(sequence, targets, metadata) or _check_entries(targets, metadata)
                     problems += [f"{uri}: sequence {sequence.sequence_id}: {problem}"] if problem else []
     except PartCorrupt as error:
         return [str(error)]
@@ -132,7 +132,7 @@ def _check_metadata(metadata: PartMetadata, manifest: Manifest) -> list[str]:
 
 
 def _check_values(sequence: TokenSequence, targets: SequenceTargets, metadata: PartMetadata) -> str | None:
-    """What no target can be, apart from its mass; None: nothing."""
+    """What no target can be, apart from its entries; None: nothing."""
     if not 0 <= int(sequence.token_ids.min()) <= int(sequence.token_ids.max()) < metadata.vocab_size:
         return "a token of the text lies outside the vocabulary"
     if not (targets.label_logprob <= 0).all() or not np.isfinite(targets.label_logprob).all():
@@ -140,22 +140,18 @@ def _check_values(sequence: TokenSequence, targets: SequenceTargets, metadata: P
     most = np.log(metadata.vocab_size) + LOGPROB_GRID
     if not ((targets.entropy >= 0) & (targets.entropy <= most)).all():
         return "an entropy is not one of a distribution over the vocabulary"
-    for draw in range(targets.draws):
-        entries = entries_of(targets, tau=metadata.tau, draw=draw)
-        labels = np.repeat(np.arange(targets.num_labels, dtype=np.int64), np.diff(entries.offsets))
-        if len(np.unique(labels * metadata.vocab_size + entries.ids)) != len(entries.ids):
-            return "a label holds a token twice"
     return None
 
 
-def _check_mass(targets: SequenceTargets, tau: float | None) -> str | None:
-    """What is wrong with the masses of a sequence's sketches; None: nothing."""
-    mass_outside = targets.tail_mass.astype(np.float64)
-    headless = targets.head_count == 0
+def _check_entries(targets: SequenceTargets, metadata: PartMetadata) -> str | None:
+    """What is wrong with the entries of a sequence's sketches and with their masses; None: nothing."""
+    tau, mass_outside, headless = metadata.tau, targets.tail_mass.astype(np.float64), targets.head_count == 0
     right = (mass_outside >= 0) & (mass_outside <= 1) & (~headless | (mass_outside == 1))
     for draw in range(targets.draws):
         entries, counts = entries_of(targets, tau=tau, draw=draw), targets.of_draw(draw).tail_count
-        labels = np.repeat(np.arange(targets.num_labels), np.diff(entries.offsets))
+        labels = np.repeat(np.arange(targets.num_labels, dtype=np.int64), np.diff(entries.offsets))
+        if len(np.unique(labels * metadata.vocab_size + entries.ids)) != len(entries.ids):
+            return "a label holds a token twice"
         mass = np.bincount(labels, weights=entries.weights.astype(np.float64), minlength=targets.num_labels)
         expected = np.where(headless, 0.0, 1 - mass_outside) + counts * (tau or 0.0)
         right &= np.abs(mass - expected) <= 1e-5

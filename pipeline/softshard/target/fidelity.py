@@ -4,8 +4,8 @@ Only sums are needed. With p the target, s what is stored, u = 1/V a student tha
 |s - p|^2 = |p|^2 + sum over entries of (s_i^2 - 2 s_i p_i); the gradients of the loss at u are u - p and u - s, with
 (u - p)(u - s) = sum p_i s_i - S/V, |u - p|^2 = |p|^2 - 1/V, |u - s|^2 = |s|^2 - 2S/V + 1/V.
 
-The uniform student is the one that flatters no sketch: a trained student's own probabilities stand in both gradients,
-so that any sketch of a peaked distribution would seem near.
+A trained student's own probabilities would stand in both gradients and make any sketch of a peaked distribution seem
+near. The angle is a position's: noise that averages out counts in it as much as bias that stays.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from softshard.target.types import TokenSequence
 
-__all__ = ["label_uniforms", "philox4x32", "tail_uniforms"]
+__all__ = ["draw_uniforms", "label_uniforms", "philox4x32", "tail_uniforms"]
 
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -50,22 +50,28 @@ def label_uniforms(
     return numbers
 
 
-def tail_uniforms(sequences: Sequence[TokenSequence], *, seed: int, draws: int) -> NDArray[np.float64]:
-    """[draws, P] numbers of the labels of all sequences, one after the other, for each independent tail."""
+def draw_uniforms(*, seed: int, sequence_id: str, first_label: int, num_labels: int, draws: int) -> NDArray[np.float64]:
+    """[draws, num_labels] numbers of `label_uniforms` for each independent tail."""
     return np.stack(
         [
-            np.concatenate(
-                [
-                    label_uniforms(
-                        seed=seed,
-                        sequence_id=sequence.sequence_id,
-                        first_label=sequence.first_label,
-                        num_labels=sequence.num_labels,
-                        draw=draw,
-                    )
-                    for sequence in sequences
-                ]
+            label_uniforms(
+                seed=seed, sequence_id=sequence_id, first_label=first_label, num_labels=num_labels, draw=draw
             )
             for draw in range(draws)
         ]
     )
+
+
+def tail_uniforms(sequences: Sequence[TokenSequence], *, seed: int, draws: int) -> NDArray[np.float64]:
+    """[draws, P] numbers of the labels of all sequences, one after the other, for each independent tail."""
+    numbers = [
+        draw_uniforms(
+            seed=seed,
+            sequence_id=sequence.sequence_id,
+            first_label=sequence.first_label,
+            num_labels=sequence.num_labels,
+            draws=draws,
+        )
+        for sequence in sequences
+    ]
+    return np.concatenate(numbers, axis=1)

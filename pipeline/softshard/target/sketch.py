@@ -125,7 +125,7 @@ def _stored(
 ) -> StoredLabels:
     """The first draw as a reader will see it."""
     steps = head_steps(targets.head_logprobs, targets.head_count, step=settings.step)
-    tau = settings.tau if isinstance(settings, ThresholdSketch) else None
+    tau = settings.tail_weight
     mass = 1 - to_mass_grid(targets.tail_mass, tau=tau)
     return StoredLabels(
         head_count=targets.head_count,
@@ -140,7 +140,7 @@ def _stored(
 def stored_entries(targets: SequenceTargets, settings: SketchSettings, *, draw: int = 0) -> Entries:
     """Entries as a reader of the part will see them: after steps and grids."""
     steps = head_steps(targets.head_logprobs, targets.head_count, step=settings.step)
-    tau = settings.tau if isinstance(settings, ThresholdSketch) else None
+    tau = settings.tail_weight
     stored = replace(
         targets,
         head_logprobs=(steps * -settings.step).astype(np.float32),

@@ -109,7 +109,7 @@ class TransformersTeacher:
         labels = torch.from_numpy(np.concatenate([sequence.labels for sequence in batch]).astype(np.int64)).to(
             self._device
         )
-        draws = [sketch.draws if sketch.kind == "threshold" else 1 for sketch in sketches]
+        draws = [sketch.num_draws for sketch in sketches]
         uniforms = tail_uniforms(batch, seed=seed, draws=max(draws))
         places = [(s.sequence_id, s.first_label + j - 1) for s in batch for j in range(s.num_labels)]
         pieces: list[list[SequenceTargets]] = [[] for _ in sketches]

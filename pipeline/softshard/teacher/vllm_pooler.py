@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -27,7 +26,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from softshard.config import FullSketch, SketchSettings, ThresholdSketch
 from softshard.errors import ArchitectureUnsupported, LogitsInvalid
-from softshard.target.philox import label_uniforms
+from softshard.target.philox import draw_uniforms
 from softshard.target.sketch import sketch_rows
 from softshard.teacher.vllm_wire import pack_invalid, pack_targets
 
@@ -217,21 +216,18 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
         labels = labels.to(device=logits.device, dtype=torch.int64)
         places = [(request.sequence_id, position + row) for row in range(len(labels))]
         for number, settings in enumerate(_settings_of(request.settings)):
-            uniforms = [
-                label_uniforms(
-                    seed=request.seed,
-                    sequence_id=request.sequence_id,
-                    first_label=position + 1,
-                    num_labels=len(labels),
-                    draw=draw,
-                )
-                for draw in range(settings.draws if isinstance(settings, ThresholdSketch) else 1)
-            ]
+            uniforms = draw_uniforms(
+                seed=request.seed,
+                sequence_id=request.sequence_id,
+                first_label=position + 1,
+                num_labels=len(labels),
+                draws=settings.num_draws,
+            )
             try:
                 targets, sums = sketch_rows(
                     logits,
                     labels=labels,
-                    uniforms=np.stack(uniforms),
+                    uniforms=uniforms,
                     settings=settings,
                     vocab_size=self._vocab_size,
                     places=places,
