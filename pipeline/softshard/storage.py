@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO, Protocol, cast
 
 from softshard.errors import JobInvalid, OutputUnusable, PartConflict, SourceUnreadable, StorageFull
 
-__all__ = ["InputFile", "LocalStore", "Store", "list_inputs", "open_input", "sha256_of"]
+__all__ = ["InputFile", "LocalStore", "Store", "list_inputs", "open_input", "open_store", "sha256_of"]
 
 
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENOTSUP, errno.ENAMETOOLONG}
@@ -128,8 +128,19 @@ class Store(Protocol):
     def list(self, prefix: str) -> list[str]:
         """Paths of the objects below a folder, sorted."""
 
+    def remove(self, path: str) -> None:
+        """Delete an object, if it is there."""
+
+    def below(self, path: str) -> Store:
+        """The store of a folder inside this one."""
+
     def local_path(self, path: str) -> Path:
         """A path for libraries that read and write files of their own."""
+
+
+def open_store(uri: str | Path) -> Store:
+    """The store of an output folder."""
+    return LocalStore(uri)
 
 
 class LocalStore:
@@ -198,6 +209,10 @@ class LocalStore:
         folder = self.local_path(prefix)
         found = [file.relative_to(self._root) for file in folder.rglob("*") if file.is_file()]
         return sorted(file.as_posix() for file in found if ".tmp" not in file.parts)
+
+    def remove(self, path: str) -> None:
+        """Delete an object, if it is there."""
+        self.local_path(path).unlink(missing_ok=True)
 
     def local_path(self, path: str) -> Path:
         """Absolute path of an object.

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["ConsoleReporter", "Progress", "Reporter", "SilentReporter"]
+__all__ = ["ConsoleReporter", "EventValue", "Progress", "Reporter", "SilentReporter"]
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+EventValue = str | int | float | bool | None
 
 
 class Progress(Protocol):
@@ -33,6 +36,9 @@ class Reporter(Protocol):
     def progress(self, label: str, *, total: float | None, unit: str) -> AbstractContextManager[Progress]:
         """Progress of one piece of work, from entering to leaving the context."""
 
+    def event(self, name: str, /, **values: EventValue) -> None:
+        """A fact for machines, such as that a part was committed; logs and metrics are made of them."""
+
 
 class SilentReporter:
     """Says nothing; for tests and for use as a library."""
@@ -48,6 +54,9 @@ class SilentReporter:
             return None
 
         yield ignore
+
+    def event(self, name: str, /, **values: EventValue) -> None:
+        """Keep it to itself."""
 
 
 class ConsoleReporter:
@@ -67,6 +76,9 @@ class ConsoleReporter:
         """Show the progress of one piece of work."""
         with self._bar(label, total, unit) if self._terminal else self._lines(label, total, unit) as progress:
             yield progress
+
+    def event(self, name: str, /, **values: EventValue) -> None:
+        """A terminal shows none."""
 
     @contextmanager
     def _bar(self, label: str, total: float | None, unit: str) -> Iterator[Progress]:
