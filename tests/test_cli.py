@@ -13,7 +13,7 @@ from softshard.cli import main
 from softshard.shard.manifest import read_manifest
 
 COMMANDS = (
-    "run corpus teacher targets train evaluate plan status verify show schema".split()  # noqa: SIM905
+    "run corpus teacher targets train evaluate plan status verify repair gc show schema".split()  # noqa: SIM905
 )
 
 

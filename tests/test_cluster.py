@@ -1,20 +1,27 @@
 """Tasks on a real local cluster: what is tried again, what is set aside, what ends the run."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 from pathlib import Path
 
 import pytest
+from distributed import LocalCluster, get_worker
+from pydantic import ValidationError
 
 from softshard.config import ClusterSettings
-from softshard.errors import DataInvalid, StorageFull
+from softshard.errors import DataInvalid, StorageFull, TryAgain
 from softshard.jobfile import load_job
-from softshard.run.cluster import Cluster, open_cluster, send_message
+from softshard.run import cluster as cluster_module
+from softshard.run.attempt import pause_seconds
+from softshard.run.cluster import Cluster, open_cluster
 from softshard.run.job import run_job
+from softshard.run.worker import send_message
 from softshard.telemetry import SilentReporter
 from test_run import tree
 
@@ -30,6 +37,17 @@ def first_time(marker):
 
 def task(order):
     what, marker = order
+    if what == "fails where it began":
+        began = Path(marker)
+        here = get_worker().address
+        if not began.exists():
+            began.write_text(here)
+            raise OSError("the network went away")
+        return began.read_text(), here
+    if what == "always dies":
+        os._exit(9)
+    if what == "sleeps":
+        time.sleep(1)
     if what == "dies once" and first_time(marker):
         os._exit(9)
     if what == "fails once" and first_time(marker):
@@ -49,17 +67,24 @@ def task(order):
 
 @pytest.fixture(scope="module")
 def cluster():
-    with open_cluster(ClusterSettings(workers=2, max_attempts=3)) as running:
+    with open_cluster(ClusterSettings(workers=2, max_attempts=3, retry_seconds=0.1)) as running:
         yield running
 
 
-def run(cluster, tmp_path, *orders):
+def run(cluster, tmp_path, *orders, heard=None, **told):
     results = {}
+
+    def on_result(order, result, execution):
+        results[order[0]] = result
+        if heard is not None:
+            heard.append(order[0])
+
     failures = cluster.run(
         task,
         [(what, str(tmp_path / f"{index}")) for index, what in enumerate(orders)],
         name=lambda order: f"{Path(order[1]).parent.name}-{Path(order[1]).name}",
-        on_result=lambda order, result: results.update({order[0]: result}),
+        on_result=on_result,
+        **told,
     )
     return results, failures
 
@@ -85,6 +110,74 @@ def test_what_keeps_failing_and_what_is_wrong_are_set_aside_and_the_rest_goes_on
     ]
 
 
+def test_a_failed_task_is_tried_again_on_another_worker(cluster, tmp_path):
+    wait_for(lambda: workers_of(cluster) == 2)
+    results, _ = run(cluster, tmp_path, "fails where it began")
+    first, second = results["fails where it began"]
+    assert first != second
+
+
+def test_each_failure_is_told_with_its_attempt_and_reason(cluster, tmp_path):
+    told = []
+    run(
+        cluster,
+        tmp_path,
+        "always fails",
+        "bad data",
+        on_retry=lambda order, attempt, reason: told.append(("again", order[0], attempt, reason.split(":")[0])),
+        on_set_aside=lambda order, attempt, reason: told.append(("aside", order[0], attempt, reason.split(":")[0])),
+    )
+    assert sorted(told) == [
+        ("again", "always fails", 1, "OSError"),
+        ("again", "always fails", 2, "OSError"),
+        ("aside", "always fails", 3, "OSError"),
+        ("aside", "bad data", 1, "DataInvalid"),
+    ]
+
+
+def test_tasks_that_waited_on_a_lost_worker_are_not_blamed_for_it(tmp_path):
+    """With one attempt, whoever is blamed is set aside; with one worker, all wait behind the one that kills it."""
+    with open_cluster(ClusterSettings(workers=1, max_attempts=1)) as alone:
+        results, failures = run(alone, tmp_path, "always dies", *[f"task {index}" for index in range(7)])
+    assert len(results) == 7
+    (reason,) = failures.values()
+    assert reason.startswith("KilledWorker: its worker tcp://")
+
+
+def test_tasks_are_taken_as_there_is_room_for_them(cluster, tmp_path):
+    taken, finished, ahead = 0, 0, []
+
+    def orders():
+        nonlocal taken
+        for index in range(300):
+            taken += 1
+            ahead.append(taken - finished)
+            yield f"task {index}", str(tmp_path / f"{index}")
+
+    def on_result(order, result, execution):
+        nonlocal finished
+        finished += 1
+
+    cluster.run(task, orders(), name=lambda order: f"streamed-{order[0]}", on_result=on_result)
+    assert finished == 300
+    assert max(ahead) <= 2 * 2 * 16
+
+
+def test_pauses_double_differ_and_end_at_a_minute():
+    pauses = [[pause_seconds(f"part {index}", number, base=2.0) for index in range(50)] for number in (1, 2, 3, 9)]
+    for found, longest in zip(pauses, (2.0, 4.0, 8.0, 60.0), strict=True):
+        assert longest / 2 <= min(found) < max(found) <= longest
+        assert len(set(found)) == 50
+    assert pause_seconds("part 7", 2, base=2.0) == pauses[1][7]
+
+
+def test_paused_tasks_let_others_pass(tmp_path):
+    with open_cluster(ClusterSettings(workers=1, retry_seconds=4.0)) as alone:
+        order = []
+        run(alone, tmp_path, "fails once", "fine", "task", heard=order)
+    assert order == ["fine", "task", "fails once"]
+
+
 @pytest.mark.parametrize(("what", "error"), [("full", StorageFull), ("bug", TypeError)])
 def test_full_disk_and_a_bug_end_the_run(cluster, tmp_path, what, error):
     with pytest.raises(error):
@@ -99,7 +192,7 @@ def test_client_hears_what_tasks_say(cluster, tmp_path):
 
 
 def test_two_jobs_on_one_scheduler_keep_their_results_apart(cluster, tmp_path):
-    first, second = (Cluster(cluster._client, ClusterSettings()) for _ in range(2))
+    first, second = (Cluster(cluster.client, ClusterSettings()) for _ in range(2))
     heard = []
     first.on_message(heard.append)
     for running, what in ((first, "speaks"), (second, "fine")):
@@ -108,15 +201,98 @@ def test_two_jobs_on_one_scheduler_keep_their_results_apart(cluster, tmp_path):
             task,
             [(what, str(tmp_path / "x"))],
             name=lambda order: "the same name",
-            on_result=lambda order, result, results=results: results.update({order[0]: result}),
+            on_result=lambda order, result, execution, results=results: results.update({order[0]: result}),
         )
         assert results == {what: what.upper()}
     assert heard == [{"said": "hello"}]
 
 
-def test_cluster_that_shrinks_in_the_middle_finishes_its_tasks(tmp_path):
-    from distributed import LocalCluster
+def test_adaptive_cluster_grows_for_the_work_and_shrinks_after_it(tmp_path):
+    with open_cluster(ClusterSettings(adaptive={"minimum": 1, "maximum": 2})) as adaptive:
+        most = []
+        _, failures = run(
+            adaptive,
+            tmp_path,
+            *["sleeps"] * 14,
+            heard=type("", (), {"append": lambda _: most.append(workers_of(adaptive))}),
+        )
+        assert failures == {}
+        assert max(most) == 2
+        deadline = time.monotonic() + 60
+        while workers_of(adaptive) > 1 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert workers_of(adaptive) == 1
 
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers_of(cluster):
+    return len(cluster.addresses())
+
+
+def test_scheduler_file_that_comes_later_is_waited_for(cluster, tmp_path):
+    file = tmp_path / "scheduler.json"
+    address = cluster.client.scheduler.address
+
+    def write():
+        file.write_text('{"addr')
+        time.sleep(0.5)
+        file.write_text(json.dumps({"address": address}))
+
+    writer = threading.Timer(0.5, write)
+    writer.start()
+    with open_cluster(ClusterSettings(scheduler_file=str(file))) as other:
+        results, _ = run(other, tmp_path, "fine")
+    writer.join()
+    assert results == {"fine": "FINE"}
+
+
+def test_scheduler_file_that_does_not_come_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_module, "_SECONDS_FOR_THE_FILE", 0.5)
+    absent = open_cluster(ClusterSettings(scheduler_file=str(tmp_path / "none.json")))
+    with pytest.raises(TryAgain, match=r"none\.json: no Dask scheduler has left its address"), absent:
+        pass
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scheduler": "tcp://a:1", "scheduler_file": "b"},
+        {"scheduler": "tcp://a:1", "adaptive": {"maximum": 2}},
+        {"adaptive": {"minimum": 3, "maximum": 2}},
+    ],
+)
+def test_settings_of_two_clusters_at_once_are_refused(settings):
+    with pytest.raises(ValidationError, match=r"exclude each other|must be at most"):
+        ClusterSettings(**settings)
+
+
+class Listener(SilentReporter):
+    def __init__(self):
+        self.said = []
+
+    def say(self, message):
+        self.said.append(message)
+
+
+def test_the_dashboard_is_named(cluster):
+    listener = Listener()
+    with open_cluster(ClusterSettings(scheduler=cluster.client.scheduler.address), listener):
+        pass
+    (line,) = listener.said
+    address = line.partition("dashboard: ")[2]
+    assert address == cluster.client.dashboard_link
+    # The scheduler's own page of its health lies beside the dashboard, which needs bokeh.
+    with urllib.request.urlopen(address.replace("/status", "/health")) as answer:
+        assert answer.read() == b"ok"
+
+
+def test_cluster_that_shrinks_in_the_middle_finishes_its_tasks(tmp_path):
     with LocalCluster(
         n_workers=3,
         threads_per_worker=1,
@@ -133,7 +309,7 @@ def test_cluster_that_shrinks_in_the_middle_finishes_its_tasks(tmp_path):
                 time.sleep,
                 [1.0] * 15,
                 name=lambda seconds: uuid.uuid4().hex,
-                on_result=lambda seconds, result: done.append(seconds),
+                on_result=lambda seconds, result, execution: done.append(seconds),
             )
         timer.join()
     assert failures == {}
@@ -143,31 +319,43 @@ def test_cluster_that_shrinks_in_the_middle_finishes_its_tasks(tmp_path):
 def test_lost_scheduler_ends_the_run_with_75(tmp_path):
     script = tmp_path / "lost.py"
     script.write_text(LOST)
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(script), str(tmp_path / "begun")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.stdout.strip().splitlines()[-1] == "75 the connection to the Dask scheduler is lost", result.stderr
 
 
 LOST = """
-import os, signal, subprocess, sys, threading, time
+import os, subprocess, sys, threading, time
+from pathlib import Path
 import dask
 from softshard.config import ClusterSettings
 from softshard.errors import TryAgain
 from softshard.run.cluster import open_cluster
 
+def begin(marker):
+    Path(marker).touch()
+    time.sleep(600)
+
+def kill_when_begun(scheduler, marker):
+    while not Path(marker).exists():
+        time.sleep(0.1)
+    scheduler.kill()
+
 if __name__ == "__main__":
+    marker = sys.argv[1]
     dask.config.set({"distributed.comm.timeouts.connect": "2s"})
-    port = 18700 + os.getpid() % 1000
+    file = str(Path(marker).with_name("scheduler.json"))
     scheduler = subprocess.Popen(
-        [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port),
-         "--dashboard-address", "127.0.0.1:0"], stderr=subprocess.DEVNULL)
+        [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
+         "--scheduler-file", file, "--dashboard-address", "127.0.0.1:0"], stderr=subprocess.DEVNULL)
     worker = subprocess.Popen(
-        [sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://127.0.0.1:{port}", "--no-nanny",
+        [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", file, "--no-nanny",
          "--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0", "--resources", "teacher=1",
-         "--death-timeout", "20"], stderr=subprocess.DEVNULL)
-    threading.Timer(12, lambda: scheduler.send_signal(signal.SIGKILL)).start()
+         "--death-timeout", "60"], stderr=subprocess.DEVNULL, cwd=os.path.dirname(__file__))
+    threading.Thread(target=kill_when_begun, args=(scheduler, marker), daemon=True).start()
     try:
-        with open_cluster(ClusterSettings(scheduler=f"tcp://127.0.0.1:{port}")) as cluster:
-            cluster.run(time.sleep, [600], name=lambda task: "long", on_result=lambda task, result: None)
+        with open_cluster(ClusterSettings(scheduler_file=file)) as cluster:
+            cluster.run(begin, [marker], name=lambda task: "long", on_result=print)
     except TryAgain as error:
         print(error.exit_code, str(error).split(";")[0], flush=True)
     finally:
@@ -178,8 +366,6 @@ if __name__ == "__main__":
 
 
 def test_running_scheduler_gives_the_bytes_of_a_local_cluster(tiny_job, finished, tmp_path):
-    from distributed import LocalCluster
-
     with LocalCluster(
         n_workers=1,
         threads_per_worker=1,

@@ -28,6 +28,7 @@ from softshard.models import load_model, load_tokenizer
 from softshard.run import targets as targets_stage
 from softshard.run.bracket import LARGEST_N, SMALLEST_N, Bracket
 from softshard.run.choice import score_pilot
+from softshard.run.flight import Execution
 from softshard.run.job import run_job
 from softshard.run.pilot import LADDER, Extent, Pilot, measure, run_pilot, setting_of
 from softshard.shard.commit import PartPlan, build_part
@@ -229,12 +230,12 @@ class Here:
     def __init__(self):
         self.functions, self.pilots = [], []
 
-    def run(self, function, tasks, *, name, on_result):
+    def run(self, function, tasks, *, name, on_result, **rest):
         for task in tasks:
-            self.functions.append(function.__name__)
+            self.functions.append(getattr(function, "func", function).__name__)
             if function is score_pilot:
                 self.pilots.append(task)
-            on_result(task, function(task))
+            on_result(task, function(task), Execution(worker="here", seconds=0.0, attempt=1))
         return {}
 
 
@@ -243,7 +244,7 @@ def here(monkeypatch):
     cluster = Here()
 
     @contextmanager
-    def opened(settings):
+    def opened(settings, reporter):
         yield cluster
 
     monkeypatch.setattr(targets_stage, "open_cluster", opened)

@@ -328,7 +328,7 @@ def test_corpus_of_nothing_is_named_with_its_counts(tiny_job, tmp_path):
 
 KILL = """
 import os, signal, sys
-import softshard.storage as storage
+import softshard.storage.local as storage
 from softshard.jobfile import load_job
 from softshard.run.job import run_job
 from softshard.telemetry import SilentReporter

@@ -41,6 +41,41 @@ def test_paths_cannot_leave_the_folder(tmp_path, path):
         LocalStore(tmp_path / "out").put_once(path, b"")
 
 
+def test_what_lies_in_a_folder_is_named_and_temporary_files_are_not(tmp_path):
+    store = LocalStore(tmp_path)
+    assert store.names(".") == store.names("nothing") == []
+    store.put_once("x/a", b"1")
+    store.put_once("b", b"2")
+    assert store.names(".") == ["b", "x"]
+    assert store.names("x") == ["a"]
+    with pytest.raises(NotADirectoryError):
+        store.names("b")
+
+
+def test_a_stream_has_random_access_and_a_folder_is_its_own_local_copy(tmp_path):
+    store = LocalStore(tmp_path)
+    store.put_once("x/a", b"12345")
+    with store.open("x/a") as stream:
+        stream.seek(3)
+        assert stream.read() == b"45"
+    assert store.local_folder("x", {"a": "not looked at"}) == tmp_path / "x"
+
+
+@pytest.mark.parametrize("name", ["new\nline", "sp ace", "ü", "back\\slash", "%41", "?#", "x" * 200], ids=ascii)
+def test_odd_names_work(tmp_path, name):
+    store = LocalStore(tmp_path / name)
+    store.put_once(f"a/{name}", b"1")
+    assert store.list(".") == [f"a/{name}"]
+    assert store.read(f"a/{name}") == b"1"
+    store.remove(f"a/{name}")
+    assert store.list(".") == []
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    with pytest.raises(JobInvalid, match="NUL"):
+        LocalStore(tmp_path).put_once("nul\0", b"")
+
+
 def test_full_disk_is_one_line_to_try_again_and_leaves_nothing_half():
     # /dev/full answers every write with ENOSPC, as a full disk does.
     script = """

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from softshard.config import LoraSettings, OptimizerSettings
 from softshard.errors import ModelInvalid, ResumeMismatch, TrainingDiverged
 from softshard.models import load_model, load_tokenizer
-from softshard.train.checkpoint import read_checkpoint, write_checkpoint
+from softshard.storage import LocalStore
+from softshard.train.checkpoint import Checkpoint
 from softshard.train.loop import fine_tune, learning_rate_at
 from softshard.train.lora import save_adapter
 from softshard.train.retention import Retention
@@ -44,6 +45,10 @@ def targets(tmp_path_factory):
     rng = np.random.default_rng(0)
     rows = [row(f"{n}", int(rng.integers(8, 20)), rng, vocab=VOCAB) for n in range(24)]
     return write_targets(tmp_path_factory.mktemp("targets"), [rows[:15], rows[15:]], vocab=VOCAB)
+
+
+def kept_in(folder):
+    return Checkpoint(store=LocalStore(folder), path="checkpoint.pt")
 
 
 def text_batches(sequences, *, name="style", batch_tokens=200):
@@ -138,17 +143,17 @@ def uninterrupted(tiny_model, targets, sequences):
 def test_stopped_after_any_step_and_resumed_ends_with_the_same_bits(
     tiny_model, targets, sequences, uninterrupted, tmp_path, stops
 ):
-    path = tmp_path / "state" / "checkpoint.pt"
+    kept_state = kept_in(tmp_path / "state")
     total = len(uninterrupted.log)
     assert total > 6
     for stop in stops:
         source, kept = mixed(targets, sequences)
         torch.manual_seed(stop + 100)  # what the process drew before must not matter
         with pytest.raises(Stopped):
-            train(tiny_model, source, retention=kept, checkpoint=path, on_step=stop_after(stop % (total + 1)))
+            train(tiny_model, source, retention=kept, checkpoint=kept_state, on_step=stop_after(stop % (total + 1)))
     source, kept = mixed(targets, sequences)
     seen = []
-    resumed = train(tiny_model, source, retention=kept, checkpoint=path, on_step=seen.append)
+    resumed = train(tiny_model, source, retention=kept, checkpoint=kept_state, on_step=seen.append)
     assert save_adapter(resumed.model) == save_adapter(uninterrupted.model)
     assert resumed.log == uninterrupted.log
     assert [step.step for step in seen] == list(range(stops[-1] % (total + 1) + 1, total + 1))
@@ -173,19 +178,19 @@ class Breaking:
 def test_an_interruption_within_a_step_resumes_at_its_beginning(
     tiny_model, targets, sequences, uninterrupted, tmp_path
 ):
-    path = tmp_path / "checkpoint.pt"
+    kept_state = kept_in(tmp_path)
     source, kept = mixed(targets, sequences)
     with pytest.raises(Stopped):
-        train(tiny_model, Breaking(source, 5), retention=kept, checkpoint=path)
+        train(tiny_model, Breaking(source, 5), retention=kept, checkpoint=kept_state)
     source, kept = mixed(targets, sequences)
     seen = []
-    resumed = train(tiny_model, source, retention=kept, checkpoint=path, on_step=seen.append)
+    resumed = train(tiny_model, source, retention=kept, checkpoint=kept_state, on_step=seen.append)
     assert seen[0].step == 5
     assert save_adapter(resumed.model) == save_adapter(uninterrupted.model)
 
 
 def test_a_killed_training_goes_on_from_its_last_checkpoint(tiny_model, targets, sequences, uninterrupted, tmp_path):
-    path = tmp_path / "checkpoint.pt"
+    kept_state = kept_in(tmp_path)
 
     def die(step):
         if step.step == 5:
@@ -193,19 +198,19 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tiny_model, targets,
 
     source, kept = mixed(targets, sequences)
     with pytest.raises(MemoryError):
-        train(tiny_model, source, retention=kept, checkpoint=path, on_step=die)
+        train(tiny_model, source, retention=kept, checkpoint=kept_state, on_step=die)
     source, kept = mixed(targets, sequences)
     seen = []
-    resumed = train(tiny_model, source, retention=kept, checkpoint=path, on_step=seen.append)
+    resumed = train(tiny_model, source, retention=kept, checkpoint=kept_state, on_step=seen.append)
     assert seen[0].step == OPTIMIZER.checkpoint_steps + 1
     assert save_adapter(resumed.model) == save_adapter(uninterrupted.model)
 
 
 def test_a_finished_training_is_not_repeated(tiny_model, sequences, tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    first = train(tiny_model, text_batches(sequences), checkpoint=path)
+    kept_state = kept_in(tmp_path)
+    first = train(tiny_model, text_batches(sequences), checkpoint=kept_state)
     seen = []
-    again = train(tiny_model, text_batches(sequences), checkpoint=path, on_step=seen.append)
+    again = train(tiny_model, text_batches(sequences), checkpoint=kept_state, on_step=seen.append)
     assert seen == []
     assert save_adapter(again.model) == save_adapter(first.model)
 
@@ -220,47 +225,49 @@ def test_a_finished_training_is_not_repeated(tiny_model, sequences, tmp_path):
     ],
 )
 def test_the_checkpoint_of_another_training_is_ignored(tiny_model, sequences, tmp_path, change):
-    path = tmp_path / "checkpoint.pt"
+    kept_state = kept_in(tmp_path)
     with pytest.raises(Stopped):
-        train(tiny_model, text_batches(sequences), checkpoint=path, on_step=stop_after(2))
+        train(tiny_model, text_batches(sequences), checkpoint=kept_state, on_step=stop_after(2))
     seen = []
-    train(tiny_model, text_batches(sequences), checkpoint=path, on_step=seen.append, **change)
+    train(tiny_model, text_batches(sequences), checkpoint=kept_state, on_step=seen.append, **change)
     assert seen[0].step == 1
 
 
 def test_another_alpha_is_another_training(tiny_model, targets, tmp_path):
-    path = tmp_path / "checkpoint.pt"
+    kept_state = kept_in(tmp_path)
     with pytest.raises(Stopped):
-        train(tiny_model, soft_batches(targets), checkpoint=path, on_step=stop_after(2))
+        train(tiny_model, soft_batches(targets), checkpoint=kept_state, on_step=stop_after(2))
     seen = []
-    train(tiny_model, soft_batches(targets, alpha=0.2), checkpoint=path, on_step=seen.append)
+    train(tiny_model, soft_batches(targets, alpha=0.2), checkpoint=kept_state, on_step=seen.append)
     assert seen[0].step == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 def test_an_unreadable_checkpoint_is_ignored(tiny_model, sequences, tmp_path, content):
-    path = tmp_path / "checkpoint.pt"
+    kept_state, path = kept_in(tmp_path), tmp_path / "checkpoint.pt"
     if content is None:
-        write_checkpoint(path, identity="x", state={"weights": torch.zeros(500)})
+        kept_state.write({"weights": torch.zeros(500)}, identity="x")
         path.write_bytes(path.read_bytes()[:-300])
     else:
         path.write_bytes(content)
     seen = []
-    train(tiny_model, text_batches(sequences), checkpoint=path, on_step=seen.append)
+    train(tiny_model, text_batches(sequences), checkpoint=kept_state, on_step=seen.append)
     assert seen[0].step == 1
 
 
 def test_a_checkpoint_comes_back_as_it_was_written_and_leaves_no_other_file(tmp_path):
     state = {"weights": torch.arange(3.0), "log": [{"step": 1, "loss": 0.5}], "random": torch.get_rng_state()}
-    write_checkpoint(tmp_path / "checkpoint.pt", identity="x", state={"weights": torch.zeros(2)})
-    write_checkpoint(tmp_path / "checkpoint.pt", identity="x", state=state)
-    read = read_checkpoint(tmp_path / "checkpoint.pt", identity="x")
+    kept_state = kept_in(tmp_path)
+    kept_state.write({"weights": torch.zeros(2)}, identity="x")
+    kept_state.write(state, identity="x")
+    read = kept_state.read(identity="x")
     assert torch.equal(read["weights"], state["weights"])
     assert torch.equal(read["random"], state["random"])
     assert read["log"] == state["log"]
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["checkpoint.pt"]
-    assert read_checkpoint(tmp_path / "checkpoint.pt", identity="y") is None
-    assert read_checkpoint(tmp_path / "nothing.pt", identity="x") is None
+    assert kept_state.read(identity="y") is None
+    kept_state.remove()
+    assert kept_state.read(identity="x") is None
 
 
 def test_only_the_last_layers_have_gradients_and_nothing_below_is_tracked(tiny_model, sequences):
@@ -374,7 +381,7 @@ def test_a_model_whose_loss_would_be_wrong_is_refused_before_it_is_changed(tiny_
 
 
 def test_a_stream_state_of_other_data_is_refused(tiny_model, sequences, tmp_path):
-    path = tmp_path / "checkpoint.pt"
+    kept_state = kept_in(tmp_path)
 
     class Renamed(Breaking):
         digest = "the same for both"
@@ -383,6 +390,6 @@ def test_a_stream_state_of_other_data_is_refused(tiny_model, sequences, tmp_path
             return {**self.source.state_dict(), "manifest": "the same for both"}
 
     with pytest.raises(Stopped):
-        train(tiny_model, Renamed(text_batches(sequences), 0), checkpoint=path, on_step=stop_after(1))
+        train(tiny_model, Renamed(text_batches(sequences), 0), checkpoint=kept_state, on_step=stop_after(1))
     with pytest.raises(ResumeMismatch):
-        train(tiny_model, Renamed(text_batches(sequences), 0), checkpoint=path)
+        train(tiny_model, Renamed(text_batches(sequences), 0), checkpoint=kept_state)

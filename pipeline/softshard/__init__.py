@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from softshard.jobfile import load_job
     from softshard.shard.manifest import Manifest, read_manifest
     from softshard.shard.read import read_rows
-    from softshard.storage import LocalStore
+    from softshard.storage import LocalStore, open_store
     from softshard.target.entries import Entries, entries_of
     from softshard.train.stream import SoftLabelStream
 
@@ -33,6 +33,7 @@ __all__ = [
     "__version__",
     "entries_of",
     "load_job",
+    "open_store",
     "read_manifest",
     "read_rows",
 ]
@@ -48,6 +49,7 @@ _HOME = {
     "SoftshardError": "softshard.errors",
     "entries_of": "softshard.target.entries",
     "load_job": "softshard.jobfile",
+    "open_store": "softshard.storage",
     "read_manifest": "softshard.shard.manifest",
     "read_rows": "softshard.shard.read",
 }

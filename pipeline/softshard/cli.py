@@ -65,8 +65,16 @@ def _fail(arguments: argparse.Namespace, error: BaseException, code: int, messag
 
         traceback.print_exception(error)
     hint = "" if arguments.debug or code != EXIT_BUG else " (--debug shows where)"
+    from softshard.telemetry.log import STDERR, log_line
+    from softshard.telemetry.redaction import without_credentials
+
+    text = without_credentials(" ".join((message or str(error)).split()) + hint)
+    if getattr(arguments, "log", None) == STDERR:
+        line = log_line("failed", "warning" if code == EXIT_TRY_AGAIN else "error", exit_code=code, message=text)
+    else:
+        line = f"softshard: {text}"
     with contextlib.suppress(BrokenPipeError):
-        sys.stderr.write(f"softshard: {' '.join((message or str(error)).split())}{hint}\n")
+        sys.stderr.write(line + "\n")
     return code
 
 
@@ -78,8 +86,11 @@ def _parser() -> argparse.ArgumentParser:
 
     run = _command(commands, "run", "do everything that the job asks for and that is not done yet", _run)
     _add_job(run)
+    _add_metrics(run)
     for stage, help_text in _STAGES.items():
-        _add_job(_command(commands, stage, help_text, _stage_runner(stage)))
+        command = _command(commands, stage, help_text, _stage_runner(stage))
+        _add_job(command)
+        _add_metrics(command)
 
     plan = _command(commands, "plan", "say what a job would do, before anything runs", _plan)
     _add_job(plan)
@@ -94,9 +105,14 @@ def _parser() -> argparse.ArgumentParser:
         help="measure on N sequences, 2 or more, what each kind of target costs and keeps",
     )
 
-    _add_out(_command(commands, "status", "say how far an output folder is", _status))
+    status = _command(commands, "status", "say how far an output folder is", _status)
+    _add_out(status)
+    status.add_argument("--watch", action="store_true", help="say it again and again until the targets are complete")
+    status.add_argument(
+        "--every", type=_positive, default=5.0, metavar="SECONDS", help="with --watch: how often to look (5)"
+    )
 
-    verify = _command(commands, "verify", "read every part again and check it", _verify)
+    verify = _command(commands, "verify", "read corpus, adapters and parts again and check them", _verify)
     _add_out(verify)
     _add_quiet(verify)
     verify.add_argument("--deep", action="store_true", help="decode every sketch and check its mass")
@@ -106,6 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--engine", choices=("transformers", "vllm"), help="with --against-teacher: score with this engine"
     )
+
+    repair = _command(commands, "repair", "make again exactly what is bad or missing", _repair)
+    _add_out(repair)
+    _add_quiet(repair)
+    repair.add_argument("--deep", action="store_true", help="decode every sketch to find what is bad")
+
+    garbage = _command(commands, "gc", "list, and with --yes remove, what no manifest names", _gc)
+    _add_out(garbage)
+    garbage.add_argument("--yes", action="store_true", help="remove what is listed")
+    garbage.add_argument("--older", action="store_true", help="older manifests too, and what they alone name")
 
     show = _command(commands, "show", "show one stored sequence, position by position", _show)
     _add_out(show)
@@ -137,6 +163,27 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 def _add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument(
+        "--log",
+        metavar="FILE",
+        default=os.environ.get("SOFTSHARD_LOG") or None,
+        help="append JSON lines to a file; -: to stderr, in place of progress (SOFTSHARD_LOG)",
+    )
+
+
+def _add_metrics(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metrics-file",
+        metavar="FILE.prom",
+        default=os.environ.get("SOFTSHARD_METRICS_FILE") or None,
+        help="Prometheus metrics, for node-exporter's textfile collector (SOFTSHARD_METRICS_FILE)",
+    )
+    parser.add_argument(
+        "--push-gateway",
+        metavar="URL",
+        default=os.environ.get("SOFTSHARD_PUSHGATEWAY") or None,
+        help="push the metrics to a Pushgateway (SOFTSHARD_PUSHGATEWAY)",
+    )
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -180,30 +227,41 @@ def _write(text: str) -> None:
 
 
 def _reporter(arguments: argparse.Namespace) -> Any:
-    from softshard.telemetry import ConsoleReporter, SilentReporter
+    import uuid
 
-    return SilentReporter() if arguments.quiet else ConsoleReporter()
+    from softshard.telemetry.outlets import open_reporter
+
+    return open_reporter(_outlets(arguments), run=str(uuid.uuid4()))
+
+
+def _outlets(arguments: argparse.Namespace) -> Any:
+    from softshard.telemetry.outlets import Outlets
+
+    return Outlets(
+        quiet=arguments.quiet,
+        log=arguments.log,
+        metrics_file=getattr(arguments, "metrics_file", None),
+        push_gateway=getattr(arguments, "push_gateway", None),
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from softshard.jobfile import load_job
-    from softshard.run.job import STAGES, run_job
+    from softshard.run.job import STAGES
+    from softshard.run.reported import run_reported
     from softshard.run.summary import render_summary, summary_values
 
-    outcome = run_job(load_job(arguments.job), _reporter(arguments), stages=STAGES)
+    outcome = run_reported(arguments.job, stages=STAGES, outlets=_outlets(arguments))
     _print(arguments, summary_values(outcome), render_summary(outcome))
     return 0
 
 
 def _stage_runner(stage: str) -> Callable[[argparse.Namespace], int]:
     def run_stage(arguments: argparse.Namespace) -> int:
-        from softshard.jobfile import load_job
-        from softshard.run.job import run_job
+        from softshard.run.reported import run_reported
         from softshard.run.status import read_status, render_status
 
-        job = load_job(arguments.job)
-        run_job(job, _reporter(arguments), stages=(stage,))
-        status = read_status(job.out)
+        outcome = run_reported(arguments.job, stages=(stage,), outlets=_outlets(arguments))
+        status = read_status(outcome.out)
         _print(arguments, status, render_status(status))
         return 0
 
@@ -229,6 +287,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    if arguments.watch:
+        from softshard.run.live import watch_output
+
+        return watch_output(arguments.out, every_seconds=arguments.every, as_json=arguments.json, write=_write)
     from softshard.run.status import read_status, render_status
 
     status = read_status(arguments.out)
@@ -241,7 +303,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         from softshard.errors import JobInvalid
 
         raise JobInvalid(file="softshard verify", place="--engine", problem="needs --against-teacher N")
-    from softshard.run.status import render_verification, verify_output
+    from softshard.run.verify import render_verification, verify_output
 
     verification = verify_output(arguments.out, _reporter(arguments), deep=arguments.deep)
     text = render_verification(arguments.out, verification)
@@ -254,6 +316,22 @@ def _verify(arguments: argparse.Namespace) -> int:
     values = {**asdict(verification), "against_teacher": asdict(rescored)}
     _print(arguments, values, text + render_rescored(arguments.out, rescored))
     return EXIT_DATA if rescored.num_beyond else 0
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from softshard.run.repair import render_repaired, repair
+
+    repaired = repair(arguments.out, _reporter(arguments), deep=arguments.deep)
+    _print(arguments, repaired, render_repaired(arguments.out, repaired))
+    return 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from softshard.run.garbage import collect_garbage, render_garbage
+
+    garbage = collect_garbage(arguments.out, remove=arguments.yes, older=arguments.older)
+    _print(arguments, garbage, render_garbage(arguments.out, garbage))
+    return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -19,8 +19,10 @@ from softshard.sketches import (
     ThresholdSketch,
     TopkSketch,
 )
+from softshard.storage.location import problem_of_uri
 
 __all__ = [
+    "AdaptiveSettings",
     "BaselineSettings",
     "ClusterSettings",
     "CorpusSettings",
@@ -70,6 +72,11 @@ class SourceSettings(Settings):
     """Split to read (`format: datasets` alone)."""
     max_documents: int | None = Field(default=None, ge=1)
     """Read at most this many documents, the first ones."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_credential(cls, value: str) -> str:
+        return _plain_uri(value)
 
     @field_validator("license")
     @classmethod
@@ -219,15 +226,45 @@ class TeacherSettings(Settings):
         return self
 
 
+class AdaptiveSettings(Settings):
+    """Bounds between which the local cluster grows while parts wait, and shrinks when workers have nothing to do."""
+
+    minimum: int = Field(default=0, ge=0)
+    """Fewest workers."""
+    maximum: int = Field(ge=1)
+    """Most workers."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdaptiveSettings:
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum ({self.minimum}) must be at most maximum ({self.maximum})")
+        return self
+
+
 class ClusterSettings(Settings):
     """Where the tasks run: a local Dask cluster, or a running one."""
 
     workers: int = Field(default=1, ge=1)
     """Worker processes of the local cluster; each holds one engine."""
+    adaptive: AdaptiveSettings | None = None
+    """Let the local cluster grow and shrink; `workers` is then not used."""
     scheduler: str | None = None
-    """Address of a running scheduler (tcp://host:port); its workers need the resource `teacher=1`."""
+    """Address of a running scheduler (tcp://host:port, tls://host:port); its workers need the resource `teacher=1`."""
+    scheduler_file: str | None = None
+    """File in which a running scheduler leaves its address (`dask scheduler --scheduler-file`); it may come later."""
     max_attempts: int = Field(default=3, ge=1)
-    """How often a part is tried before it is set aside."""
+    """How often a part is tried, on another worker each time where there is one, before it is set aside."""
+    retry_seconds: float = Field(default=2.0, ge=0)
+    """Longest pause before the second attempt; twice that before the third and so on, at most a minute."""
+    grace_seconds: float = Field(default=20.0, ge=0)
+    """How long the parts in hand may take to finish after SIGTERM or Ctrl-C; what takes longer is dropped."""
+
+    @model_validator(mode="after")
+    def _one_cluster(self) -> ClusterSettings:
+        named = [name for name in ("adaptive", "scheduler", "scheduler_file") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} exclude each other: only a local cluster is adapted from here")
+        return self
 
 
 class RetentionSettings(Settings):
@@ -318,7 +355,7 @@ class Job(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the job; an output folder belongs to one name."""
     out: str = Field(min_length=1)
-    """Output folder."""
+    """Where the output goes: a folder, or `s3://bucket/prefix`."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the hold-out, the folds, the sketches, the order and the samples."""
     corpus: CorpusSettings
@@ -341,7 +378,14 @@ class Job(Settings):
     @field_validator("out")
     @classmethod
     def _plain_path(cls, value: str) -> str:
-        return value.removeprefix("file://")
+        return _plain_uri(value.removeprefix("file://"))
+
+
+def _plain_uri(value: str) -> str:
+    """The URI, if it is fit to be written into an output."""
+    if (problem := problem_of_uri(value)) is not None:
+        raise ValueError(problem)
+    return value
 
 
 def digest_of(value: Any) -> str:

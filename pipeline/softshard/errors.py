@@ -15,12 +15,16 @@ __all__ = [
     "EngineDiffers",
     "EngineFailed",
     "EngineMissing",
+    "ExtraMissing",
     "FoldEmpty",
     "HoldoutEmpty",
     "JobInvalid",
+    "LeaseLost",
     "LogitsInvalid",
     "ManifestMissing",
     "ModelInvalid",
+    "NotMendable",
+    "OutputBusy",
     "OutputForeign",
     "OutputUnusable",
     "PartConflict",
@@ -30,11 +34,15 @@ __all__ = [
     "SequenceUnknown",
     "SoftshardError",
     "SourceUnreadable",
+    "Stopped",
     "StorageFull",
+    "StoreUnavailable",
+    "StoreUnusable",
     "TokenizerMismatch",
     "TrainingDiverged",
     "TryAgain",
     "VocabularyMismatch",
+    "exit_code_of",
 ]
 
 EXIT_BUG = 1
@@ -65,6 +73,13 @@ def _rebuild(kind: type[SoftshardError], message: str, values: dict[str, object]
     return error
 
 
+def exit_code_of(error: BaseException) -> int:
+    """What the command ends with on an error; an interruption may be tried again, what nothing named is a bug."""
+    if isinstance(error, SoftshardError):
+        return error.exit_code
+    return EXIT_TRY_AGAIN if isinstance(error, KeyboardInterrupt) else EXIT_BUG
+
+
 class JobInvalid(SoftshardError):
     """The job file or an argument is wrong."""
 
@@ -88,6 +103,17 @@ class EngineMissing(SoftshardError):
         )
 
 
+class ExtraMissing(SoftshardError):
+    """Something was asked for that an optional package does, and the package is not installed."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, what: str, package: str, extra: str, remedy: str = "") -> None:
+        self.what, self.package, self.extra = what, package, extra
+        way_out = f", or {remedy}" if remedy else ""
+        super().__init__(f"{what}: {package} is not installed here; install softshard[{extra}]{way_out}")
+
+
 class OutputForeign(SoftshardError):
     """The output folder belongs to another job, or to something else altogether."""
 
@@ -107,6 +133,16 @@ class OutputUnusable(SoftshardError):
     def __init__(self, *, uri: str, problem: str) -> None:
         self.uri, self.problem = uri, problem
         super().__init__(f"{uri}: cannot be written: {problem}; give `out` a folder on a disk that can be")
+
+
+class StoreUnusable(SoftshardError):
+    """An object store refuses what is asked of it, or does not do it."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, uri: str, problem: str) -> None:
+        self.uri, self.problem = uri, problem
+        super().__init__(f"{uri}: the object store cannot be used: {problem}")
 
 
 class DataInvalid(SoftshardError):
@@ -241,9 +277,7 @@ class PartCorrupt(DataInvalid):
 
     def __init__(self, *, uri: str, problem: str) -> None:
         self.uri, self.problem = uri, problem
-        super().__init__(
-            f"{uri}: {problem}; remove what is left of it and its receipt, if it has one, and run the job again"
-        )
+        super().__init__(f"{uri}: {problem}; `softshard repair` sets it aside and makes it again")
 
 
 class PartConflict(DataInvalid):
@@ -255,6 +289,14 @@ class PartConflict(DataInvalid):
             f"{uri}: a file with sha256 {actual[:16]} is already there where {expected[:16]} was to be written;"
             " nothing was overwritten; move that file away and run the job again"
         )
+
+
+class NotMendable(DataInvalid):
+    """What is bad in an output cannot be made again as it was."""
+
+    def __init__(self, *, uri: str, problem: str) -> None:
+        self.uri, self.problem = uri, problem
+        super().__init__(f"{uri}: {problem}")
 
 
 class PartsFailed(DataInvalid):
@@ -327,12 +369,52 @@ class TryAgain(SoftshardError):
     exit_code = EXIT_TRY_AGAIN
 
 
+class OutputBusy(TryAgain):
+    """Another run works on the same output."""
+
+    def __init__(self, *, out: str, holder: str) -> None:
+        self.out, self.holder = out, holder
+        super().__init__(f"{out}: {holder} works here; wait for its end, or stop it, and start again")
+
+
+class LeaseLost(TryAgain):
+    """This run was taken for dead, and another works on its output now."""
+
+    def __init__(self, *, out: str, other: str | None) -> None:
+        self.out, self.other = out, other
+        super().__init__(
+            f"{out}: this run stood still, or was cut off from its output, so {other or 'another run'} has taken over;"
+            " what both have committed is kept, and never mixed"
+        )
+
+
 class EngineFailed(TryAgain):
     """An engine ended in the middle of its work."""
 
     def __init__(self, *, engine: str, problem: str) -> None:
         self.engine, self.problem = engine, problem
         super().__init__(f"the {engine} engine failed: {problem}; what is committed is kept, run the job again")
+
+
+class Stopped(TryAgain):
+    """A signal asked the run to stop; `finished` tasks were ended in the time it had, `dropped` ones were cut off."""
+
+    def __init__(self, *, signal: str, finished: int, dropped: int) -> None:
+        self.signal, self.finished, self.dropped = signal, finished, dropped
+        super().__init__(
+            f"stopped by {signal}: of the tasks in hand {finished} finished and {dropped} dropped; what is committed"
+            " is kept, and the same command goes on from there"
+        )
+
+
+class StoreUnavailable(TryAgain):
+    """An object store has not answered, or asks for patience, in all attempts."""
+
+    def __init__(self, *, uri: str, reason: str) -> None:
+        self.uri, self.reason = uri, reason
+        super().__init__(
+            f"{uri}: the object store does not answer ({reason}); what is committed is kept, run the job again"
+        )
 
 
 class StorageFull(TryAgain):

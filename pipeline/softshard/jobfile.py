@@ -6,6 +6,7 @@ runs.
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,16 @@ from pydantic import ValidationError
 
 from softshard.config import Job, SourceSettings
 from softshard.errors import JobInvalid
+from softshard.telemetry.redaction import without_credentials
 
 if TYPE_CHECKING:
     import yaml
 
-__all__ = ["load_job"]
+__all__ = ["load_job", "parse_job"]
+
+# A value in an error is shown in part: a few lines of YAML aliases can stand for gigabytes of it.
+_shown = reprlib.Repr()
+_shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 200, 200
 
 
 def load_job(path: str | Path, *, check_paths: bool = True) -> Job:
@@ -29,18 +35,42 @@ def load_job(path: str | Path, *, check_paths: bool = True) -> Job:
         JobInvalid: the file cannot be read, is not YAML, or a value is unknown, missing, of the wrong type, outside
             its range or impossible beside another; the message names the line and the key of every one.
     """
-    import yaml
-
     file = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise JobInvalid(file=file, place="", problem=f"cannot be read: {error.strerror}") from error
+    return parse_job(content, file=file, check_paths=check_paths)
+
+
+def parse_job(text: bytes, *, file: str, check_paths: bool = True) -> Job:
+    """A job file's content, checked as `load_job` does; `file` is its name for errors. Raises JobInvalid."""
+    root, content = _read_yaml(text, file)
+    _refuse_duplicate_keys(root, file)
+    try:
+        job = Job.model_validate(content)
+    except ValidationError as error:
+        found = sorted(_place_and_problem(root, dict(item)) for item in error.errors(include_url=False))
+        (_, place, problem), *rest = found
+        tail = "".join(f"; {later}: {other}" for _, later, other in rest)
+        raise JobInvalid(file=file, place=place, problem=without_credentials(problem + tail)) from None
+    _refuse_impossible(job, root, file)
+    if check_paths:
+        _refuse_missing_paths(job, root, file)
+    return job
+
+
+def _read_yaml(text: bytes, file: str) -> tuple[yaml.Node | None, dict[str, Any]]:
+    import yaml
+
+    try:
+        decoded = text.decode()
+        root = yaml.compose(decoded, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(decoded)
     except UnicodeDecodeError as error:
         raise JobInvalid(file=file, place="", problem=f"is not UTF-8 at byte {error.start}") from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
+    except RecursionError as error:
+        raise JobInvalid(file=file, place="", problem="is not a job: it is nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}" if mark else ""
@@ -50,18 +80,7 @@ def load_job(path: str | Path, *, check_paths: bool = True) -> Job:
         raise JobInvalid(
             file=file, place="line 1", problem="must be a mapping with the keys name, out, corpus, teacher"
         )
-    _refuse_duplicate_keys(root, file)
-    try:
-        job = Job.model_validate(content)
-    except ValidationError as error:
-        found = sorted(_place_and_problem(root, dict(item)) for item in error.errors(include_url=False))
-        (_, place, problem), *rest = found
-        tail = "".join(f"; {later}: {other}" for _, later, other in rest)
-        raise JobInvalid(file=file, place=place, problem=problem + tail) from error
-    _refuse_impossible(job, root, file)
-    if check_paths:
-        _refuse_missing_paths(job, root, file)
-    return job
+    return root, content
 
 
 def _refuse_impossible(job: Job, root: yaml.Node | None, file: str) -> None:
@@ -70,8 +89,8 @@ def _refuse_impossible(job: Job, root: yaml.Node | None, file: str) -> None:
 
     if job.target.kind == "threshold" and job.target.tau < 2**-15:
         refuse("must be at least 1/32768; use `kind: full` to store everything", "target", "tau")
-    if "://" in job.out:
-        refuse("must be a local folder in this version", "out")
+    if "://" in job.out and not job.out.startswith("s3://"):
+        refuse("must be a local folder or s3://bucket/prefix", "out")
     if job.train.revision is not None and job.train.model is None:
         refuse("has no `train.model` that it could be a revision of", "train", "revision")
     shown, room = job.evaluate.prompt_tokens + job.evaluate.sample_tokens, job.corpus.context_tokens
@@ -120,7 +139,7 @@ def _place_and_problem(root: yaml.Node | None, item: dict[str, Any]) -> tuple[in
     elif kind == "union_tag_not_found":
         message = "needs a `kind`: threshold, topk, nucleus or full"
     else:
-        message = f"{message[0].lower()}{message[1:]}, not {item['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, not {_shown.repr(item['input'])}"
     return _line(root, location), _place(root, location), message
 
 
@@ -151,9 +170,14 @@ def _line(root: yaml.Node | None, location: tuple[str | int, ...]) -> int:
     return line
 
 
-def _refuse_duplicate_keys(node: yaml.Node | None, file: str, prefix: str = "") -> None:
+def _refuse_duplicate_keys(node: yaml.Node | None, file: str, prefix: str = "", known: set[int] | None = None) -> None:
     import yaml
 
+    # Aliases name a node many times over, and a few lines of aliases of aliases more often than could ever be walked.
+    known = set() if known is None else known
+    if id(node) in known:
+        return
+    known.add(id(node))
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
@@ -162,7 +186,7 @@ def _refuse_duplicate_keys(node: yaml.Node | None, file: str, prefix: str = "") 
                 problem = f"the key is given twice (first on line {seen[key.value]})"
                 raise JobInvalid(file=file, place=f"line {line}, {prefix}{key.value}", problem=problem)
             seen[key.value] = line
-            _refuse_duplicate_keys(value, file, f"{prefix}{key.value}.")
+            _refuse_duplicate_keys(value, file, f"{prefix}{key.value}.", known)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            _refuse_duplicate_keys(value, file, f"{prefix.rstrip('.')}[{index}].")
+            _refuse_duplicate_keys(value, file, f"{prefix.rstrip('.')}[{index}].", known)

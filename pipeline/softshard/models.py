@@ -1,7 +1,8 @@
 """Causal language models and tokenizers: found, checked, named by digest, loaded.
 
 A tokenizer's fingerprint and its vocabulary size travel with everything that is made with it, and are compared
-wherever data meets a model. Nothing here runs code that comes with a model.
+wherever data meets a model. Nothing here runs code that comes with a model: remote code is refused, also where a
+terminal would be asked, and weights are safetensors, never pickles.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelInvalid(model=str(folder), problem=f"the tokenizer cannot be loaded: {error}") from error
     if not backend.is_fast:
@@ -174,7 +175,8 @@ def _text_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config.get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise ModelInvalid(model=str(folder), problem=f"its config.json cannot be read: {error}") from error
 
@@ -239,7 +241,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelInvalid(model=str(folder), problem=f"cannot be loaded: {error}") from error
     model.requires_grad_(False)

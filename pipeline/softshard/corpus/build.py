@@ -7,6 +7,7 @@ and was made from the same input is not read again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,7 +30,7 @@ from softshard.corpus.windows import document_windows, num_document_tokens
 from softshard.errors import CorpusEmpty, SourceUnreadable
 from softshard.models import Tokenizer
 from softshard.shard.manifest import SourceRights
-from softshard.storage import LocalStore
+from softshard.storage import Store
 from softshard.target.types import TokenSequence
 from softshard.telemetry import Reporter, SilentReporter
 
@@ -54,7 +55,7 @@ def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, se
 
 
 def current_corpus(
-    *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, store: LocalStore
+    *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, store: Store
 ) -> CorpusManifest | None:
     """The corpus that is there, if it is complete and was made from the same input; no text is read.
 
@@ -65,15 +66,17 @@ def current_corpus(
     return _complete(store, corpus_key(settings, tokenizer=tokenizer, folds=folds, seed=seed))
 
 
-def _complete(store: LocalStore, key: str) -> CorpusManifest | None:
+def _complete(store: Store, key: str) -> CorpusManifest | None:
     there = read_corpus_manifest(store)
     if there is None or there.key != key:
         return None
-    return there if all(store.exists(path) for path in there.paths) else None
+    found = {path for folder in ("sequences", "documents") for path in store.list(folder)}
+    named = itertools.chain((part.path for part in there.slices), (file.path for file in there.documents))
+    return there if all(path in found for path in named) else None
 
 
 def build_corpus(
-    *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, store: LocalStore, reporter: Reporter
+    *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, store: Store, reporter: Reporter
 ) -> CorpusManifest:
     """Write the corpus below `store`, or give the one that is there if it was made from the same input.
 

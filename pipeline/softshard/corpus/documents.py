@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softshard.corpus.manifest import CorpusStatistics, DocumentsFile
 from softshard.corpus.screen import ScreenedDocument
-from softshard.storage import LocalStore, Store, sha256_of
+from softshard.storage import Store, sha256_of
+
+if TYPE_CHECKING:
+    import polars as pl
 
 __all__ = ["DOCUMENTS_SCHEMA", "DocumentsWriter", "corpus_statistics"]
 
@@ -86,24 +89,44 @@ class DocumentsWriter:
         self._rows = []
 
 
-def corpus_statistics(store: LocalStore, files: Sequence[DocumentsFile]) -> tuple[CorpusStatistics, ...]:
-    """Statistics by style, source and split, sorted by these; the files are scanned, never loaded whole."""
+def corpus_statistics(store: Store, files: Sequence[DocumentsFile]) -> tuple[CorpusStatistics, ...]:
+    """Statistics by style, source and split, sorted by these.
+
+    One file is held at a time, and what grows with the corpus is the number of different lengths alone.
+    """
     import polars as pl
 
-    tokens = pl.col("tokens")
-    table = (
-        pl.scan_parquet([store.local_path(file.path) for file in files], glob=False)
-        .group_by("style", "source", "split")
-        .agg(
-            pl.len().alias("num_documents"),
-            tokens.sum().alias("num_tokens"),
-            pl.col("sequences").sum().alias("num_sequences"),
-            pl.col("labels").sum().alias("num_labels"),
-            tokens.mean().alias("mean_tokens"),
-            tokens.median().alias("median_tokens"),
-            tokens.max().alias("max_tokens"),
-        )
-        .sort("style", "source", "split")
-        .collect(engine="streaming")
+    place = ("style", "source", "split")
+    counts = [pl.len().alias("documents"), pl.col("sequences").sum(), pl.col("labels").sum()]
+    columns = [*place, "tokens", "sequences", "labels"]
+    by_length = pl.DataFrame()
+    for file in files:
+        rows = pl.read_parquet(io.BytesIO(store.read(file.path)), columns=columns)
+        found = rows.group_by(*place, "tokens").agg(counts)
+        by_length = pl.concat([by_length, found]).group_by(*place, "tokens").agg(pl.exclude(*place, "tokens").sum())
+    return tuple(
+        _statistics_of(dict(zip(place, names, strict=True)), lengths)
+        for names, lengths in sorted(by_length.partition_by(*place, as_dict=True).items())
     )
-    return tuple(CorpusStatistics.model_validate(row) for row in table.iter_rows(named=True))
+
+
+def _statistics_of(place: dict[str, Any], lengths: pl.DataFrame) -> CorpusStatistics:
+    """Of a table with a row for each length of a document: tokens, documents, sequences, labels."""
+    ordered = lengths.sort("tokens")
+    tokens, documents = ordered["tokens"], ordered["documents"].cast(int)
+    num_documents, num_tokens = int(documents.sum()), int((tokens * documents).sum())
+    # The two in the middle, which are one where the number is odd.
+    middle = [
+        int(tokens[int(documents.cum_sum().search_sorted(n + 1))])
+        for n in ((num_documents - 1) // 2, num_documents // 2)
+    ]
+    return CorpusStatistics(
+        **place,
+        num_documents=num_documents,
+        num_tokens=num_tokens,
+        num_sequences=int(ordered["sequences"].sum()),
+        num_labels=int(ordered["labels"].sum()),
+        mean_tokens=num_tokens / num_documents,
+        median_tokens=sum(middle) / 2,
+        max_tokens=int(tokens[-1]),
+    )

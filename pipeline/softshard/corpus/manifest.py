@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-import json
+import io
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from softshard.config import digest_of
 from softshard.errors import PartCorrupt
-from softshard.shard.manifest import SourceRights, canonical_json
+from softshard.shard.canonical import digest_by_item, read_by_item, write_by_item
+from softshard.shard.manifest import SourceRights
+from softshard.shard.spool import Spool
 from softshard.storage import Store
 
 __all__ = [
@@ -36,8 +38,8 @@ class _Record(BaseModel):
 class CorpusSlice(_Record):
     """One file of sequences, all of one split and one fold."""
 
-    path: str
-    """Path below the corpus folder."""
+    path: str = Field(pattern=r"^sequences/[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Path below the corpus folder, and nowhere else."""
     split: Literal["train", "test"]
     fold: int
     """Fold of its documents; -1: none."""
@@ -55,8 +57,8 @@ class CorpusSlice(_Record):
 class DocumentsFile(_Record):
     """One file with a row a document."""
 
-    path: str
-    """Path below the corpus folder."""
+    path: str = Field(pattern=r"^documents/[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Path below the corpus folder, and nowhere else."""
     sha256: str
     num_documents: int
 
@@ -93,7 +95,7 @@ class CorpusManifest(_Record):
     sources: tuple[SourceRights, ...]
     counts: dict[str, int]
     """Documents by outcome of the screening: kept, empty, undecodable, oversize, malformed, duplicate."""
-    slices: tuple[CorpusSlice, ...]
+    slices: Spool[CorpusSlice]
     """The train split by fold, then the test split; within a fold in the order in which the documents came."""
     documents: tuple[DocumentsFile, ...]
     statistics: tuple[CorpusStatistics, ...]
@@ -102,7 +104,8 @@ class CorpusManifest(_Record):
     def digest(self) -> str:
         """SHA-256 of what the corpus holds: of all but `key` and `documents`, which also say where each text lay, so
         that a file that is touched, or a folder that is moved, leaves the digest as it is."""
-        return digest_of(self.model_dump(mode="json", exclude={"key", "documents"}))
+        plain = self.model_dump(mode="json", exclude={"key", "documents", "slices"})
+        return digest_by_item(plain, name="slices", items=_plain(self.slices))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -116,7 +119,15 @@ class CorpusManifest(_Record):
 
 def write_corpus_manifest(store: Store, manifest: CorpusManifest) -> None:
     """Make the corpus complete: write `manifest.json` in place of an older one."""
-    store.replace(_PATH, canonical_json(manifest))
+    content = io.BytesIO()
+    write_by_item(
+        content, manifest.model_dump(mode="json", exclude={"slices"}), name="slices", items=_plain(manifest.slices)
+    )
+    store.replace(_PATH, content.getvalue())
+
+
+def _plain(slices: Spool[CorpusSlice]) -> Iterator[dict[str, Any]]:
+    return (part.model_dump(mode="json") for part in slices)
 
 
 def read_corpus_manifest(store: Store) -> CorpusManifest | None:
@@ -127,12 +138,14 @@ def read_corpus_manifest(store: Store) -> CorpusManifest | None:
     """
     uri = f"{store.uri}/{_PATH}"
     try:
-        values: Any = json.loads(store.read(_PATH))
+        slices = Spool(CorpusSlice)
+        with store.open(_PATH) as file:
+            values = read_by_item(file, name="slices", on_item=lambda item: slices.append(CorpusSlice(**item)))
         version = values["schema_version"]
         if version == CORPUS_VERSION:
-            return CorpusManifest.model_validate(values)
+            return CorpusManifest.model_validate({**values, "slices": slices})
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartCorrupt(uri=uri, problem=f"is not the manifest of a corpus: {error}") from error
     raise PartCorrupt(uri=uri, problem=f"has schema version {version}, this softshard reads {CORPUS_VERSION}")

@@ -135,4 +135,5 @@ class Screen:
 
     def _leave_out(self, outcome: str, name: str) -> None:
         self._counts[outcome] += 1
-        self._first.setdefault(outcome, name)
+        # A file's name may hold a newline, and what is said of it is one line.
+        self._first.setdefault(outcome, " ".join(name.split()))

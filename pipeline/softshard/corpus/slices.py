@@ -19,6 +19,7 @@ from softshard.corpus.manifest import CORPUS_VERSION, CorpusSlice
 from softshard.corpus.screen import ScreenedDocument, Split
 from softshard.errors import PartCorrupt
 from softshard.shard.schema import PART_SCHEMA
+from softshard.shard.spool import Spool
 from softshard.storage import Store, sha256_of
 from softshard.target.types import TokenSequence
 
@@ -86,7 +87,7 @@ class SliceWriter:
     def __init__(self, store: Store, *, sequences_per_slice: int, metadata: dict[str, str | int]) -> None:
         self._store, self._limit, self._metadata = store, sequences_per_slice, metadata
         self._open: dict[tuple[Split, int], _OpenSlice] = {}
-        self._written: list[tuple[tuple[bool, int, int], CorpusSlice]] = []
+        self._written: dict[tuple[bool, int], Spool[CorpusSlice]] = {}
 
     def add(self, document: ScreenedDocument, sequences: Iterable[TokenSequence]) -> None:
         """Take the sequences of a document, which may end in another slice. Raises StorageFull, PartConflict."""
@@ -100,12 +101,13 @@ class SliceWriter:
             if len(waiting.sequences) == self._limit:
                 self._write(place)
 
-    def finish(self) -> tuple[CorpusSlice, ...]:
+    def finish(self) -> Spool[CorpusSlice]:
         """Write what waits. All slices: train by fold, then test, each in the order of writing."""
         for place, waiting in self._open.items():
             if waiting.sequences:
                 self._write(place)
-        return tuple(part for _, part in sorted(self._written, key=lambda item: item[0]))
+        in_order = (part for place in sorted(self._written) for part in self._written[place])
+        return Spool(CorpusSlice, in_order)
 
     def _write(self, place: tuple[Split, int]) -> None:
         (split, fold), waiting = place, self._open[place]
@@ -124,5 +126,5 @@ class SliceWriter:
             num_bytes_text=waiting.num_bytes_text,
         )
         self._store.put_once(part.path, content)
-        self._written.append(((split == "test", fold, index), part))
+        self._written.setdefault((split == "test", fold), Spool(CorpusSlice)).append(part)
         self._open[place] = _OpenSlice(num_written=index + 1)

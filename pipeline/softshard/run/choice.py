@@ -1,6 +1,6 @@
 """The tau of a run whose target has a budget: found once, by a pilot on the cluster, and kept.
 
-In: the parts of the run as the job has them. Out: the same parts with a tau. The pilot's table is kept in
+In: a run as the job has it. Out: the sketch settings of its parts, with a tau. The pilot's table is kept in
 `targets/pilot/`, created exclusively under a digest of corpus, teacher, target and seed, so that every later run, and
 one that runs at the same time, goes by the same tau. A pilot that is stopped leaves nothing.
 """
@@ -8,20 +8,20 @@ one that runs at the same time, goes by the same tau. A pilot that is stopped le
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from softshard.config import ThresholdSketch, digest_of
+from softshard.config import SketchSettings, ThresholdSketch, digest_of
 from softshard.corpus.manifest import CorpusManifest, CorpusSlice
 from softshard.corpus.read import read_slice
 from softshard.errors import ManifestMissing, PartCorrupt, PartsFailed
 from softshard.run.cluster import Cluster
 from softshard.run.pilot import NUM_SEQUENCES, Extent, Pilot, chosen_by, run_pilot, setting_of, spread
-from softshard.run.tasks import ScoreTask, load_teacher
+from softshard.run.tasks import ScoreRun, load_teacher
 from softshard.shard.commit import PartPlan
 from softshard.shard.manifest import canonical_json
-from softshard.storage import LocalStore, Store
+from softshard.storage import Store, open_store
 from softshard.target.types import TokenSequence
 from softshard.telemetry import Reporter, SilentReporter
 
@@ -32,7 +32,8 @@ __all__ = ["PilotTask", "ensure_resolved", "score_pilot"]
 class PilotTask:
     """A pilot to run on a worker."""
 
-    score: ScoreTask
+    run: ScoreRun
+    plan: PartPlan
     """A part of the run, whose teacher is measured."""
     sequences: tuple[TokenSequence, ...]
     extent: Extent
@@ -40,23 +41,23 @@ class PilotTask:
 
 def score_pilot(task: PilotTask) -> Pilot:
     """Run a pilot on a worker, which keeps the engine for the parts that follow."""
-    teacher = load_teacher(task.score)
-    return run_pilot(teacher, task.sequences, plan=task.score.plan, extent=task.extent, reporter=SilentReporter())
+    teacher = load_teacher(task.run, fold=task.plan.fold)
+    return run_pilot(teacher, task.sequences, plan=task.plan, extent=task.extent, reporter=SilentReporter())
 
 
 def ensure_resolved(
-    tasks: Sequence[ScoreTask],
+    run: ScoreRun,
     corpus: CorpusManifest,
     reporter: Reporter,
     cluster: Callable[[], Cluster],
     *,
     job: str,
     compute: bool,
-) -> list[ScoreTask]:
-    """The parts of a run with a tau: as the job gives it, or as the pilot found, which runs where it has not yet.
+) -> SketchSettings:
+    """The sketch of a run's parts with a tau: as the job gives it, or as the pilot found, which runs where it has not.
 
     Args:
-        tasks: all parts, with the job's own settings.
+        run: with the job's own sketch settings.
         corpus: where the sequences are.
         reporter: where progress goes.
         cluster: opens the cluster.
@@ -68,17 +69,17 @@ def ensure_resolved(
         JobInvalid: no tau keeps the budget.
         PartsFailed: the pilot was set aside.
     """
-    first = next(task for task in tasks if task.plan.split == "train")
-    target, store = first.plan.sketch, LocalStore(first.targets)
+    target, store = run.sketch, open_store(run.targets)
     if not isinstance(target, ThresholdSketch) or target.is_resolved:
-        return list(tasks)
-    path = _path(first.plan, corpus)
+        return target
+    plan = next(run.plan(index, part) for index, part in enumerate(corpus.slices) if part.split == "train")
+    path = _path(plan, corpus)
     pilot = _read(store, path)
     if pilot is None:
         if not compute:
             raise ManifestMissing(uri=f"{store.uri}/{path}", stage="targets")
         reporter.say("pilot: a few sequences, to find the tau that the target asks for")
-        store.create_exclusive(path, canonical_json(_run_on(cluster(), first, corpus)))
+        store.create_exclusive(path, canonical_json(_run_on(cluster(), run, plan, corpus)))
         pilot = _read(store, path)
         assert pilot is not None
     sketch = chosen_by(pilot, target=target, job=job)
@@ -87,7 +88,7 @@ def ensure_resolved(
         f"pilot: tau {setting_of(sketch)}, {row.bytes_per_position:.1f} bytes a position,"
         f" gradient angle {row.gradient_angle_degrees:.1f} degrees on {pilot.num_sequences} sequences"
     )
-    return [replace(task, plan=replace(task.plan, sketch=sketch)) for task in tasks]
+    return sketch
 
 
 def _path(plan: PartPlan, corpus: CorpusManifest) -> str:
@@ -103,11 +104,12 @@ def _read(store: Store, path: str) -> Pilot | None:
         raise PartCorrupt(uri=f"{store.uri}/{path}", problem=f"is not a pilot: {error.errors()[0]['msg']}") from error
 
 
-def _run_on(cluster: Cluster, task: ScoreTask, corpus: CorpusManifest) -> Pilot:
-    slices = [part for part in corpus.slices if (part.split, part.fold) == (task.plan.split, task.plan.fold)]
+def _run_on(cluster: Cluster, run: ScoreRun, plan: PartPlan, corpus: CorpusManifest) -> Pilot:
+    slices = [part for part in corpus.slices if (part.split, part.fold) == (plan.split, plan.fold)]
     pilot = PilotTask(
-        score=task,
-        sequences=tuple(_spread_over(LocalStore(task.corpus), slices)),
+        run=run,
+        plan=plan,
+        sequences=tuple(_spread_over(open_store(run.corpus), slices)),
         extent=Extent(
             num_parts=len(corpus.slices),
             num_labels=sum(part.num_labels for part in corpus.slices),
@@ -115,10 +117,10 @@ def _run_on(cluster: Cluster, task: ScoreTask, corpus: CorpusManifest) -> Pilot:
     )
     done: list[Pilot] = []
     failures = cluster.run(
-        score_pilot, [pilot], name=lambda _: "pilot", on_result=lambda _, measured: done.append(measured)
+        score_pilot, [pilot], name=lambda _: "pilot", on_result=lambda _, measured, __: done.append(measured)
     )
     if failures:
-        raise PartsFailed(failures=failures, out=task.targets)
+        raise PartsFailed(failures=failures, out=run.targets)
     return done[0]
 
 

@@ -1,32 +1,41 @@
-"""Tasks on a Dask cluster: a bounded number in flight, what can pass tried again, what cannot set aside.
+"""A Dask cluster to run tasks on: a local one of processes by default, one that is running by address or by file.
 
-`dask.distributed` is the only scheduler: a local cluster of processes by default, a running one by address.
+`dask.distributed` is the only scheduler. Workers need the resource `teacher=1`; those of the local cluster have it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import importlib.util
+import json
 import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 from softshard.config import ClusterSettings
-from softshard.errors import DataInvalid, SoftshardError, StorageFull, TryAgain
+from softshard.errors import JobInvalid, TryAgain
+from softshard.run.flight import Execution, Flight, ignore_failure, lost_scheduler
+from softshard.run.worker import TOPIC
+from softshard.telemetry import Reporter, SilentReporter
 
-__all__ = ["Cluster", "open_cluster", "send_message"]
+__all__ = ["WORKER_ENVIRONMENT", "Cluster", "open_cluster"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_TOPIC = "softshard"
-_IN_FLIGHT_PER_WORKER = 2
-_PATIENCE = 5.0
-_SECONDS_WITHOUT_WORKERS = 300.0
-_WORKER_ENVIRONMENT = {
+_SECONDS_TO_CONNECT = 20
+_SECONDS_FOR_THE_FILE = 60.0
+_LOGGED_MESSAGES = 100
+"""Each end of each connection keeps its last messages, and with them the tasks in them: by Dask's own measure a
+thousand, which is up to 25 MB a worker on the scheduler."""
+_SECONDS_OF_WORK = 0.05
+"""Dask adds workers while each has more work than this before it. It sees what is in flight, a fraction of what there
+is to do, so that its own measure, five seconds, would leave a job of short parts with one worker."""
+WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": 1,
     # Dask has workers give freed memory back at once. A training step frees and takes gigabytes, so with that it
     # spends a third of its time in page faults (measured: 282 tokens a CPU-second against 465 with these).
@@ -38,22 +47,27 @@ _WORKER_ENVIRONMENT = {
 class Cluster:
     """A connection to a Dask cluster whose workers have the resource `teacher`."""
 
-    def __init__(self, client: Any, settings: ClusterSettings) -> None:
-        self._client = client
-        self._settings = settings
+    def __init__(self, client: Any, settings: ClusterSettings, reporter: Reporter | None = None) -> None:
+        self.client = client
+        self.settings = settings
         # Two jobs may share a scheduler, and Dask takes tasks of one key for one task.
-        self._run = uuid.uuid4().hex
+        self.run_id = uuid.uuid4().hex
+        self._reporter = reporter or SilentReporter()
+
+    def say(self, message: str) -> None:
+        """One line for a person."""
+        self._reporter.say(message)
 
     def on_message(self, handle: Callable[[Any], None]) -> None:
         """Pass on what tasks say with `send_message`, until another handler takes over."""
         self._handle = handle
         with contextlib.suppress(ValueError):
-            self._client.unsubscribe_topic(_TOPIC)
-        self._client.subscribe_topic(_TOPIC, self._hear)
+            self.client.unsubscribe_topic(TOPIC)
+        self.client.subscribe_topic(TOPIC, self._hear)
 
     def _hear(self, event: tuple[float, Any]) -> None:
         run, message = event[1]
-        if run == self._run:
+        if run == self.run_id:
             self._handle(message)
 
     def run(
@@ -62,134 +76,112 @@ class Cluster:
         tasks: Iterable[Task],
         *,
         name: Callable[[Task], str],
-        on_result: Callable[[Task, Result], None],
+        on_result: Callable[[Task, Result, Execution], None],
+        on_retry: Callable[[Task, int, str], None] = ignore_failure,
+        on_set_aside: Callable[[Task, int, str], None] = ignore_failure,
     ) -> dict[str, str]:
         """Run a function over tasks; the names and reasons of those that were set aside.
 
-        At most two tasks a worker are in flight, so memory does not grow with their number; workers that come later
-        get their share. A task that fails for a reason that may pass (a lost worker, an input or output error) is
-        tried again, up to `cluster.max_attempts` times; one whose data is wrong is set aside at once.
+        The function is sent to a worker as it is, so what all tasks share belongs into it, by `functools.partial`. Two
+        tasks a worker are in flight, a few more where they take less than a tenth of a second, so memory does not grow
+        with their number; workers that come later get their share. A task that fails for a reason that may pass (a lost
+        worker, an input or output error) is tried again after a pause, on another worker where there is one, up to
+        `cluster.max_attempts` times; one whose data is wrong is set aside at once. On SIGTERM or SIGINT nothing more is
+        started, and what has been begun may finish within `cluster.grace_seconds`.
+
+        Args:
+            function: runs on a worker.
+            tasks: are taken as there is room for them.
+            name: of a task, for its key and for messages.
+            on_result: is given the task, its result and how it came to it.
+            on_retry: is given a task that is tried again, the number of the attempt that failed, and why it did.
+            on_set_aside: the same, of a task that is not tried again.
 
         Raises:
             StorageFull: a worker's disk is full; nothing more is started.
+            Stopped: a signal ended the run.
             TryAgain: the scheduler is lost, or no worker has come for five minutes.
             Exception: a bug in the function.
         """
-        waiting = iter(tasks)
-        flying: dict[Any, _Attempt[Task]] = {}
-        failures: dict[str, str] = {}
+        flight = Flight(self, function, name=name, on_result=on_result, on_retry=on_retry, on_set_aside=on_set_aside)
+        return flight.run(tasks)
 
-        def submit(attempt: _Attempt[Task]) -> None:
-            key = f"{name(attempt.task)}-{attempt.number}-{self._run}"
-            order = (self._run, function, attempt.task)
-            future = self._client.submit(_call, order, pure=False, resources={"teacher": 1}, key=key)
-            flying[future] = attempt
-
-        while True:
-            room = max(0, self._num_workers() * _IN_FLIGHT_PER_WORKER - len(flying))
-            for task in itertools.islice(waiting, room):
-                submit(_Attempt(task, 1))
-            if not flying:
-                return failures
-            for future in self._finished(flying):
-                attempt = flying.pop(future)
-                error = future.exception()
-                if error is None:
-                    on_result(attempt.task, future.result())
-                elif isinstance(error, StorageFull):
-                    raise error
-                elif _may_pass(error) and attempt.number < self._settings.max_attempts:
-                    submit(_Attempt(attempt.task, attempt.number + 1))
-                elif isinstance(error, DataInvalid) or _may_pass(error):
-                    reason = f"{type(error).__name__}: {error} (attempt {attempt.number})"
-                    failures[name(attempt.task)] = reason
-                else:
-                    raise error
-                future.release()
-
-    def _finished(self, flying: Collection[Any]) -> list[Any]:
-        """Futures that are done; waits for one, but not for a scheduler or for workers that are gone."""
-        from distributed import wait
-        from distributed.client import FuturesCancelledError
-
-        alone = 0.0
-        while True:
-            try:
-                with self._client.as_current():
-                    return list(wait(list(flying), timeout=_PATIENCE, return_when="FIRST_COMPLETED").done)
-            except TimeoutError:
-                self._refuse_if_lost()
-            except FuturesCancelledError as error:
-                raise _lost() from error
-            alone = 0.0 if self._workers() else alone + _PATIENCE
-            if alone >= _SECONDS_WITHOUT_WORKERS:
-                raise TryAgain("the cluster has had no worker with the resource `teacher=1` for five minutes")
-
-    def _refuse_if_lost(self) -> None:
-        if self._client.status != "running":
-            raise _lost()
-
-    def _workers(self) -> int:
-        """Workers that offer the resource; asks the scheduler."""
-        self._refuse_if_lost()
-        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
-        return sum(worker.get("resources", {}).get("teacher", 0) >= 1 for worker in workers)
-
-    def _num_workers(self) -> int:
-        """At least 1, so that something waits for the first worker; asked for every few seconds at most."""
-        now = time.monotonic()
-        if now - self._counted_at > _PATIENCE:
-            self._counted, self._counted_at = max(1, self._workers()), now
-        return self._counted
-
-    _counted, _counted_at = 1, float("-inf")
-
-
-def _lost() -> TryAgain:
-    return TryAgain("the connection to the Dask scheduler is lost; what is committed is kept, run the job again")
-
-
-def _call(order: tuple[str, Callable[[Any], Any], Any]) -> Any:
-    """What a worker runs; messages of the task carry the run that it belongs to."""
-    global _run_of_task
-    _run_of_task, function, task = order
-    return function(task)
-
-
-class _Attempt(Generic[Task]):
-    """A task, and how often it has been started."""
-
-    def __init__(self, task: Task, number: int) -> None:
-        self.task = task
-        self.number = number
-
-
-def _may_pass(error: BaseException) -> bool:
-    from distributed import KilledWorker
-    from distributed.comm import CommClosedError
-
-    if isinstance(error, SoftshardError):
-        return isinstance(error, TryAgain)
-    return isinstance(error, OSError | KilledWorker | CommClosedError | MemoryError)
-
-
-_run_of_task = ""
-
-
-def send_message(message: Any) -> None:
-    """From inside a task: tell the client something, at most a few times a second."""
-    from distributed import get_worker
-
-    get_worker().log_event(_TOPIC, (_run_of_task, message))
+    def addresses(self) -> list[str]:
+        """Workers that offer the resource; asks the scheduler. Raises TryAgain when it is lost."""
+        if self.client.status != "running":
+            raise lost_scheduler()
+        try:
+            workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        except OSError as error:
+            raise lost_scheduler() from error
+        return [address for address, worker in workers.items() if worker.get("resources", {}).get("teacher", 0) >= 1]
 
 
 @contextmanager
-def open_cluster(settings: ClusterSettings) -> Iterator[Cluster]:
-    """A local cluster of `settings.workers` processes, or a connection to `settings.scheduler`.
+def open_cluster(settings: ClusterSettings, reporter: Reporter | None = None) -> Iterator[Cluster]:
+    """A local cluster, or a connection to a running one, as the settings say; its dashboard is named to the reporter.
 
     Raises:
-        TryAgain: the scheduler does not answer.
+        TryAgain: the scheduler does not answer, or its file does not come.
+        JobInvalid: it speaks TLS, and no certificates are configured here.
     """
+    import dask
+
+    dask.config.set({"distributed.admin.low-level-log-length": _LOGGED_MESSAGES})
+    with ExitStack() as stack:
+        if settings.scheduler is None and settings.scheduler_file is None:
+            client = stack.enter_context(_local(settings))
+        else:
+            client = stack.enter_context(_connected(settings.scheduler or _address_in(str(settings.scheduler_file))))
+        cluster = Cluster(client, settings, reporter)
+        cluster.say(f"cluster: {_description(settings)}; dashboard: {_dashboard(client)}")
+        yield cluster
+
+
+def _description(settings: ClusterSettings) -> str:
+    if settings.adaptive is not None:
+        return f"{settings.adaptive.minimum} to {settings.adaptive.maximum} local workers"
+    return settings.scheduler or settings.scheduler_file or f"{settings.workers} local worker(s)"
+
+
+def _dashboard(client: Any) -> str:
+    address = client.dashboard_link
+    if client.cluster is not None and importlib.util.find_spec("bokeh") is None:
+        return f"{address} (needs bokeh: install softshard[dashboard])"
+    return str(address)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    from distributed import Client
+    from distributed.security import Security
+
+    if address.startswith("tls://") and Security().get_connection_args("client").get("ssl_context") is None:
+        names = "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__CLIENT__CERT and ...__CLIENT__KEY"
+        raise JobInvalid(file=address, place="", problem=f"this scheduler wants certificates; set {names}")
+    try:
+        client = Client(address, timeout=f"{_SECONDS_TO_CONNECT}s", set_as_default=False)
+    except (OSError, TimeoutError) as error:
+        raise TryAgain(f"{address}: no Dask scheduler answers here ({error})") from error
+    with client:
+        yield client
+
+
+def _address_in(file: str) -> str:
+    """Address in a scheduler's file, which may come later than the client and is not written at one stroke."""
+    deadline = time.monotonic() + _SECONDS_FOR_THE_FILE
+    while True:
+        try:
+            return str(json.loads(Path(file).read_text(encoding="utf-8"))["address"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if time.monotonic() > deadline:
+                problem = f"no Dask scheduler has left its address here for a minute ({type(error).__name__})"
+                raise TryAgain(f"{file}: {problem}") from error
+        time.sleep(0.2)
+
+
+@contextmanager
+def _local(settings: ClusterSettings) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
@@ -197,24 +189,18 @@ def open_cluster(settings: ClusterSettings) -> Iterator[Cluster]:
         {
             "distributed.worker.daemon": False,
             "distributed.scheduler.allowed-failures": 0,
-            "distributed.nanny.pre-spawn-environ": _WORKER_ENVIRONMENT,
+            "distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT,
         }
     )
-    if settings.scheduler is not None:
-        try:
-            client = Client(settings.scheduler, timeout="20s", set_as_default=False)
-        except (OSError, TimeoutError) as error:
-            raise TryAgain(f"{settings.scheduler}: no Dask scheduler answers here ({error})") from error
-        with client:
-            yield Cluster(client, settings)
-        return
+    bounds = settings.adaptive
     with (
         tempfile.TemporaryDirectory(prefix="softshard-") as scratch,
         LocalCluster(
-            n_workers=settings.workers,
+            n_workers=bounds.minimum if bounds else settings.workers,
             threads_per_worker=1,
             processes=True,
             resources={"teacher": 1},
+            preload=["softshard.run.worker"],
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
             memory_limit=0,
@@ -223,4 +209,6 @@ def open_cluster(settings: ClusterSettings) -> Iterator[Cluster]:
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        yield Cluster(client, settings)
+        if bounds is not None:
+            cluster.adapt(minimum=bounds.minimum, maximum=bounds.maximum, target_duration=_SECONDS_OF_WORK)
+        yield client

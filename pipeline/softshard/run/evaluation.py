@@ -31,7 +31,7 @@ from softshard.run.workspace import Workspace
 from softshard.shard.manifest import Manifest
 from softshard.shard.read import Row, read_rows
 from softshard.shard.schema import PartMetadata
-from softshard.storage import LocalStore
+from softshard.storage import Store
 from softshard.teacher.style import training_precision
 from softshard.telemetry import Progress, Reporter
 from softshard.train.lora import load_adapter
@@ -51,7 +51,7 @@ class _Measured:
     retention_nll: float | None
 
 
-def read_report(store: LocalStore) -> Report | None:
+def read_report(store: Store) -> Report | None:
     """The report of an output folder; None where there is none. Raises PartCorrupt."""
     try:
         return Report.model_validate_json(store.read("metrics.json"))
@@ -163,7 +163,7 @@ def _measure_models(
     for name, receipt in receipts.items():
         model = load_model(workspace.student_model.folder, dtype=getattr(torch, dtype), device=device)
         if receipt is not None:
-            folder = workspace.adapter.local_path(receipt.folder)
+            folder = workspace.adapter.local_folder(receipt.folder, receipt.files)
             model = load_adapter(model, folder, adapter_name="default", device=device)
         labels = sum(part.num_labels for part in manifest.of_split("test"))
         with reporter.progress(f"evaluate {name}", total=labels, unit="positions") as progress:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from softshard.config import Job
 from softshard.errors import JobInvalid
 from softshard.evaluate.report import Report
 from softshard.run.evaluation import ensure_report
+from softshard.run.lease import Lease, hold_lease
 from softshard.run.targets import ensure_corpora, ensure_targets, ensure_teacher, lazy_cluster
 from softshard.run.training import ensure_trained
 from softshard.run.workspace import Workspace, claim, open_workspace
@@ -33,37 +36,67 @@ class Outcome:
     report: Report | None = None
 
 
-def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES) -> Outcome:
+def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES, run: str | None = None) -> Outcome:
     """Run some stages. What an earlier stage makes is computed if that stage is asked for too, else it must be there.
 
     Raises:
         ManifestMissing: an earlier stage that was not asked for has not finished, or its settings have changed.
         JobInvalid: a stage that was asked for needs a hold-out, and the job has none.
+        OutputBusy: another run works on the output.
+        LeaseLost: this run was taken for dead, and another has taken over.
         SoftshardError: see the stages.
     """
-    started = time.monotonic()
     refuse_without_holdout(job, stages)
     workspace = open_workspace(job)
     _resolve_models(workspace, stages)
-    claim(workspace)
+    with hold_lease(workspace.out, job=job.name, run=run or uuid.uuid4().hex[:12]) as lease:
+        # Another job may have claimed the empty folder between the look at it and the lease.
+        open_workspace(job)
+        claim(workspace)
+        return _run_stages(workspace, reporter, stages, lease)
+
+
+def _run_stages(workspace: Workspace, reporter: Reporter, stages: Collection[str], lease: Lease) -> Outcome:
+    started = time.monotonic()
     last = max(STAGES.index(stage) for stage in stages)
     manifest: Manifest | None = None
     trained: Trained | None = None
     report: Report | None = None
+
+    @contextmanager
+    def stage(name: str) -> Iterator[bool]:
+        """Whether a stage may compute, which is then told."""
+        lease.check()
+        with _told(name, reporter) if name in stages else nullcontext():
+            yield name in stages
+
     with lazy_cluster(workspace, reporter) as cluster:
-        corpora = ensure_corpora(workspace, reporter, compute="corpus" in stages)
+        with stage("corpus") as compute:
+            corpora = ensure_corpora(workspace, reporter, compute=compute)
         if last >= STAGES.index("teacher"):
-            compute = "teacher" in stages
-            teacher = ensure_teacher(workspace, corpora.style, reporter, cluster, compute=compute)
-            if last >= STAGES.index("targets"):
-                compute = "targets" in stages
+            with stage("teacher") as compute:
+                teacher = ensure_teacher(workspace, corpora.style, reporter, cluster, compute=compute)
+        if last >= STAGES.index("targets"):
+            with stage("targets") as compute:
                 manifest = ensure_targets(workspace, corpora.style, teacher, reporter, cluster, compute=compute)
     if manifest is not None and last >= STAGES.index("train"):
-        trained = ensure_trained(workspace, manifest, corpora.retention, reporter, compute="train" in stages)
+        with stage("train") as compute:
+            trained = ensure_trained(workspace, manifest, corpora.retention, reporter, compute=compute)
         if last >= STAGES.index("evaluate"):
             both = (corpora.style, corpora.retention)
-            report = ensure_report(workspace, both, manifest, trained, reporter, compute="evaluate" in stages)
-    return Outcome(out=job.out, seconds=time.monotonic() - started, manifest=manifest, trained=trained, report=report)
+            with stage("evaluate") as compute:
+                report = ensure_report(workspace, both, manifest, trained, reporter, compute=compute)
+    seconds = time.monotonic() - started
+    return Outcome(out=workspace.job.out, seconds=seconds, manifest=manifest, trained=trained, report=report)
+
+
+@contextmanager
+def _told(stage: str, reporter: Reporter) -> Iterator[None]:
+    """Tell that a stage starts and, unless it is broken off, that it has finished."""
+    started = time.monotonic()
+    reporter.event("stage_started", stage=stage)
+    yield
+    reporter.event("stage_finished", stage=stage, seconds=round(time.monotonic() - started, 3))
 
 
 def _resolve_models(workspace: Workspace, stages: Collection[str]) -> None:

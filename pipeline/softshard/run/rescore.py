@@ -19,14 +19,13 @@ from pydantic import TypeAdapter
 from softshard.config import SketchSettings, ThresholdSketch
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import JobInvalid, ManifestMissing, ModelInvalid
-from softshard.jobfile import load_job
 from softshard.run.cluster import Cluster
 from softshard.run.pilot import spread
 from softshard.run.targets import ensure_teacher
-from softshard.run.workspace import Workspace, owner_of
+from softshard.run.workspace import Workspace, owner_of, saved_job
 from softshard.shard.manifest import Manifest, read_manifest
 from softshard.shard.read import Row, read_rows
-from softshard.storage import LocalStore
+from softshard.storage import Store, open_store
 from softshard.target.codec import LOGPROB_GRID, head_weights, mass_grid
 from softshard.target.types import SequenceTargets, TokenSequence
 from softshard.teacher.engines import identity_of, open_teacher
@@ -90,8 +89,8 @@ def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = N
     """
     if owner_of(out) is None:
         raise JobInvalid(file=out, place="", problem="holds no output of softshard (no job.yaml with a name)")
-    store = LocalStore(out)
-    job = load_job(store.local_path("job.yaml"), check_paths=False)
+    store = open_store(out)
+    job = saved_job(store)
     if engine is not None:
         job = job.model_copy(update={"teacher": job.teacher.model_copy(update={"engine": engine})})
     workspace = Workspace(job=job, out=store)
@@ -111,7 +110,7 @@ def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = N
     return found.result(tuple(sorted(engines)))
 
 
-def _some_rows(store: LocalStore, manifest: Manifest, *, num: int) -> dict[int, list[Row]]:
+def _some_rows(store: Store, manifest: Manifest, *, num: int) -> dict[int, list[Row]]:
     """Rows at equal distances over all parts, by fold; only parts that hold one are read."""
     wanted = spread(range(sum(receipt.num_sequences for receipt in manifest.parts)), num=num)
     chosen: dict[int, list[Row]] = {}
@@ -135,11 +134,11 @@ def _teacher_of(workspace: Workspace, fold: int, reporter: Reporter) -> Teacher:
         settings,
         context_tokens=workspace.job.corpus.context_tokens,
         weights=workspace.teacher_model.weights,
-        adapters=[receipt.digest for _, receipt in adapters],
+        adapters=[receipt.digest for receipt in adapters],
     )
     return open_teacher(
         workspace.teacher_model.folder,
-        adapters=[folder for folder, _ in adapters],
+        adapters=[workspace.teacher.local_folder(receipt.folder, receipt.files) for receipt in adapters],
         identity=identity,
         device=settings.device,
         vocab_size=corpus.vocab_size,

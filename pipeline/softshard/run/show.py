@@ -5,18 +5,17 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from softshard.errors import SequenceUnknown
-from softshard.jobfile import load_job
 from softshard.models import Tokenizer, check_tokenizer, load_tokenizer, resolve_model
 from softshard.run.terminal import packed, wrapped
+from softshard.run.workspace import saved_job
 from softshard.shard.manifest import Manifest, Receipt, read_manifest
 from softshard.shard.read import Row, read_rows
 from softshard.shard.schema import PartMetadata
-from softshard.storage import LocalStore
+from softshard.storage import Store, open_store
 from softshard.target.entries import entries_of
 
 __all__ = ["ShownPosition", "ShownSequence", "render", "show_sequence"]
@@ -61,12 +60,14 @@ def show_sequence(out: str, sequence_id: str) -> ShownSequence:
         SequenceUnknown: no part has one.
         ManifestMissing: the targets are not complete.
     """
-    manifest = read_manifest(LocalStore(out).below("targets"))
-    job = load_job(Path(out) / "job.yaml", check_paths=False)
+    store = open_store(out)
+    targets = store.below("targets")
+    manifest = read_manifest(targets)
+    job = saved_job(store)
     folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, model=str(folder), data=out, data_fingerprint=manifest.tokenizer_fingerprint)
-    receipt, row, metadata = _find(out, manifest, sequence_id)
+    receipt, row, metadata = _find(targets, manifest, sequence_id, out=out)
     sequence, _ = row
     return ShownSequence(
         sequence_id=sequence.sequence_id,
@@ -84,10 +85,9 @@ def show_sequence(out: str, sequence_id: str) -> ShownSequence:
     )
 
 
-def _find(out: str, manifest: Manifest, sequence_id: str) -> tuple[Receipt, Row, PartMetadata]:
-    store = LocalStore(out).below("targets")
+def _find(targets: Store, manifest: Manifest, sequence_id: str, *, out: str) -> tuple[Receipt, Row, PartMetadata]:
     for receipt in manifest.parts:
-        for row, metadata in read_rows(store, receipt):
+        for row, metadata in read_rows(targets, receipt):
             if row[0].sequence_id.startswith(sequence_id):
                 return receipt, row, metadata
     raise SequenceUnknown(sequence_id=sequence_id, out=out)

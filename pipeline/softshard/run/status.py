@@ -6,26 +6,24 @@ It says what is there, not whether a changed job file would have some of it made
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import JobInvalid, ManifestMissing
-from softshard.jobfile import load_job
-from softshard.run.workspace import owner_of
 from softshard.shard.manifest import Manifest, Receipt, mean_fidelity, read_manifest, read_receipt
 from softshard.shard.read import read_rows
-from softshard.shard.verify import Verification, verify_targets
-from softshard.storage import LocalStore
-from softshard.telemetry import Reporter
+from softshard.storage import Store, open_store
 
 __all__ = [
     "StageStatus",
     "Status",
+    "job_values",
     "read_status",
     "render_status",
-    "render_verification",
-    "verify_output",
 ]
 
 
@@ -55,20 +53,33 @@ def read_status(out: str) -> Status:
     Raises:
         JobInvalid: there is no job in it.
     """
-    job = owner_of(out)
-    if job is None:
-        raise JobInvalid(file=out, place="", problem="holds no output of softshard (no job.yaml with a name)")
-    store = LocalStore(out)
+    store = open_store(out)
+    job = job_values(store)
     targets, sequences = _targets(store.below("targets"))
     return Status(
         out=out,
-        job=job,
-        stages=(_corpus(store.below("corpus")), _teacher(store), targets, _adapter(store), _report(store)),
+        job=job["name"],
+        stages=(_corpus(store.below("corpus")), _teacher(store, job), targets, _adapter(store), _report(store)),
         sequences=sequences,
     )
 
 
-def _corpus(store: LocalStore) -> StageStatus:
+def job_values(store: Store) -> dict[str, Any]:
+    """What the `job.yaml` of an output says, as plain values; it need not be of this version.
+
+    Raises:
+        JobInvalid: there is none with a name.
+    """
+    try:
+        values = yaml.safe_load(store.read("job.yaml"))
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        raise JobInvalid(file=store.uri, place="", problem="holds no output of softshard (no job.yaml with a name)")
+    return values
+
+
+def _corpus(store: Store) -> StageStatus:
     manifest = read_corpus_manifest(store)
     if manifest is None:
         return StageStatus(stage="corpus", complete=False, figures={})
@@ -79,17 +90,17 @@ def _corpus(store: LocalStore) -> StageStatus:
     return StageStatus(stage="corpus", complete=True, figures=figures)
 
 
-def _teacher(store: LocalStore) -> StageStatus:
-    folds = load_job(store.local_path("job.yaml"), check_paths=False).teacher.folds
+def _teacher(store: Store, job: dict[str, Any]) -> StageStatus:
+    folds = int((job.get("teacher") or {}).get("folds", 0))
     adapters = sum(path.endswith("/receipt.json") for path in store.list("teacher"))
     return StageStatus(stage="teacher", complete=adapters >= folds, figures={"adapters": adapters, "folds": folds})
 
 
-def _targets(store: LocalStore) -> tuple[StageStatus, tuple[str, ...]]:
+def _targets(store: Store) -> tuple[StageStatus, tuple[str, ...]]:
     manifest: Manifest | None = None
     try:
         manifest = read_manifest(store)
-        receipts = manifest.parts
+        receipts: Sequence[Receipt] = manifest.parts
     except ManifestMissing:
         receipts = tuple(read_receipt(store, path) for path in store.list("receipts"))
     labels = sum(receipt.num_labels for receipt in receipts)
@@ -109,14 +120,14 @@ def _targets(store: LocalStore) -> tuple[StageStatus, tuple[str, ...]]:
     return status, _some_sequences(store, receipts)
 
 
-def _some_sequences(store: LocalStore, receipts: tuple[Receipt, ...]) -> tuple[str, ...]:
+def _some_sequences(store: Store, receipts: Sequence[Receipt]) -> tuple[str, ...]:
     if not receipts:
         return ()
     rows = itertools.islice(read_rows(store, receipts[0]), 3)
     return tuple(sequence.sequence_id for (sequence, _), _ in rows)
 
 
-def _adapter(store: LocalStore) -> StageStatus:
+def _adapter(store: Store) -> StageStatus:
     from softshard.train.record import read_trained
 
     trained = read_trained(store.below("adapter"))
@@ -128,7 +139,7 @@ def _adapter(store: LocalStore) -> StageStatus:
     return StageStatus(stage="train", complete=True, figures=figures)
 
 
-def _report(store: LocalStore) -> StageStatus:
+def _report(store: Store) -> StageStatus:
     complete = store.exists("report/metrics.json")
     return StageStatus(stage="evaluate", complete=complete, figures={"report": "report/index.html"} if complete else {})
 
@@ -143,29 +154,4 @@ def render_status(status: Status) -> str:
             lines.append(f"{'':<9} {name.replace('_', ' '):<24} {shown}")
     if status.sequences:
         lines += ["", "One of its sequences:", f"softshard show {status.out} --sequence {status.sequences[0][:12]}"]
-    return "\n".join(lines) + "\n"
-
-
-def verify_output(out: str, reporter: Reporter, *, deep: bool) -> Verification:
-    """Verify the targets of an output folder. Raises JobInvalid if it holds no job."""
-    if owner_of(out) is None:
-        raise JobInvalid(file=out, place="", problem="holds no output of softshard (no job.yaml with a name)")
-    with reporter.progress("verify", total=None, unit="parts") as progress:
-        return verify_targets(
-            LocalStore(out).below("targets"), deep=deep, on_part=lambda done, total: progress(done, total=total)
-        )
-
-
-def render_verification(out: str, verification: Verification) -> str:
-    """What was verified, a line a problem."""
-    read = "decoded" if verification.deep else "read and hashed"
-    lines = [
-        f"{out}: {verification.num_parts} parts {read}, {verification.num_sequences:,} sequences,"
-        f" {verification.num_labels:,} positions, {verification.num_bytes:,} bytes",
-        *verification.problems,
-    ]
-    if verification.unnamed:
-        more = f"{len(verification.unnamed)} file(s) that the manifest does not name"
-        lines.append(f"{more}, first {verification.unnamed[0]}: no reader opens them, they may be deleted")
-    lines.append(f"{len(verification.problems)} problem(s)" if verification.problems else "all is as it claims")
     return "\n".join(lines) + "\n"

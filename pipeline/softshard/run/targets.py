@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from softshard.config import CorpusSettings, SketchSettings
@@ -19,13 +18,14 @@ from softshard.errors import ManifestMissing, PartsFailed
 from softshard.models import check_context, check_vocabulary, output_size
 from softshard.run.choice import ensure_resolved
 from softshard.run.cluster import Cluster, open_cluster
-from softshard.run.tasks import FoldTask, ScoreTask, score_part, train_adapter
+from softshard.run.parts import committed, find_missing, score_parts
+from softshard.run.tasks import FoldTask, FoldTeacher, ScoreRun, train_adapter
 from softshard.run.workspace import Workspace
 from softshard.shard.card import write_card
-from softshard.shard.commit import PartPlan, find_receipt
 from softshard.shard.manifest import Manifest, Receipt, bytes_per_position, mean_fidelity, write_manifest
 from softshard.shard.schema import SCHEMA_VERSION
-from softshard.storage import LocalStore
+from softshard.shard.spool import Spool
+from softshard.storage import Store
 from softshard.teacher.engines import identity_of, identity_of_run
 from softshard.teacher.protocol import TeacherIdentity
 from softshard.teacher.style import AdapterReceipt, FoldPlan, find_adapter, training_precision
@@ -38,7 +38,7 @@ __all__ = [
     "ensure_targets",
     "ensure_teacher",
     "lazy_cluster",
-    "plan_parts",
+    "plan_run",
     "retention_settings",
 ]
 
@@ -53,10 +53,7 @@ def lazy_cluster(workspace: Workspace, reporter: Reporter) -> Iterator[OpenClust
 
         def get() -> Cluster:
             if not started:
-                settings = workspace.job.cluster
-                where = settings.scheduler or f"{settings.workers} local worker(s)"
-                reporter.say(f"cluster: {where}")
-                started.append(stack.enter_context(open_cluster(settings)))
+                started.append(stack.enter_context(open_cluster(workspace.job.cluster, reporter)))
             return started[0]
 
         yield get
@@ -83,7 +80,7 @@ def ensure_corpora(workspace: Workspace, reporter: Reporter, *, compute: bool) -
     job = workspace.job
     check_context(workspace.teacher_model.folder, context_tokens=job.corpus.context_tokens)
 
-    def ensure(settings: CorpusSettings, store: LocalStore, folds: int) -> CorpusManifest:
+    def ensure(settings: CorpusSettings, store: Store, folds: int) -> CorpusManifest:
         tokenizer = workspace.teacher_model.tokenizer
         manifest = current_corpus(settings=settings, tokenizer=tokenizer, folds=folds, seed=job.seed, store=store)
         if manifest is not None:
@@ -104,9 +101,9 @@ def ensure_corpora(workspace: Workspace, reporter: Reporter, *, compute: bool) -
 class StyleTeacher:
     """The adapters of all folds, in order; none where the model is used as it is."""
 
-    adapters: tuple[tuple[Path, AdapterReceipt], ...]
+    adapters: tuple[AdapterReceipt, ...]
 
-    def of_fold(self, fold: int) -> tuple[tuple[Path, AdapterReceipt], ...]:
+    def of_fold(self, fold: int) -> tuple[AdapterReceipt, ...]:
         """Adapters that score a fold: its own, or all of them for the hold-out."""
         return self.adapters[fold : fold + 1] if fold >= 0 else self.adapters
 
@@ -125,9 +122,9 @@ def ensure_teacher(
     if missing and not compute:
         raise ManifestMissing(uri=f"{store.uri}/{missing[0].folder}/receipt.json", stage="teacher")
     if missing:
-        found.update(_train_folds(workspace, corpus, missing, reporter, cluster))
-    ready = [(plan, receipt) for plan in plans if (receipt := found[plan.fold]) is not None]
-    return StyleTeacher(adapters=tuple((store.local_path(plan.folder), receipt) for plan, receipt in ready))
+        found.update(_train_folds(workspace, missing, reporter, cluster))
+    ready = (found[plan.fold] for plan in plans)
+    return StyleTeacher(adapters=tuple(receipt for receipt in ready if receipt is not None))
 
 
 def _fold_plans(workspace: Workspace, corpus: CorpusManifest) -> list[FoldPlan]:
@@ -135,11 +132,11 @@ def _fold_plans(workspace: Workspace, corpus: CorpusManifest) -> list[FoldPlan]:
     if settings.folds == 0:
         return []
     dtype, device = training_precision(settings.training_dtype, device=settings.device)
-    train = [part for part in corpus.slices if part.split == "train"]
+    train = [(part.fold, part.sha256) for part in corpus.slices if part.split == "train"]
     return [
         FoldPlan(
             fold=fold,
-            slices=tuple(part.sha256 for part in train if part.fold != fold),
+            slices=tuple(sha256 for home, sha256 in train if home != fold),
             model=model.name,
             weights=model.weights,
             tokenizer_fingerprint=model.tokenizer.fingerprint,
@@ -156,13 +153,12 @@ def _fold_plans(workspace: Workspace, corpus: CorpusManifest) -> list[FoldPlan]:
 
 
 def _train_folds(
-    workspace: Workspace, corpus: CorpusManifest, plans: Sequence[FoldPlan], reporter: Reporter, cluster: OpenCluster
+    workspace: Workspace, plans: Sequence[FoldPlan], reporter: Reporter, cluster: OpenCluster
 ) -> dict[int, AdapterReceipt]:
     tasks = [
         FoldTask(
             plan=plan,
             corpus=workspace.corpus.uri,
-            manifest=corpus,
             teacher=workspace.teacher.uri,
             model=workspace.teacher_model.folder,
             device=workspace.job.teacher.device,
@@ -185,7 +181,7 @@ def _train_folds(
             train_adapter,
             tasks,
             name=lambda task: f"teacher-{task.plan.folder}",
-            on_result=lambda task, receipt: done.update({task.plan.fold: receipt}),
+            on_result=lambda task, receipt, _: done.update({task.plan.fold: receipt}),
         )
         if not failures:
             progress(100, note=f"{len(plans)} folds")
@@ -194,42 +190,29 @@ def _train_folds(
     return done
 
 
-def plan_parts(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeacher) -> list[ScoreTask]:
-    """Every part of the run, with the job's own target, fold after fold so that a worker keeps its engine.
-
-    `plan.index` is the corpus's order.
-    """
+def plan_run(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeacher) -> ScoreRun:
+    """What all parts of the run share, with the job's own target."""
     job, model = workspace.job, workspace.teacher_model
-    identities = {fold: _identity(workspace, teacher, fold) for fold in {part.fold for part in corpus.slices}}
-    tasks = []
-    for index, part in enumerate(corpus.slices):
-        adapters = teacher.of_fold(part.fold)
-        plan = PartPlan(
-            index=index,
-            split=part.split,
-            fold=part.fold,
-            slice=part.sha256,
-            tokenizer_fingerprint=corpus.tokenizer_fingerprint,
-            vocab_size=corpus.vocab_size,
-            teacher=identities[part.fold],
-            sketch=job.target,
-            seed=job.seed,
-        )
-        task = ScoreTask(
-            plan=plan,
-            slice=part,
-            corpus=workspace.corpus.uri,
-            targets=workspace.targets.uri,
-            model=model.folder,
-            adapters=tuple(folder for folder, _ in adapters),
-            device=job.teacher.device,
-        )
-        tasks.append(task)
-    return sorted(tasks, key=lambda task: (task.plan.fold, task.plan.index))
+    teachers = {
+        fold: FoldTeacher(identity=_identity(workspace, teacher, fold), adapters=teacher.of_fold(fold))
+        for fold in {part.fold for part in corpus.slices}
+    }
+    return ScoreRun(
+        corpus=workspace.corpus.uri,
+        targets=workspace.targets.uri,
+        teacher=workspace.teacher.uri,
+        model=model.folder,
+        device=job.teacher.device,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+        vocab_size=corpus.vocab_size,
+        teachers=teachers,
+        sketch=job.target,
+        seed=job.seed,
+    )
 
 
 def _identity(workspace: Workspace, teacher: StyleTeacher, fold: int) -> TeacherIdentity:
-    adapters = [receipt.digest for _, receipt in teacher.of_fold(fold)]
+    adapters = [receipt.digest for receipt in teacher.of_fold(fold)]
     return identity_of(
         workspace.job.teacher,
         context_tokens=workspace.job.corpus.context_tokens,
@@ -252,49 +235,21 @@ def ensure_targets(
     Raises:
         JobInvalid: the target has a budget that no tau keeps.
         PartsFailed: some parts were set aside; no manifest was written.
+        PartCorrupt: a committed part is not what its receipt names.
     """
     store = workspace.targets
-    asked = plan_parts(workspace, corpus, teacher)
-    tasks = ensure_resolved(asked, corpus, reporter, cluster, job=workspace.job.name, compute=compute)
-    receipts: dict[str, Receipt] = {}
-    missing = []
-    for task in tasks:
-        receipt = find_receipt(store, task.plan.part_id)
-        if receipt is None:
-            missing.append(task)
-        else:
-            receipts[task.plan.part_id] = receipt
-    if missing and not compute:
-        raise ManifestMissing(uri=f"{store.uri}/{missing[0].plan.path}", stage="targets")
-    if missing:
-        receipts.update(_score_parts(workspace, missing, reporter, cluster))
-    in_order = sorted(tasks, key=lambda task: task.plan.index)
-    ordered = [receipts[task.plan.part_id] for task in in_order]
-    manifest = _manifest(workspace, corpus, teacher, tasks[0].plan.sketch, ordered)
+    asked = plan_run(workspace, corpus, teacher)
+    sketch = ensure_resolved(asked, corpus, reporter, cluster, job=workspace.job.name, compute=compute)
+    run = replace(asked, sketch=sketch)
+    missing = find_missing(store, run, corpus.slices)
+    if missing.num_parts and not compute:
+        raise ManifestMissing(uri=f"{store.uri}/{missing.first_path}", stage="targets")
+    if missing.num_parts:
+        score_parts(cluster(), run, missing, reporter)
+    manifest = _manifest(workspace, corpus, teacher, sketch, Spool(Receipt, committed(store, run, corpus.slices)))
     write_manifest(store, manifest)
     write_card(store, manifest)
     return manifest
-
-
-def _score_parts(
-    workspace: Workspace, tasks: Sequence[ScoreTask], reporter: Reporter, cluster: OpenCluster
-) -> dict[str, Receipt]:
-    receipts: dict[str, Receipt] = {}
-    total = sum(task.slice.num_labels for task in tasks)
-    running = cluster()
-    with reporter.progress("targets", total=total, unit="positions") as progress:
-        done = 0
-
-        def committed(task: ScoreTask, receipt: Receipt) -> None:
-            nonlocal done
-            receipts[task.plan.part_id] = receipt
-            done += receipt.num_labels
-            progress(done, note=f"{len(receipts)}/{len(tasks)} parts")
-
-        failures = running.run(score_part, tasks, name=lambda task: f"part-{task.plan.part_id}", on_result=committed)
-    if failures:
-        raise PartsFailed(failures=failures, out=workspace.targets.uri)
-    return receipts
 
 
 def _manifest(
@@ -302,14 +257,14 @@ def _manifest(
     corpus: CorpusManifest,
     teacher: StyleTeacher,
     sketch: SketchSettings,
-    receipts: Sequence[Receipt],
+    receipts: Spool[Receipt],
 ) -> Manifest:
     job = workspace.job
     identity = identity_of_run(
         job.teacher,
         context_tokens=job.corpus.context_tokens,
         weights=workspace.teacher_model.weights,
-        adapters=[receipt.digest for _, receipt in teacher.adapters],
+        adapters=[receipt.digest for receipt in teacher.adapters],
     )
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -325,5 +280,5 @@ def _manifest(
         teacher=dict(identity),
         fidelity=mean_fidelity(receipts),
         bytes_per_position=bytes_per_position(receipts),
-        parts=tuple(receipts),
+        parts=receipts,
     )

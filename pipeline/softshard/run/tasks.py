@@ -9,70 +9,110 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from softshard.config import digest_of
-from softshard.corpus.manifest import CorpusManifest, CorpusSlice
-from softshard.corpus.read import iter_sequences, read_slice
-from softshard.errors import EngineFailed
-from softshard.run.cluster import send_message
+from softshard.config import SketchSettings, digest_of
+from softshard.corpus.manifest import CorpusSlice, read_corpus_manifest
+from softshard.corpus.read import read_slice
+from softshard.errors import EngineFailed, PartCorrupt
+from softshard.run.worker import send_message
 from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt
 from softshard.shard.manifest import Receipt
-from softshard.storage import LocalStore
-from softshard.teacher.protocol import Teacher
+from softshard.storage import open_store
+from softshard.teacher.protocol import Teacher, TeacherIdentity
 from softshard.teacher.style import AdapterReceipt, FoldPlan, train_fold
 from softshard.train.loop import Step
 
-__all__ = ["FoldTask", "ScoreTask", "load_teacher", "score_part", "train_adapter"]
+__all__ = ["FoldTask", "FoldTeacher", "ScoreRun", "ScoreTask", "load_teacher", "score_part", "train_adapter"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldTeacher:
+    """Who scores one fold."""
+
+    identity: TeacherIdentity
+    adapters: tuple[AdapterReceipt, ...]
+    """One adapter, several that are averaged, or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRun:
+    """What all parts of a run share; a worker is sent it with each."""
+
+    corpus: str
+    """The `corpus/` folder."""
+    targets: str
+    """The `targets/` folder."""
+    teacher: str
+    """The `teacher/` folder."""
+    model: Path
+    device: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    teachers: dict[int, FoldTeacher]
+    """By fold; -1: of the hold-out."""
+    sketch: SketchSettings
+    seed: int
+
+    def plan(self, index: int, part: CorpusSlice) -> PartPlan:
+        """The part that a slice becomes; `index` is the slice's place in the corpus."""
+        return PartPlan(
+            index=index,
+            split=part.split,
+            fold=part.fold,
+            slice=part.sha256,
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            vocab_size=self.vocab_size,
+            teacher=self.teachers[part.fold].identity,
+            sketch=self.sketch,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreTask:
     """One part to compute."""
 
-    plan: PartPlan
+    index: int
+    """Place of its slice in the corpus."""
+    part_id: str
     slice: CorpusSlice
-    corpus: str
-    """The `corpus/` folder."""
-    targets: str
-    """The `targets/` folder."""
-    model: Path
-    adapters: tuple[Path, ...]
-    """One adapter, several that are averaged, or none."""
-    device: str
 
 
 _engine: tuple[str, Teacher] | None = None
 
 
-def score_part(task: ScoreTask) -> Receipt:
+def score_part(task: ScoreTask, *, run: ScoreRun) -> Receipt:
     """Score a slice of the corpus and commit the part, unless that has been done."""
-    targets = LocalStore(task.targets)
-    receipt = find_receipt(targets, task.plan.part_id)
+    targets = open_store(run.targets)
+    receipt = find_receipt(targets, task.part_id)
     if receipt is not None:
         return receipt
-    sequences = read_slice(LocalStore(task.corpus), task.slice)
+    plan = run.plan(task.index, task.slice)
+    sequences = read_slice(open_store(run.corpus), task.slice)
     try:
-        scored, fidelity = load_teacher(task).score(sequences, sketch=task.plan.sketch, seed=task.plan.seed)
+        scored, fidelity = load_teacher(run, fold=plan.fold).score(sequences, sketch=plan.sketch, seed=plan.seed)
     except EngineFailed:
         _forget_teacher()
         raise
-    content, receipt = build_part(task.plan, list(zip(sequences, scored, strict=True)), fidelity)
+    content, receipt = build_part(plan, list(zip(sequences, scored, strict=True)), fidelity)
     return commit_part(targets, content, receipt)
 
 
-def load_teacher(task: ScoreTask) -> Teacher:
-    """The engine of a part; that of the last one where it is the same. Raises EngineDiffers."""
+def load_teacher(run: ScoreRun, *, fold: int) -> Teacher:
+    """The engine of a fold; that of the last part where it is the same. Raises EngineDiffers."""
     global _engine
-    key = digest_of([task.plan.teacher, str(task.model), [str(path) for path in task.adapters]])
+    scorer = run.teachers[fold]
+    key = digest_of([scorer.identity, str(run.model), run.teacher])
     if _engine is None or _engine[0] != key:
         from softshard.teacher.engines import open_teacher
 
         _forget_teacher()
+        store = open_store(run.teacher)
         teacher = open_teacher(
-            task.model,
-            adapters=task.adapters,
-            identity=task.plan.teacher,
-            device=task.device,
-            vocab_size=task.plan.vocab_size,
+            run.model,
+            adapters=[store.local_folder(receipt.folder, receipt.files) for receipt in scorer.adapters],
+            identity=scorer.identity,
+            device=run.device,
+            vocab_size=run.vocab_size,
         )
         _engine = (key, teacher)
     return _engine[1]
@@ -91,7 +131,7 @@ class FoldTask:
 
     plan: FoldPlan
     corpus: str
-    manifest: CorpusManifest
+    """The `corpus/` folder."""
     teacher: str
     """The `teacher/` folder."""
     model: Path
@@ -109,9 +149,19 @@ def train_adapter(task: FoldTask) -> AdapterReceipt:
             last = now
             send_message({"fold": task.plan.fold, "step": step.step, "steps": step.total_steps, "loss": step.loss})
 
-    sequences = list(
-        iter_sequences(LocalStore(task.corpus), task.manifest, split="train", folds_excluded=(task.plan.fold,))
-    )
+    sequences = [sequence for part in _slices_outside(task) for sequence in read_slice(open_store(task.corpus), part)]
     return train_fold(
-        task.plan, sequences, folder=task.model, device=task.device, store=LocalStore(task.teacher), on_step=tell
+        task.plan, sequences, folder=task.model, device=task.device, store=open_store(task.teacher), on_step=tell
     )
+
+
+def _slices_outside(task: FoldTask) -> list[CorpusSlice]:
+    """Slices outside the fold. Raises PartCorrupt: the corpus that is there is not the one of the plan."""
+    store = open_store(task.corpus)
+    manifest = read_corpus_manifest(store)
+    slices = [part for part in manifest.slices if part.split == "train"] if manifest else []
+    outside = [part for part in slices if part.fold != task.plan.fold]
+    if tuple(part.sha256 for part in outside) != task.plan.slices:
+        problem = f"is not the corpus that {task.plan.folder} is to be trained on, and was changed meanwhile"
+        raise PartCorrupt(uri=f"{store.uri}/manifest.json", problem=problem)
+    return outside

@@ -21,6 +21,7 @@ from softshard.shard.read import read_rows
 from softshard.storage import sha256_of
 from softshard.teacher.style import training_precision
 from softshard.telemetry import Reporter
+from softshard.train.checkpoint import Checkpoint
 from softshard.train.loop import FineTuned, Step, fine_tune
 from softshard.train.lora import save_adapter
 from softshard.train.record import Trained, TrainingReceipt, find_training, write_trained
@@ -146,7 +147,7 @@ def _train(
     settings, student, store = workspace.job.train, workspace.student_model, workspace.adapter
     set_training_threads(settings)
     dtype, _ = training_precision(settings.dtype, device=settings.device)
-    checkpoint = store.local_path(f".checkpoints/{plan.folder}.pt")
+    checkpoint = Checkpoint(store=store, path=f".checkpoints/{plan.folder}.pt")
     stream = SoftLabelStream(
         workspace.targets,
         manifest,
@@ -180,7 +181,7 @@ def _train(
         progress(len(tuned.log), total=len(tuned.log), note="scoring the hold-out")
         holdout_nll = _holdout_nll(workspace, manifest, tuned.model)
     receipt = _save(workspace, manifest, plan, tuned, holdout_nll)
-    checkpoint.unlink(missing_ok=True)
+    checkpoint.remove()
     return receipt
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 from softshard.shard.manifest import Manifest
@@ -12,12 +13,14 @@ __all__ = ["write_card"]
 
 def write_card(store: Store, manifest: Manifest) -> None:
     """Write README.md. It names each file where `data/` holds files that the manifest does not, else the folders."""
-    named = {part.path for part in manifest.parts}
-    globs = all(path in named for path in store.list("data"))
+    unnamed = set(store.list("data"))
+    unnamed.difference_update(part.path for part in manifest.parts)
+    globs = not unnamed
     lines = ["---", "configs:", "- config_name: default", "  data_files:"]
     paths = {}
     for split in ("train", "test"):
-        listed = [part.path for part in manifest.of_split(split)]
+        of_split = (part.path for part in manifest.parts if part.split == split)
+        listed = list(itertools.islice(of_split, 1 if globs else None))
         paths[split] = [f"data/{split}/*.parquet"] if globs and listed else listed
         if listed:
             lines += [f"  - split: {split}", "    path:", *(f"    - {path}" for path in paths[split])]

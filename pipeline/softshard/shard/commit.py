@@ -77,9 +77,13 @@ def find_receipt(store: Store, part_id: str) -> Receipt | None:
         PartCorrupt: the receipt cannot be read, or the part has another size than it names.
     """
     receipt = _read_receipt(store, part_id)
-    if receipt is None or not store.exists(receipt.path):
+    if receipt is None:
         return None
-    if (size := store.size(receipt.path)) != receipt.num_bytes:
+    try:
+        size = store.size(receipt.path)
+    except FileNotFoundError:
+        return None
+    if size != receipt.num_bytes:
         problem = f"has {size} bytes, its receipt names {receipt.num_bytes}"
         raise PartCorrupt(uri=f"{store.uri}/{receipt.path}", problem=problem)
     return receipt

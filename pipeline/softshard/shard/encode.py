@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -133,10 +133,11 @@ def _lists(name: str, flat: NDArray[Any], lengths: Sequence[int]) -> pa.ListArra
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type), type=kind)
 
 
-def open_part(content: bytes | pa.Buffer, *, uri: str) -> tuple[pq.ParquetFile, PartMetadata]:
+def open_part(content: bytes | pa.Buffer | BinaryIO, *, uri: str) -> tuple[pq.ParquetFile, PartMetadata]:
     """A part's file and metadata, nothing decoded yet. Raises PartCorrupt."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        source = pa.BufferReader(content) if isinstance(content, bytes | pa.Buffer) else content
+        file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise PartCorrupt(uri=uri, problem=f"is not readable as Parquet: {error}") from error
     return file, metadata_of(file.schema_arrow, uri=uri)

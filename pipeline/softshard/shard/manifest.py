@@ -8,16 +8,19 @@ carries a time or a worker's name: the same run gives the same bytes. `manifest.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from softshard.config import digest_of
 from softshard.errors import ManifestMissing, PartCorrupt
-from softshard.shard.schema import Fidelity
-from softshard.storage import LocalStore, Store
+from softshard.shard.canonical import digest_by_item, read_by_item, write_by_item
+from softshard.shard.schema import SCHEMA_VERSION, Fidelity
+from softshard.shard.spool import Spool, temporary_disk
+from softshard.storage import Store, open_store
 
 __all__ = [
     "Manifest",
@@ -25,11 +28,16 @@ __all__ = [
     "SourceRights",
     "bytes_per_position",
     "canonical_json",
+    "manifest_path",
     "mean_fidelity",
+    "pointer_to",
     "read_manifest",
     "read_receipt",
     "write_manifest",
 ]
+
+
+_MEANS = ("mean_squared_error", "gradient_angle_degrees", "mean_kl_nats", "mean_entries")
 
 
 class _Record(BaseModel):
@@ -39,10 +47,10 @@ class _Record(BaseModel):
 class Receipt(_Record):
     """The record that a part is committed."""
 
-    part_id: str
+    part_id: str = Field(pattern=r"^[0-9a-f]{32}$")
     """Digest of everything that can change the part's bytes."""
-    path: str
-    """Path of the part below `targets/`."""
+    path: str = Field(pattern=r"^data/(train|test)/[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Path of the part below `targets/`, and nowhere else."""
     split: Literal["train", "test"]
     fold: int
     """Style teacher that scored it; -1: all, averaged."""
@@ -91,46 +99,48 @@ class Manifest(_Record):
     """Of all parts together, weighted by labels; null where there is no label."""
     bytes_per_position: float | None
     """Bytes of all parts, everything in them counted, over their labels."""
-    parts: tuple[Receipt, ...]
+    parts: Spool[Receipt]
     """Receipts, in the order of the corpus."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest's canonical JSON."""
-        return digest_of(self)
+        """SHA-256 of the manifest's canonical JSON, as `digest_of` has it; computed anew from all parts."""
+        return digest_by_item(self.model_dump(mode="json", exclude={"parts"}), name="parts", items=_plain(self.parts))
 
     def of_split(self, split: str) -> tuple[Receipt, ...]:
         """Receipts of one split."""
         return tuple(part for part in self.parts if part.split == split)
 
 
-def mean_fidelity(receipts: Sequence[Receipt]) -> Fidelity | None:
+def mean_fidelity(receipts: Collection[Receipt]) -> Fidelity | None:
     """Fidelity of many parts: means weighted by labels. None where there is no label."""
-    labels = sum(receipt.num_labels for receipt in receipts)
+    labels = num_ranked = 0
+    has_kl = True
+    for receipt in receipts:
+        labels += receipt.num_labels
+        num_ranked += 0 if receipt.fidelity.mass_by_rank is None else receipt.fidelity.num_ranked
+        has_kl &= receipt.fidelity.mean_kl_nats is not None
     if not labels:
         return None
-
-    def mean(name: str) -> float:
-        return float(sum(getattr(receipt.fidelity, name) * receipt.num_labels for receipt in receipts) / labels)
-
-    ranked = [receipt.fidelity for receipt in receipts if receipt.fidelity.mass_by_rank is not None]
-    num_ranked = sum(fidelity.num_ranked for fidelity in ranked)
+    sums = dict.fromkeys(_MEANS, 0.0)
     masses: dict[str, float] = {}
-    for fidelity in ranked:
+    for receipt in receipts:
+        fidelity = receipt.fidelity
+        for name in _MEANS:
+            sums[name] += (getattr(fidelity, name) or 0.0) * receipt.num_labels
         for rank, mass in (fidelity.mass_by_rank or {}).items():
             masses[rank] = masses.get(rank, 0.0) + mass * fidelity.num_ranked / num_ranked
-    has_kl = all(receipt.fidelity.mean_kl_nats is not None for receipt in receipts)
     return Fidelity(
-        mean_squared_error=mean("mean_squared_error"),
-        gradient_angle_degrees=mean("gradient_angle_degrees"),
-        mean_kl_nats=mean("mean_kl_nats") if has_kl else None,
-        mean_entries=mean("mean_entries"),
+        mean_squared_error=sums["mean_squared_error"] / labels,
+        gradient_angle_degrees=sums["gradient_angle_degrees"] / labels,
+        mean_kl_nats=sums["mean_kl_nats"] / labels if has_kl else None,
+        mean_entries=sums["mean_entries"] / labels,
         mass_by_rank=masses or None,
         num_ranked=num_ranked,
     )
 
 
-def bytes_per_position(receipts: Sequence[Receipt]) -> float | None:
+def bytes_per_position(receipts: Collection[Receipt]) -> float | None:
     """Bytes of all parts over their labels. None where there is no label."""
     labels = sum(receipt.num_labels for receipt in receipts)
     return sum(receipt.num_bytes for receipt in receipts) / labels if labels else None
@@ -154,12 +164,26 @@ def read_receipt(store: Store, path: str) -> Receipt:
         raise PartCorrupt(uri=f"{store.uri}/{path}", problem=f"is not a receipt: {error.errors()[0]['msg']}") from error
 
 
+def manifest_path(digest: str) -> str:
+    """Path of a manifest below `targets/`."""
+    return f"manifests/{digest}.json"
+
+
+def pointer_to(digest: str) -> bytes:
+    """Content of the `manifest.json` that makes a manifest the newest."""
+    return (json.dumps({"manifest": manifest_path(digest), "digest": digest}) + "\n").encode()
+
+
 def write_manifest(store: Store, manifest: Manifest) -> bool:
     """Write `manifests/<digest>.json`, then point `manifest.json` at it; False if it pointed there already."""
     digest = manifest.digest
-    path = f"manifests/{digest}.json"
-    store.put_once(path, canonical_json(manifest))
-    pointer = (json.dumps({"manifest": path, "digest": digest}) + "\n").encode()
+    pointer = pointer_to(digest)
+    with tempfile.NamedTemporaryFile() as file:
+        with temporary_disk():
+            plain = manifest.model_dump(mode="json", exclude={"parts"})
+            write_by_item(file, plain, name="parts", items=_plain(manifest.parts))
+            file.flush()
+        store.put_file_once(manifest_path(digest), Path(file.name))
     if store.exists("manifest.json") and store.read("manifest.json") == pointer:
         return False
     store.replace("manifest.json", pointer)
@@ -171,20 +195,45 @@ def read_manifest(targets: Store | str | Path) -> Manifest:
 
     Raises:
         ManifestMissing: the targets are not complete.
-        PartCorrupt: the manifest is not what the pointer names.
+        PartCorrupt: the pointer, or the manifest that it names, is not what it should be.
     """
-    store = targets if not isinstance(targets, str | Path) else LocalStore(targets)
+    store = targets if not isinstance(targets, str | Path) else open_store(targets)
     uri = f"{store.uri}/manifest.json"
     try:
-        pointer = json.loads(store.read("manifest.json"))
-        manifest = Manifest.model_validate_json(store.read(pointer["manifest"]))
+        digest = _digest_in(json.loads(store.read("manifest.json")))
     except FileNotFoundError as error:
         raise ManifestMissing(uri=uri, stage="targets") from error
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PartCorrupt(uri=uri, problem=f"does not point at a manifest: {error}") from error
+    uri = f"{store.uri}/{manifest_path(digest)}"
+    try:
+        manifest = _manifest_at(store, manifest_path(digest))
+    except FileNotFoundError as error:
+        raise PartCorrupt(uri=uri, problem="is missing, and manifest.json points at it") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartCorrupt(uri=uri, problem=f"is not a manifest: {error}") from error
-    if manifest.digest != pointer["digest"]:
-        raise PartCorrupt(
-            uri=uri,
-            problem=f"names {pointer['digest'][:16]}, but the manifest's digest is {manifest.digest[:16]}",
-        )
+    if manifest.schema_version != SCHEMA_VERSION:
+        problem = f"has schema version {manifest.schema_version}, this softshard reads {SCHEMA_VERSION}"
+        raise PartCorrupt(uri=uri, problem=problem)
+    if (actual := manifest.digest) != digest:
+        raise PartCorrupt(uri=uri, problem=f"has the digest {actual[:16]}, and not that of its name")
     return manifest
+
+
+def _digest_in(pointer: Any) -> str:
+    """Digest that a pointer names. Raises ValueError: a pointer from elsewhere could name any file."""
+    digest = str(pointer["digest"])
+    if not re.fullmatch("[0-9a-f]{64}", digest) or pointer["manifest"] != manifest_path(digest):
+        raise ValueError(f"it names {pointer['manifest']!r}")
+    return digest
+
+
+def _manifest_at(store: Store, path: str) -> Manifest:
+    parts = Spool(Receipt)
+    with store.open(path) as file:
+        values = read_by_item(file, name="parts", on_item=lambda item: parts.append(Receipt.model_validate(item)))
+    return Manifest.model_validate({**values, "parts": parts})
+
+
+def _plain(parts: Spool[Receipt]) -> Iterator[dict[str, Any]]:
+    return (receipt.model_dump(mode="json") for receipt in parts)

@@ -1,122 +1,209 @@
 """Whether what is on the disk is what the manifest and the receipts say.
 
-Every part is read again, hashed, and counted from its Parquet metadata; `deep` decodes every sketch and checks its
-mass. Findings are collected, not raised, so that one bad part does not hide another.
+Every part is read again, hashed, and compared with its receipt and the manifest by what its Parquet footer says; `deep`
+decodes every sketch and checks its mass. Findings are collected, not raised, so that one bad part does not hide
+another. Manifest, pointer and receipts are compared byte by byte, so no bit of what readers go by can flip unseen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from softshard.errors import ManifestMissing, PartCorrupt
 from softshard.shard.commit import receipt_path
 from softshard.shard.encode import decode_batch, open_part
-from softshard.shard.manifest import Manifest, Receipt, canonical_json, read_manifest
+from softshard.shard.manifest import (
+    Manifest,
+    Receipt,
+    canonical_json,
+    manifest_path,
+    pointer_to,
+    read_manifest,
+    read_receipt,
+)
+from softshard.shard.orphans import Orphan, find_orphans
 from softshard.shard.read import read_checked
 from softshard.shard.schema import PartMetadata
+from softshard.shard.soundness import problems_of
 from softshard.storage import Store
-from softshard.target.codec import LOGPROB_GRID, mass_grid
-from softshard.target.entries import entries_of
-from softshard.target.types import SequenceTargets, TokenSequence
 
-__all__ = ["Verification", "verify_targets"]
+__all__ = ["Finding", "Verification", "verify_targets"]
+
+_ROWS_AT_ONCE = 64
+_AT_ONCE = 4
+"""Parts in memory. Reading, hashing and most of decoding run beside each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A file that is not what it should be."""
+
+    path: str
+    """Below the folder that was verified."""
+    problem: str
+    """One line, which names the file."""
+    part_id: str | None = None
+    """Of the part that the file, or the receipt, is of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """What was looked at, and what is wrong."""
 
+    manifest: Manifest | None
+    """None: there is none, or it is a finding."""
     num_parts: int
     num_sequences: int
     num_labels: int
     num_bytes: int
     deep: bool
-    problems: tuple[str, ...]
-    """One line each; empty: all is as it claims."""
-    unnamed: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    """Empty: all is as it claims."""
+    unnamed: tuple[Orphan, ...]
     """Files that the manifest does not name, of earlier settings or of a run that was stopped; no reader opens them."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line each; empty: all is as it claims."""
+        return tuple(finding.problem for finding in self.findings)
 
 
 def verify_targets(
     store: Store, *, deep: bool = False, on_part: Callable[[int, int], None] = lambda done, total: None
 ) -> Verification:
     """Verify a `targets/` folder against its manifest, or, before there is one, against its receipts."""
-    manifest: Manifest | None = None
-    problems: list[str] = []
-    try:
-        manifest = read_manifest(store)
-    except ManifestMissing as error:
-        problems.append(str(error))
-    except PartCorrupt as error:
-        problems.append(str(error))
-    receipts = list(manifest.parts) if manifest else _receipts(store, problems)
-    for done, receipt in enumerate(receipts):
+    manifest, findings = _read_manifest(store)
+    receipts: Collection[Receipt] = manifest.parts if manifest else _receipts(store, findings)
+    named = {manifest_path(manifest.digest)} if manifest else set()
+    sums = Counter[str]()
+    for done, (receipt, found) in enumerate(_checked(store, receipts, manifest, deep=deep)):
         on_part(done, len(receipts))
-        problems += _check_receipt(store, receipt)
-        problems += _check_part(store, receipt, manifest, deep=deep)
+        findings += found
+        named |= {receipt.path, receipt_path(receipt.part_id)}
+        for name in ("num_sequences", "num_labels", "num_bytes"):
+            sums[name] += getattr(receipt, name)
     on_part(len(receipts), len(receipts))
-    named = {receipt.path for receipt in receipts} | {receipt_path(receipt.part_id) for receipt in receipts}
-    if manifest:
-        named.add(f"manifests/{manifest.digest}.json")
-    found = [path for folder in ("data", "receipts", "manifests") for path in store.list(folder)]
     return Verification(
+        manifest=manifest,
         num_parts=len(receipts),
-        num_sequences=sum(receipt.num_sequences for receipt in receipts),
-        num_labels=sum(receipt.num_labels for receipt in receipts),
-        num_bytes=sum(receipt.num_bytes for receipt in receipts),
+        num_sequences=sums["num_sequences"],
+        num_labels=sums["num_labels"],
+        num_bytes=sums["num_bytes"],
         deep=deep,
-        problems=tuple(problems),
-        unnamed=tuple(path for path in found if path not in named),
+        findings=tuple(findings),
+        unnamed=find_orphans(store, named),
     )
 
 
-def _receipts(store: Store, problems: list[str]) -> list[Receipt]:
+def _read_manifest(store: Store) -> tuple[Manifest | None, list[Finding]]:
+    try:
+        manifest = read_manifest(store)
+    except PartCorrupt as error:
+        return None, [Finding(path=error.uri.removeprefix(f"{store.uri}/"), problem=str(error))]
+    except (ManifestMissing, OSError) as error:
+        return None, [Finding(path="manifest.json", problem=_line(store, "manifest.json", error))]
+    findings = []
+    digest = manifest.digest
+    # Two decimal forms may be one number, so a digest of what was parsed does not see every bit.
+    for name, expected in (("manifest.json", pointer_to(digest)), (manifest_path(digest), canonical_json(manifest))):
+        if store.read(name) != expected:
+            problem = f"{store.uri}/{name}: says what it should, but in other bytes than it was written in"
+            findings.append(Finding(path=name, problem=problem))
+    return manifest, findings
+
+
+def _line(store: Store, path: str, error: Exception) -> str:
+    return f"{store.uri}/{path}: cannot be read: {error}" if isinstance(error, OSError) else str(error)
+
+
+def _receipts(store: Store, findings: list[Finding]) -> list[Receipt]:
     receipts = []
     for path in store.list("receipts"):
         try:
-            receipts.append(Receipt.model_validate_json(store.read(path)))
-        except ValueError:
-            problems.append(f"{store.uri}/{path}: is not a receipt; remove it and run the job again")
+            receipt = read_receipt(store, path)
+        except (PartCorrupt, OSError) as error:
+            findings.append(Finding(path=path, problem=_line(store, path, error)))
+            continue
+        if path == receipt_path(receipt.part_id):
+            receipts.append(receipt)
+        else:
+            problem = f"{store.uri}/{path}: is the receipt of part {receipt.part_id}"
+            findings.append(Finding(path=path, problem=problem))
     return receipts
 
 
-def _check_receipt(store: Store, receipt: Receipt) -> list[str]:
+def _checked(
+    store: Store, receipts: Iterable[Receipt], manifest: Manifest | None, *, deep: bool
+) -> Iterator[tuple[Receipt, list[Finding]]]:
+    """Each receipt with what is wrong with it and with its part, in order; a few parts are looked into at a time."""
+
+    def check(receipt: Receipt) -> tuple[Receipt, list[Finding]]:
+        findings = _check_receipt(store, receipt) if manifest else []
+        return receipt, findings + _check_part(store, receipt, manifest, deep=deep)
+
+    waiting = iter(receipts)
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="softshard-verify") as threads:
+        running = deque(threads.submit(check, receipt) for receipt in itertools.islice(waiting, _AT_ONCE))
+        while running:
+            done = running.popleft().result()
+            running.extend(threads.submit(check, receipt) for receipt in itertools.islice(waiting, 1))
+            yield done
+
+
+def _check_receipt(store: Store, receipt: Receipt) -> list[Finding]:
     path = receipt_path(receipt.part_id)
-    if not store.exists(path):
-        return [f"{store.uri}/{path}: the receipt is missing; run the job again"]
-    if store.read(path) != canonical_json(receipt):
-        return [f"{store.uri}/{path}: the receipt is not the one that the manifest names; run the job again"]
-    return []
+    try:
+        if store.read(path) == canonical_json(receipt):
+            return []
+        problem = f"{store.uri}/{path}: the receipt is not the one that the manifest names"
+    except FileNotFoundError:
+        problem = f"{store.uri}/{path}: the receipt is missing"
+    except OSError as error:
+        problem = _line(store, path, error)
+    return [Finding(path=path, problem=problem, part_id=receipt.part_id)]
 
 
-def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, deep: bool) -> list[str]:
+def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, deep: bool) -> list[Finding]:
     uri = f"{store.uri}/{receipt.path}"
     try:
-        content = read_checked(store, receipt)
-        file, metadata = open_part(content, uri=uri)
-        problems = []
-        if metadata.part_id != receipt.part_id:
-            problems.append(f"{uri}: says it is part {metadata.part_id}, its receipt says {receipt.part_id}")
+        # Before it is read: what stands in a part's place can be of any size.
+        if (size := store.size(receipt.path)) != receipt.num_bytes:
+            raise PartCorrupt(uri=uri, problem=f"has {size:,} bytes, its receipt names {receipt.num_bytes:,}")
+        file, metadata = open_part(read_checked(store, receipt), uri=uri)
+        problems = _check_footer(file, metadata, receipt)
         if manifest:
-            problems += [f"{uri}: {problem}" for problem in _check_metadata(metadata, manifest)]
-        lengths = file.read(columns=["label_logprob"]).column(0)
-        labels = len(lengths.combine_chunks().flatten())
-        if (file.metadata.num_rows, labels) != (receipt.num_sequences, receipt.num_labels):
-            seen, said = (
-                f"{file.metadata.num_rows} rows and {labels} labels",
-                f"{receipt.num_sequences} and {receipt.num_labels}",
-            )
-            problems.append(f"{uri}: has {seen}, its receipt says {said}")
+            problems += _check_metadata(metadata, manifest)
         if deep:
-            for batch in file.iter_batches(batch_size=64):
-                for sequence, targets in decode_batch(batch, metadata=metadata, uri=uri):
-                    problem = _check_values(sequence, targets, metadata) or _check_entries(targets, metadata)
-                    problems += [f"{uri}: sequence {sequence.sequence_id}: {problem}"] if problem else []
-    except PartCorrupt as error:
-        return [str(error)]
+            problems += _check_rows(file, metadata, receipt, uri=uri)
+        lines = [f"{uri}: {problem}" for problem in problems]
+    except FileNotFoundError:
+        lines = [f"{uri}: the part is missing"]
+    except (PartCorrupt, OSError) as error:
+        lines = [_line(store, receipt.path, error)]
+    return [Finding(path=receipt.path, problem=line, part_id=receipt.part_id) for line in lines]
+
+
+def _check_footer(file: pq.ParquetFile, metadata: PartMetadata, receipt: Receipt) -> list[str]:
+    """What the footer says, against the receipt. Every sequence has a label, so its values are the labels."""
+    problems = []
+    if metadata.part_id != receipt.part_id:
+        problems.append(f"says it is part {metadata.part_id}, its receipt says {receipt.part_id}")
+    if not receipt.path.startswith(f"data/{receipt.split}/"):
+        problems.append(f"lies outside the folder of its split, {receipt.split}")
+    names = [file.schema.column(index).path for index in range(len(file.schema))]
+    column = names.index("label_logprob.list.element")
+    groups = (file.metadata.row_group(index) for index in range(file.num_row_groups))
+    labels = sum(group.column(column).num_values for group in groups)
+    if (file.metadata.num_rows, labels) != (receipt.num_sequences, receipt.num_labels):
+        seen = f"has {file.metadata.num_rows} rows and {labels} labels"
+        problems.append(f"{seen}, its receipt says {receipt.num_sequences} and {receipt.num_labels}")
     return problems
 
 
@@ -131,32 +218,21 @@ def _check_metadata(metadata: PartMetadata, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _check_values(sequence: TokenSequence, targets: SequenceTargets, metadata: PartMetadata) -> str | None:
-    """What no target can be, apart from its entries; None: nothing."""
-    if not 0 <= int(sequence.token_ids.min()) <= int(sequence.token_ids.max()) < metadata.vocab_size:
-        return "a token of the text lies outside the vocabulary"
-    if not (targets.label_logprob <= 0).all() or not np.isfinite(targets.label_logprob).all():
-        return "a label has a log-probability above 0, or none"
-    most = np.log(metadata.vocab_size) + LOGPROB_GRID
-    if not ((targets.entropy >= 0) & (targets.entropy <= most)).all():
-        return "an entropy is not one of a distribution over the vocabulary"
-    return None
-
-
-def _check_entries(targets: SequenceTargets, metadata: PartMetadata) -> str | None:
-    """What is wrong with the entries of a sequence's sketches and with their masses; None: nothing."""
-    tau, mass_outside, headless = metadata.tau, targets.tail_mass.astype(np.float64), targets.head_count == 0
-    right = (mass_outside >= 0) & (mass_outside <= 1) & (~headless | (mass_outside == 1))
-    for draw in range(targets.draws):
-        entries, counts = entries_of(targets, tau=tau, draw=draw), targets.of_draw(draw).tail_count
-        labels = np.repeat(np.arange(targets.num_labels, dtype=np.int64), np.diff(entries.offsets))
-        if len(np.unique(labels * metadata.vocab_size + entries.ids)) != len(entries.ids):
-            return "a label holds a token twice"
-        mass = np.bincount(labels, weights=entries.weights.astype(np.float64), minlength=targets.num_labels)
-        expected = np.where(headless, 0.0, 1 - mass_outside) + counts * (tau or 0.0)
-        right &= np.abs(mass - expected) <= 1e-5
-        if tau is None:
-            right &= counts == 0
-        else:
-            right &= np.abs(counts * tau - mass_outside) <= tau + mass_grid(tau)
-    return f"{int((~right).sum())} label(s) have a mass that is not 1" if not right.all() else None
+def _check_rows(file: pq.ParquetFile, metadata: PartMetadata, receipt: Receipt, *, uri: str) -> list[str]:
+    """Decode every sketch. Raises PartCorrupt where that cannot be done."""
+    problems: list[str] = []
+    heads = tails = 0
+    try:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            if batch.column("fold").to_pylist() != [receipt.fold] * batch.num_rows:
+                problems.append(f"has rows of another fold than {receipt.fold}, which its receipt names")
+            rows = decode_batch(batch, metadata=metadata, uri=uri)
+            heads += sum(len(targets.head_ids) for _, targets in rows)
+            tails += sum(len(targets.tail_ids) for _, targets in rows)
+            problems += problems_of(rows, metadata=metadata)
+    except pa.ArrowException as error:
+        raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
+    if (heads, tails) != (receipt.num_head_entries, receipt.num_tail_entries):
+        said = f"{receipt.num_head_entries} and {receipt.num_tail_entries}"
+        problems.append(f"has {heads} head and {tails} tail entries, its receipt says {said}")
+    return problems

@@ -17,11 +17,12 @@ from softshard.config import DataType, LoraSettings, OptimizerSettings, digest_o
 from softshard.errors import PartCorrupt
 from softshard.models import load_model, resolve_device, resolve_dtype
 from softshard.shard.manifest import canonical_json
-from softshard.storage import LocalStore, sha256_of
+from softshard.storage import Store, sha256_of
 from softshard.target.types import TokenSequence
+from softshard.train.checkpoint import Checkpoint
 from softshard.train.loop import Step, fine_tune
 from softshard.train.lora import adapter_digest, save_adapter
-from softshard.train.record import check_files
+from softshard.train.record import FileName, check_files
 from softshard.train.stream import TextBatches
 
 __all__ = ["AdapterReceipt", "FoldPlan", "find_adapter", "train_fold", "training_precision"]
@@ -34,7 +35,7 @@ class AdapterReceipt(BaseModel):
 
     adapter_id: str
     fold: int
-    files: dict[str, str]
+    files: dict[FileName, str]
     """SHA-256 of each file."""
     digest: str
     """SHA-256 over the files: what the parts that it scores are named by."""
@@ -42,6 +43,11 @@ class AdapterReceipt(BaseModel):
     num_labels: int
     final_loss: float
     """Mean cross-entropy of the last tenth of the steps, in nats."""
+
+    @property
+    def folder(self) -> str:
+        """Folder of the adapter below `teacher/`."""
+        return _folder(self.fold, self.adapter_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +79,11 @@ class FoldPlan:
     @property
     def folder(self) -> str:
         """Folder of the adapter below `teacher/`."""
-        return f"fold-{self.fold}-{self.adapter_id[:16]}"
+        return _folder(self.fold, self.adapter_id)
+
+
+def _folder(fold: int, adapter_id: str) -> str:
+    return f"fold-{fold}-{adapter_id[:16]}"
 
 
 def training_precision(dtype: DataType, *, device: str) -> tuple[str, str]:
@@ -82,7 +92,7 @@ def training_precision(dtype: DataType, *, device: str) -> tuple[str, str]:
     return str(resolve_dtype(dtype, device=device)).removeprefix("torch."), device.split(":")[0]
 
 
-def find_adapter(store: LocalStore, plan: FoldPlan) -> AdapterReceipt | None:
+def find_adapter(store: Store, plan: FoldPlan) -> AdapterReceipt | None:
     """Receipt of a complete adapter; None if it has to be trained.
 
     Raises:
@@ -94,7 +104,7 @@ def find_adapter(store: LocalStore, plan: FoldPlan) -> AdapterReceipt | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        uri = str(store.local_path(plan.folder))
+        uri = f"{store.uri}/{plan.folder}"
         raise PartCorrupt(uri=uri, problem=f"its receipt cannot be read: {error.errors()[0]['msg']}") from error
     return receipt
 
@@ -105,7 +115,7 @@ def train_fold(
     *,
     folder: Path,
     device: str,
-    store: LocalStore,
+    store: Store,
     on_step: Callable[[Step], None],
 ) -> AdapterReceipt:
     """Train and save the adapter of a fold; a training that was stopped goes on from its last checkpoint.
@@ -123,7 +133,7 @@ def train_fold(
     if plan.device == "cpu":
         torch.set_num_threads(plan.num_threads)
     model = load_model(folder, dtype=getattr(torch, plan.dtype), device=resolve_device(device))
-    checkpoint = store.local_path(f".checkpoints/{plan.folder}.pt")
+    checkpoint = Checkpoint(store=store, path=f".checkpoints/{plan.folder}.pt")
     batches = TextBatches(sequences, seed=plan.seed, batch_tokens=plan.optimizer.batch_tokens, name=f"fold {plan.fold}")
     tuned = fine_tune(
         model,
@@ -154,5 +164,5 @@ def train_fold(
     log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
     store.replace(f"{plan.folder}/log.jsonl", log.encode())
     store.put_once(f"{plan.folder}/receipt.json", canonical_json(receipt))
-    checkpoint.unlink(missing_ok=True)
+    checkpoint.remove()
     return receipt

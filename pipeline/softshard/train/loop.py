@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from softshard.config import LoraSettings, OptimizerSettings, digest_of
 from softshard.decoder import Decoder
 from softshard.errors import TrainingDiverged
-from softshard.train.checkpoint import read_checkpoint, write_checkpoint
+from softshard.train.checkpoint import Checkpoint
 from softshard.train.lora import attach_lora
 from softshard.train.objective import cross_entropy
 from softshard.train.order import seed_of
@@ -78,7 +77,7 @@ def fine_tune(
     seed: int,
     num_valid: int,
     chunk_positions: int,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     identity: str,
     on_step: Callable[[Step], None] = _ignore,
 ) -> FineTuned:
@@ -86,8 +85,8 @@ def fine_tune(
 
     The number of steps is epochs times the batches of epoch 0, rounded, at least 1. With `checkpoint`, the state is
     written there every `optimizer.checkpoint_steps` steps, at the end, and when KeyboardInterrupt or SystemExit stops
-    the training; a file of the same `identity`, settings and data is taken up, any other is ignored. The
-    caller deletes it when what was trained is saved.
+    the training; a state of the same `identity`, settings and data is taken up, any other is ignored. The
+    caller removes it when what was trained is saved.
 
     Args:
         model: causal language model without an adapter, on its device; its own dropout stays off.
@@ -152,7 +151,7 @@ class _Training:
         num_valid: int,
         chunk_positions: int,
         total_steps: int,
-        checkpoint: Path | None,
+        checkpoint: Checkpoint | None,
         identity: str,
     ) -> None:
         self._model, self._decoder = model, decoder
@@ -171,7 +170,7 @@ class _Training:
 
     def run(self, on_step: Callable[[Step], None]) -> None:
         """Take up the checkpoint, if there is one of this training, and take the steps that are left."""
-        if self._checkpoint is not None and (saved := read_checkpoint(self._checkpoint, identity=self._identity)):
+        if self._checkpoint is not None and (saved := self._checkpoint.read(identity=self._identity)):
             self._restore(saved)
         streams = [iter(source) for source in self._sources]
         try:
@@ -238,7 +237,7 @@ class _Training:
             "optimizer": self._optimizer.state_dict(),
             "log": [asdict(step) for step in self.log],
         }
-        write_checkpoint(self._checkpoint, identity=self._identity, state=state)
+        self._checkpoint.write(state, identity=self._identity)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         for source, state in zip(self._sources, saved["streams"], strict=True):

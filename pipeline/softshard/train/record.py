@@ -7,15 +7,28 @@ present settings, and is replaced last.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softshard.errors import PartCorrupt
 from softshard.shard.manifest import SourceRights, canonical_json
-from softshard.storage import LocalStore, sha256_of
+from softshard.storage import Store, sha256_of
 
-__all__ = ["Trained", "TrainingReceipt", "check_files", "find_training", "read_log", "read_trained", "write_trained"]
+__all__ = [
+    "FileName",
+    "Trained",
+    "TrainingReceipt",
+    "check_files",
+    "find_training",
+    "read_log",
+    "read_trained",
+    "write_trained",
+]
+
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""A name within one folder, which a path from elsewhere could leave."""
 
 
 class TrainingReceipt(BaseModel):
@@ -24,9 +37,9 @@ class TrainingReceipt(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     training_id: str
-    folder: str
+    folder: FileName
     """Folder of the adapter below `adapter/`."""
-    files: dict[str, str]
+    files: dict[FileName, str]
     """SHA-256 of each file."""
     manifest: str
     """Digest of the manifest of the targets that it was trained on."""
@@ -55,7 +68,7 @@ class Trained(BaseModel):
     """Trainings of the baseline, one a learning rate."""
 
 
-def read_trained(store: LocalStore) -> Trained | None:
+def read_trained(store: Store) -> Trained | None:
     """`adapter.json`; None where nothing has been trained. Raises PartCorrupt."""
     try:
         return Trained.model_validate_json(store.read("adapter.json"))
@@ -66,19 +79,19 @@ def read_trained(store: LocalStore) -> Trained | None:
         raise PartCorrupt(uri=uri, problem=f"cannot be read: {error.errors()[0]['msg']}") from error
 
 
-def read_log(store: LocalStore, receipt: TrainingReceipt) -> list[dict[str, Any]]:
+def read_log(store: Store, receipt: TrainingReceipt) -> list[dict[str, Any]]:
     """Steps of a training, in order."""
     return [json.loads(line) for line in store.read(f"{receipt.folder}/log.jsonl").splitlines()]
 
 
-def write_trained(store: LocalStore, trained: Trained) -> None:
+def write_trained(store: Store, trained: Trained) -> None:
     """Replace `adapter.json`, unless it says so already."""
     content = canonical_json(trained)
     if not store.exists("adapter.json") or store.read("adapter.json") != content:
         store.replace("adapter.json", content)
 
 
-def find_training(store: LocalStore, folder: str) -> TrainingReceipt | None:
+def find_training(store: Store, folder: str) -> TrainingReceipt | None:
     """Receipt of a complete training; None if it has to be run.
 
     Raises:
@@ -95,7 +108,7 @@ def find_training(store: LocalStore, folder: str) -> TrainingReceipt | None:
     return receipt
 
 
-def check_files(store: LocalStore, folder: str, files: dict[str, str]) -> None:
+def check_files(store: Store, folder: str, files: dict[str, str]) -> None:
     """Compare an adapter's files with the SHA-256 that its receipt names.
 
     Raises:

@@ -65,8 +65,8 @@ def _lengths_of(store: Store, receipt: Receipt) -> tuple[NDArray[np.int64], list
     """Tokens of each row, rows of each row group, metadata; of the file, only one small column is read."""
     uri = f"{store.uri}/{receipt.path}"
     try:
-        with pa.memory_map(str(store.local_path(receipt.path))) as mapped:
-            file, metadata = open_part(mapped.read_buffer(), uri=uri)
+        with store.open(receipt.path) as stream:
+            file, metadata = open_part(stream, uri=uri)
             table = file.read(columns=["first_label", "entropy"])
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except FileNotFoundError as error:

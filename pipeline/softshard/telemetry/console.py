@@ -1,6 +1,6 @@
-"""What a run says while it works: bars on a terminal, plain lines elsewhere.
+"""The console: bars on a terminal, plain lines elsewhere.
 
-Everything goes to stderr, so that stdout holds results alone. The core takes a `Reporter` and never prints.
+Everything goes to stderr, so that stdout holds results alone.
 """
 
 from __future__ import annotations
@@ -9,54 +9,13 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import contextmanager
 
-__all__ = ["ConsoleReporter", "EventValue", "Progress", "Reporter", "SilentReporter"]
+from softshard.telemetry.reporter import EventValue, Progress
+
+__all__ = ["ConsoleReporter"]
 
 _SECONDS_BETWEEN_LINES = 10.0
-
-
-EventValue = str | int | float | bool | None
-
-
-class Progress(Protocol):
-    """Progress of one piece of work."""
-
-    def __call__(self, done: float, *, note: str = "", total: float | None = None) -> None:
-        """`done` units are done now; `total`, where it was not known before, is known now."""
-
-
-class Reporter(Protocol):
-    """Where messages and progress go."""
-
-    def say(self, message: str) -> None:
-        """One line for a person."""
-
-    def progress(self, label: str, *, total: float | None, unit: str) -> AbstractContextManager[Progress]:
-        """Progress of one piece of work, from entering to leaving the context."""
-
-    def event(self, name: str, /, **values: EventValue) -> None:
-        """A fact for machines, such as that a part was committed; logs and metrics are made of them."""
-
-
-class SilentReporter:
-    """Says nothing; for tests and for use as a library."""
-
-    def say(self, message: str) -> None:
-        """Say nothing."""
-
-    @contextmanager
-    def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
-        """Show nothing."""
-
-        def ignore(done: float, *, note: str = "", total: float | None = None) -> None:
-            return None
-
-        yield ignore
-
-    def event(self, name: str, /, **values: EventValue) -> None:
-        """Keep it to itself."""
 
 
 class ConsoleReporter:

@@ -1,0 +1,187 @@
+"""A store in a local folder, on a disk or on a file system that several machines share.
+
+A write goes to a temporary file in `.tmp/`, is synced, and is linked to its final name, which fails if that exists; a
+rename, which would overwrite, is used by `replace` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from softshard.errors import OutputUnusable, PartConflict, StorageFull
+from softshard.storage.store import confined, sha256_of
+
+__all__ = ["LocalStore", "named_errors"]
+
+_BLOCK_BYTES = 2**20
+_TEMPORARY = ".tmp"
+_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENOTSUP, errno.ENAMETOOLONG}
+
+
+class LocalStore:
+    """A `Store` in a local folder."""
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(str(root).removeprefix("file://")).absolute()
+
+    @property
+    def uri(self) -> str:
+        """The folder."""
+        return str(self._root)
+
+    def below(self, path: str) -> LocalStore:
+        """The store of a folder inside this one."""
+        return LocalStore(self.local_path(path))
+
+    def put_once(self, path: str, content: bytes) -> None:
+        """Write a new object whole; adopt an equal one.
+
+        Raises:
+            PartConflict: another object is there.
+            StorageFull: no space is left; nothing is visible under the final name.
+        """
+        if not self.create_exclusive(path, content):
+            expected, actual = sha256_of(content), sha256_of(self.read(path))
+            if expected != actual:
+                raise PartConflict(uri=str(self.local_path(path)), expected=expected, actual=actual)
+
+    def put_file_once(self, path: str, file: Path) -> None:
+        """`put_once` of a local file's content; a block of it is held at a time. Raises PartConflict, StorageFull."""
+        with file.open("rb") as source:
+            if not self._link(path, source):
+                expected, actual = _sha256_of_file(file), _sha256_of_file(self.local_path(path))
+                if expected != actual:
+                    raise PartConflict(uri=str(self.local_path(path)), expected=expected, actual=actual)
+
+    def create_exclusive(self, path: str, content: bytes) -> bool:
+        """Write a new object whole; False if one is there. Raises StorageFull."""
+        return self._link(path, io.BytesIO(content))
+
+    def _link(self, path: str, content: BinaryIO) -> bool:
+        target = self.local_path(path)
+        with self._temporary(content, target) as temporary:
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            _sync_folder(target.parent)
+        return True
+
+    def replace(self, path: str, content: bytes) -> None:
+        """Write an object whole in place of what is there. Raises StorageFull."""
+        target = self.local_path(path)
+        with self._temporary(io.BytesIO(content), target) as temporary:
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
+
+    def read(self, path: str) -> bytes:
+        """Content of an object."""
+        return self.local_path(path).read_bytes()
+
+    def open(self, path: str) -> BinaryIO:
+        """An object as a stream with random access."""
+        return self.local_path(path).open("rb")
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such an object."""
+        return self.local_path(path).is_file()
+
+    def size(self, path: str) -> int:
+        """Bytes of an object."""
+        return self.local_path(path).stat().st_size
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of what lies directly in a folder, sorted; none where there is no folder."""
+        try:
+            return sorted(name for name in os.listdir(self.local_path(prefix)) if name != _TEMPORARY)
+        except FileNotFoundError:
+            return []
+
+    def list(self, prefix: str) -> list[str]:
+        """Paths of the files below a folder, sorted, temporary ones left out."""
+        return sorted(_files_below(self.local_path(prefix), confined(prefix, uri=self.uri)))
+
+    def remove(self, path: str) -> None:
+        """Delete an object, if it is there."""
+        self.local_path(path).unlink(missing_ok=True)
+
+    def local_folder(self, path: str, files: Mapping[str, str]) -> Path:
+        """The folder itself."""
+        return self.local_path(path)
+
+    def local_path(self, path: str) -> Path:
+        """Absolute path of an object.
+
+        Raises:
+            JobInvalid: the path would leave the folder.
+        """
+        return self._root / confined(path, uri=self.uri)
+
+    @contextlib.contextmanager
+    def _temporary(self, content: BinaryIO, target: Path) -> Iterator[Path]:
+        folder = self._root / _TEMPORARY
+        temporary = folder / f"{target.name}.{uuid.uuid4().hex}"
+        try:
+            with named_errors(target):
+                folder.mkdir(parents=True, exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("xb") as file:
+                    shutil.copyfileobj(content, file, _BLOCK_BYTES)
+                    _sync(file)
+                yield temporary
+        finally:
+            # A disk that is read-only says so of a file that is not there, too; what is left is garbage.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _files_below(folder: Path | str, shown: str) -> Iterator[str]:
+    """Paths of the files below a folder that is itself called `shown`; what a folder says of its entries is enough, so
+    that no file is looked at. Nothing where there is no folder."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            name = f"{shown}/{entry.name}" if shown else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(entry.path, name) if entry.name != _TEMPORARY else ()
+            elif entry.is_file():
+                yield name
+
+
+@contextlib.contextmanager
+def named_errors(target: Path) -> Iterator[None]:
+    """What the disk says while a file is written, as StorageFull or OutputUnusable, which name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise StorageFull(uri=str(target)) from error
+        if error.errno in _UNUSABLE:
+            raise OutputUnusable(uri=str(target), problem=error.strerror or str(error)) from error
+        raise
+
+
+def _sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,247 @@
+"""A store in a bucket of an S3-compatible server.
+
+What must not overwrite is put on the condition `If-None-Match: *`, which the server keeps for all writers at once; a
+server that does not is found out before the first such write, and refused. Each object carries, in its metadata, a
+token of the write that made it. So a writer whose reply was lost can tell its own object from another's, and exactly
+one of many is told that it has created it, even where all write the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from softshard.errors import JobInvalid, PartConflict, StoreUnusable
+from softshard.storage.copies import copied_folder
+from softshard.storage.reader import open_object
+from softshard.storage.s3 import S3, Passing, Patience, Taken, Unsupported
+from softshard.storage.store import confined, sha256_of
+from softshard.storage.uploads import Content, FileContent, send, token_of
+
+__all__ = ["ObjectStore"]
+
+_PROBE = ".probe-"
+_PART_BYTES = 64 * 2**20
+_BLOCK_BYTES = 2**18
+_HASHED_BYTES = 8 * 2**20
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f]")
+"""Servers differ in what they make of these in a key."""
+
+
+class ObjectStore:
+    """A `Store` in a bucket.
+
+    Args:
+        uri: `s3://bucket/prefix`.
+        patience: how long a server that fails is tried.
+        part_bytes: a larger object is sent in parts of this size, at least 5 MiB for most servers.
+        keys_per_page: most keys of one answer of a listing.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        patience: Patience | None = None,
+        part_bytes: int = _PART_BYTES,
+        keys_per_page: int = 1000,
+    ) -> None:
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        self._bucket, self._prefix = bucket, confined(prefix.strip("/"), uri=uri)
+        self._options: dict[str, Any] = {
+            "patience": patience or Patience(),
+            "part_bytes": part_bytes,
+            "keys_per_page": keys_per_page,
+        }
+        self._part_bytes, self._keys_per_page = part_bytes, keys_per_page
+        self._s3 = S3(uri=self.uri, patience=self._options["patience"])
+
+    @property
+    def uri(self) -> str:
+        """Bucket and prefix."""
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def below(self, path: str) -> ObjectStore:
+        """The store of a folder inside this one."""
+        return ObjectStore(f"s3://{self._bucket}/{self._key(path)}", **self._options)
+
+    def put_once(self, path: str, content: bytes) -> None:
+        """Write a new object whole; adopt an equal one.
+
+        Raises:
+            PartConflict: another object is there.
+            StorageFull, StoreUnavailable, StoreUnusable.
+        """
+        if not self.create_exclusive(path, content):
+            self._refuse_other(path, sha256_of(content))
+
+    def put_file_once(self, path: str, file: Path) -> None:
+        """`put_once` of a local file's content, a part of which is held at a time."""
+        if not self._create(path, FileContent(file)):
+            with file.open("rb") as source:
+                self._refuse_other(path, hashlib.file_digest(source, "sha256").hexdigest())
+
+    def _refuse_other(self, path: str, expected: str) -> None:
+        with self._open(path, block_bytes=_HASHED_BYTES) as stream:
+            actual = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        if actual != expected:
+            raise PartConflict(uri=self._named(path), expected=expected, actual=actual)
+
+    def create_exclusive(self, path: str, content: bytes) -> bool:
+        """Write a new object whole; False if one is there, unless this call has put it there and the reply was lost."""
+        return self._create(path, Content(content))
+
+    def _create(self, path: str, content: Content) -> bool:
+        self._refuse_without_conditions()
+        return self._create_on_condition(self._key(path), content, about=path)
+
+    def _create_on_condition(self, key: str, content: Content, *, about: str) -> bool:
+        token = uuid.uuid4().hex
+        is_first = True
+
+        def attempt() -> bool:
+            nonlocal is_first
+            # An attempt without an answer may have succeeded; to look is cheaper than to send all of it again. That is
+            # not enough: aiohttp too sends a PUT again, by itself, where a kept connection was cut.
+            if not is_first and (there := self._token_of(key, about)) is not None:
+                return there == token
+            is_first = False
+            try:
+                self._send(key, content, about=about, token=token, is_new=True)
+            except Taken:
+                there = self._token_of(key, about)
+                if there is None:
+                    raise Passing("what was in the way is gone") from None
+                return there == token
+            return True
+
+        return self._s3.retry(attempt, about=about)
+
+    def _token_of(self, key: str, about: str) -> str | None:
+        return token_of(self._s3, {"Bucket": self._bucket, "Key": key, "about": about})
+
+    def replace(self, path: str, content: bytes) -> None:
+        """Write an object whole in place of what is there."""
+        key, token = self._key(path), uuid.uuid4().hex
+        whole = Content(content)
+        self._s3.retry(lambda: self._send(key, whole, about=path, token=token, is_new=False), about=path)
+
+    def _send(self, key: str, content: Content, *, about: str, token: str, is_new: bool) -> None:
+        place = {"Bucket": self._bucket, "Key": key, "about": about}
+        send(self._s3, content, place=place, token=token, is_new=is_new, part_bytes=self._part_bytes)
+
+    def _refuse_without_conditions(self) -> None:
+        """Before the first conditional write of a process to a bucket: see that a second object of one name is refused.
+
+        Raises:
+            StoreUnusable: it is not.
+        """
+        if self._bucket in self._s3.conditional:
+            return
+        name = f"{_PROBE}{uuid.uuid4().hex}"
+        key = self._key(name)
+        try:
+            self._create_on_condition(key, Content(b"1"), about=name)
+            keeps = not self._create_on_condition(key, Content(b"2"), about=name)
+            self.remove(name)
+        except Unsupported:
+            keeps = False
+        if not keeps:
+            problem = (
+                "the server ignores `If-None-Match: *`, so two workers could overwrite each other's parts; use a store"
+                " with conditional writes, or a local folder"
+            )
+            raise StoreUnusable(uri=self.uri, problem=problem)
+        self._s3.conditional.add(self._bucket)
+
+    def read(self, path: str) -> bytes:
+        """Content of an object."""
+        content: bytes = self._s3.call("get_object", about=path, Bucket=self._bucket, Key=self._key(path))["Content"]
+        return content
+
+    def open(self, path: str) -> BinaryIO:
+        """An object as a stream with random access, fetched in blocks of 256 KiB or more."""
+        return self._open(path, block_bytes=_BLOCK_BYTES)
+
+    def _open(self, path: str, *, block_bytes: int) -> BinaryIO:
+        return open_object(self._s3, bucket=self._bucket, key=self._key(path), about=path, block_bytes=block_bytes)
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            self.size(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        """Bytes of an object."""
+        head = self._s3.call("head_object", about=path, Bucket=self._bucket, Key=self._key(path))
+        return int(head["ContentLength"])
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of what lies directly in a folder, sorted; none where there is no folder."""
+        found: set[str] = set()
+        for page in self._pages(prefix, Delimiter="/"):
+            keys = [item["Key"] for item in page.get("Contents", ())]
+            keys += [item["Prefix"].removesuffix("/") for item in page.get("CommonPrefixes", ())]
+            found |= {key.rsplit("/", 1)[-1] for key in keys if _can_be_named(self._path(key))}
+        return sorted(found)
+
+    def list(self, prefix: str) -> list[str]:
+        """Paths of the objects below a folder, sorted; those that no path of ours can name are left out."""
+        found = []
+        for page in self._pages(prefix):
+            found += [self._path(item["Key"]) for item in page.get("Contents", ())]
+        return sorted(path for path in found if _can_be_named(path))
+
+    def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
+        folder = self._key(prefix)
+        return self._s3.pages(
+            bucket=self._bucket,
+            prefix=f"{folder}/" if folder else "",
+            about=prefix,
+            keys_per_page=self._keys_per_page,
+            **options,
+        )
+
+    def remove(self, path: str) -> None:
+        """Delete an object, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._s3.call("delete_object", about=path, Bucket=self._bucket, Key=self._key(path))
+
+    def local_folder(self, path: str, files: Mapping[str, str]) -> Path:
+        """A copy in the user's cache; see `Store.local_folder`."""
+        folder = self.below(path)
+        return copied_folder(folder.read, files, uri=folder.uri)
+
+    def _key(self, path: str) -> str:
+        """Key of a path. Raises JobInvalid for one that would leave the store, or that no key can spell."""
+        inside = confined(path, uri=self.uri)
+        key = "/".join(part for part in (self._prefix, inside) if part)
+        try:
+            num_bytes = len(key.encode())
+        except UnicodeEncodeError:
+            raise JobInvalid(file=self.uri, place=ascii(path), problem="this path is not Unicode") from None
+        if num_bytes > 1024:
+            raise JobInvalid(file=self.uri, place=ascii(path), problem="this path makes a key of over 1024 bytes")
+        if _CONTROL.search(key):
+            raise JobInvalid(file=self.uri, place=ascii(path), problem="this path holds a control character")
+        return key
+
+    def _path(self, key: str) -> str:
+        return key[len(self._prefix) + 1 :] if self._prefix else key
+
+    def _named(self, path: str) -> str:
+        return f"{self.uri}/{path}"
+
+
+def _can_be_named(path: str) -> bool:
+    """Whether a path of the store is one that `confined` leaves as it is, and no probe that is being made."""
+    parts = path.split("/")
+    return not (_CONTROL.search(path) or any(part in {"", ".", ".."} or part.startswith(_PROBE) for part in parts))

@@ -1,0 +1,116 @@
+"""The log: one JSON object a line, for machines; events, messages and, now and then, progress.
+
+Keys of a line: `time` (UTC, ISO 8601), `level` (info, warning, error), `event`, `run`, `job`, and where they are known
+`stage` and `part`; then the event's own values, flat. A log that cannot be written any more never ends a run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from logging.handlers import WatchedFileHandler
+
+from softshard.errors import EXIT_TRY_AGAIN, JobInvalid
+from softshard.telemetry.reporter import EventValue, Progress
+
+__all__ = ["STDERR", "JsonLog", "log_line"]
+
+STDERR = "-"
+"""The name of a log that goes to stderr, in place of the lines for people."""
+
+_SECONDS_BETWEEN_LINES = 30.0
+_LEVELS = {"part_retried": "warning", "part_set_aside": "error", "outlet_failed": "warning"}
+
+
+def log_line(event: str, /, level: str = "info", **values: EventValue) -> str:
+    """One line, without its end; values that are None are left out."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    known = {key: value for key, value in values.items() if value is not None}
+    return json.dumps({"time": now, "level": level, "event": event, **known}, ensure_ascii=False)
+
+
+class JsonLog:
+    """Writes every event, message and, every thirty seconds, progress as a JSON line.
+
+    A file is appended to, and opened anew when it was moved away, so that it can be rotated.
+
+    Args:
+        path: a file, or `-` for stderr.
+        on_failure: told once, when a line could not be written.
+
+    Raises:
+        JobInvalid: the file cannot be opened.
+    """
+
+    def __init__(self, path: str, *, run: str, on_failure: Callable[[str], None]) -> None:
+        self._context: dict[str, EventValue] = {"run": run, "job": None, "stage": None}
+        self._handler = _open(path)
+        self._failed = False
+
+        def failed(record: logging.LogRecord) -> None:
+            if not self._failed:
+                self._failed = True
+                on_failure(f"{path}: the log cannot be written ({sys.exc_info()[1]}); the run goes on")
+
+        self._handler.handleError = failed  # type: ignore[method-assign]
+
+    def say(self, message: str) -> None:
+        """A message for people is the event `message`."""
+        self.event("message", message=message)
+
+    @contextmanager
+    def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
+        """Progress is the event `progress`: at the start, every thirty seconds and at the end."""
+        started = last = time.monotonic()
+        now: dict[str, EventValue] = {"label": label, "unit": unit, "done": 0, "total": total, "note": None}
+        self.event("progress", **now)
+
+        def update(done: float, *, note: str = "", total: float | None = total) -> None:
+            nonlocal last
+            now.update(done=done, total=total, note=note or None)
+            if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                self.event("progress", **now)
+
+        yield update
+        self.event("progress", **now, seconds=round(time.monotonic() - started, 3))
+
+    def event(self, name: str, /, **values: EventValue) -> None:
+        """One line; the stage is that which was started last and has not finished."""
+        if name == "run_started":
+            self._context["job"] = values.get("job")
+            values = {**values, "host": socket.gethostname(), "pid": os.getpid()}
+        if name == "stage_started":
+            self._context["stage"] = values.get("stage")
+        self._write(log_line(name, _level(name, values), **{**self._context, **values}))
+        if name == "stage_finished":
+            self._context["stage"] = None
+
+    def _write(self, line: str) -> None:
+        self._handler.handle(logging.LogRecord("softshard", logging.INFO, "", 0, line, None, None))
+
+
+def _level(name: str, values: dict[str, EventValue]) -> str:
+    if name == "run_finished":
+        code = values.get("exit_code")
+        return "info" if code == 0 else "warning" if code == EXIT_TRY_AGAIN else "error"
+    return _LEVELS.get(name, "info")
+
+
+def _open(path: str) -> logging.Handler:
+    if path == STDERR:
+        return logging.StreamHandler(sys.stderr)
+    try:
+        return WatchedFileHandler(path, encoding="utf-8")
+    except OSError as error:
+        problem = (
+            f"{path}: cannot be written ({error.strerror}); name a file in a folder that is there, or - for stderr"
+        )
+        raise JobInvalid(file="softshard", place="--log", problem=problem) from error

@@ -1,0 +1,284 @@
+"""Prometheus metrics of a run: a file for node-exporter's textfile collector, and pushes to a gateway.
+
+Counters are those of this run. Everything is labelled `job_name`, since Prometheus has its own use for `job`. The file
+is replaced whole; a file or a gateway that cannot be written never ends a run.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from softshard.errors import EXIT_TRY_AGAIN, ExtraMissing, JobInvalid
+from softshard.telemetry.redaction import without_credentials
+from softshard.telemetry.reporter import EventValue, Progress
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+__all__ = ["MetricsReporter", "RunMetrics"]
+
+_LAST_SUCCESS = "softshard_last_success_timestamp_seconds"
+_LAST_SUCCESS_IS = "When a run of this job last ended with exit code 0."
+_SECONDS_BETWEEN_WRITES = 15.0
+_SECONDS_OF_RATE = 300.0
+_SECONDS_OF_A_PUSH = 5.0
+_COUNTERS = {
+    "softshard_positions": "Positions of the parts that this run committed.",
+    "softshard_sequences": "Sequences of the parts that this run committed.",
+    "softshard_bytes": "Bytes of the parts that this run committed.",
+}
+_PART_STATES = {"part_committed": "committed", "part_retried": "retried", "part_set_aside": "set_aside"}
+
+
+class RunMetrics:
+    """The figures of a run, made of its events; a collector of prometheus_client. Safe between threads."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self.job = ""
+        self._run = ""
+        self._counts = dict.fromkeys(_COUNTERS, 0.0)
+        self._parts = dict.fromkeys(_PART_STATES.values(), 0)
+        self._recent: deque[tuple[float, float]] = deque()
+        self._since = clock()
+        self._gauges: dict[str, tuple[str, float]] = {}
+        self._stages: dict[str, float] = {}
+
+    def take(self, name: str, values: dict[str, EventValue]) -> None:
+        """Count an event."""
+        with self._lock:
+            if name == "run_started":
+                self.job, self._run = str(values.get("job")), str(values.get("run"))
+                self._set("softshard_run_start_timestamp_seconds", "When this run started.", self._clock())
+            elif name == "stage_started":
+                self._recent.clear()
+                self._since = self._clock()
+            elif name == "stage_finished":
+                self._stages[str(values.get("stage"))] = _number(values.get("seconds"))
+                self._recent.clear()
+            elif name == "run_finished":
+                self._finish(_number(values.get("exit_code")), _number(values.get("seconds")))
+            elif name in _PART_STATES:
+                self._parts[_PART_STATES[name]] += 1
+            if name == "part_committed":
+                for counter in _COUNTERS:
+                    self._counts[counter] += _number(values.get(counter.removeprefix("softshard_")))
+                self._recent.append((self._clock(), _number(values.get("positions"))))
+
+    def succeeded_at(self, timestamp: float) -> None:
+        """When a run of the job last ended with exit code 0."""
+        with self._lock:
+            self._set(_LAST_SUCCESS, _LAST_SUCCESS_IS, timestamp)
+
+    def _finish(self, exit_code: float, seconds: float) -> None:
+        now = self._clock()
+        self._recent.clear()
+        self._set("softshard_run_duration_seconds", "How long the run took.", seconds)
+        self._set("softshard_run_end_timestamp_seconds", "When the run ended.", now)
+        self._set("softshard_run_exit_code", "What the run ended with; absent while it runs.", exit_code)
+        if exit_code == 0:
+            self._set(_LAST_SUCCESS, _LAST_SUCCESS_IS, now)
+
+    def _set(self, name: str, text: str, value: float) -> None:
+        self._gauges[name] = (text, value)
+
+    def _rate(self) -> float:
+        now = self._clock()
+        while self._recent and self._recent[0][0] < now - _SECONDS_OF_RATE:
+            self._recent.popleft()
+        seconds = min(now - self._since, _SECONDS_OF_RATE)
+        return sum(positions for _, positions in self._recent) / seconds if seconds > 0 else 0.0
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics as they are now."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+
+        with self._lock:
+            job = [self.job]
+            about = {"run": self._run, "version": version("softshard")}
+            info = InfoMetricFamily("softshard_run", "The run that these metrics are of.", labels=["job_name"])
+            info.add_metric(job, about)
+            yield info
+            for name, text in _COUNTERS.items():
+                counter = CounterMetricFamily(name, text, labels=["job_name"])
+                counter.add_metric(job, self._counts[name])
+                yield counter
+            text = "Parts that this run committed, tried again, and set aside."
+            parts = CounterMetricFamily("softshard_parts", text, labels=["job_name", "state"])
+            for state, number in self._parts.items():
+                parts.add_metric([*job, state], number)
+            yield parts
+            stages = GaugeMetricFamily(
+                "softshard_stage_duration_seconds",
+                "How long each finished stage took.",
+                labels=["job_name", "stage"],
+            )
+            for stage, seconds in self._stages.items():
+                stages.add_metric([*job, stage], seconds)
+            yield stages
+            rate = "Positions committed a second, over the last five minutes of this stage."
+            for name, (text, value) in {
+                "softshard_tokens_per_second": (rate, self._rate()),
+                **self._gauges,
+            }.items():
+                gauge = GaugeMetricFamily(name, text, labels=["job_name"])
+                gauge.add_metric(job, value)
+                yield gauge
+
+
+def _number(value: EventValue) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+class MetricsReporter:
+    """Writes a run's metrics when a stage starts or ends, when the run ends, and every fifteen seconds.
+
+    A thread of its own writes, so that a slow gateway holds nothing up.
+
+    Args:
+        file: a name that ends in `.prom`, or None.
+        gateway: URI of a Pushgateway, or None; user and password in it are sent as basic authentication.
+        on_failure: told once a file or gateway that cannot be written.
+
+    Raises:
+        ExtraMissing: prometheus_client is not installed.
+        JobInvalid: the file cannot be written, or has another ending.
+    """
+
+    def __init__(self, *, file: str | None, gateway: str | None, on_failure: Callable[[str], None]) -> None:
+        try:
+            from prometheus_client import CollectorRegistry
+        except ImportError as error:
+            what = "--metrics-file" if file else "--push-gateway"
+            raise ExtraMissing(what=what, package="prometheus-client", extra="metrics") from error
+        self._file = None if file is None else _checked(file)
+        self._gateway = gateway
+        self._on_failure = on_failure
+        self._failed: set[str] = set()
+        self._metrics = RunMetrics()
+        self._registry = CollectorRegistry()
+        self._registry.register(self._metrics)
+        self._wake, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._keep_writing, name="softshard-metrics", daemon=True)
+
+    def say(self, message: str) -> None:
+        """Messages are no metrics."""
+
+    @contextmanager
+    def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
+        """Progress is told by events."""
+
+        def ignore(done: float, *, note: str = "", total: float | None = None) -> None:
+            return None
+
+        yield ignore
+
+    def event(self, name: str, /, **values: EventValue) -> None:
+        """Count it. Writing starts with the first stage and ends with the run.
+
+        A run that is refused because another one works on the output has no stage and writes nothing: file and gateway
+        are the other's.
+        """
+        self._metrics.take(name, values)
+        started = self._thread.ident is not None
+        if name == "run_started":
+            self._carry_over()
+        elif name == "stage_started" and not started:
+            self._thread.start()
+        elif name in {"stage_started", "stage_finished"}:
+            self._wake.set()
+        elif name == "run_finished" and started:
+            self._ended.set()
+            self._wake.set()
+            self._thread.join(2 * _SECONDS_OF_A_PUSH)
+        elif name == "run_finished" and values.get("exit_code") != EXIT_TRY_AGAIN:
+            self._write()
+
+    def _carry_over(self) -> None:
+        """The last success of an earlier run, so that a run that fails does not forget it."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        if self._file is None or not self._file.is_file():
+            return
+        try:
+            samples = [
+                sample
+                for family in text_string_to_metric_families(self._file.read_text(encoding="utf-8"))
+                for sample in family.samples
+                if sample.name == _LAST_SUCCESS and sample.labels.get("job_name") == self._metrics.job
+            ]
+        except (OSError, ValueError):
+            return  # it is replaced whole in a moment
+        for sample in samples:
+            self._metrics.succeeded_at(sample.value)
+
+    def _keep_writing(self) -> None:
+        while True:
+            self._wake.clear()
+            ended = self._ended.is_set()
+            self._write()
+            if ended:
+                return
+            self._wake.wait(_SECONDS_BETWEEN_WRITES)
+
+    def _write(self) -> None:
+        from prometheus_client import write_to_textfile
+
+        if self._file is not None:
+            with self._told_once(str(self._file)):
+                write_to_textfile(str(self._file), self._registry)
+        if self._gateway is not None:
+            with self._told_once(self._gateway):
+                self._push(self._gateway)
+
+    def _push(self, gateway: str) -> None:
+        from prometheus_client import pushadd_to_gateway
+        from prometheus_client.exposition import basic_auth_handler, default_handler
+
+        address = urlsplit(gateway if "://" in gateway else f"http://{gateway}")
+        handler = default_handler
+        if address.username is not None:
+            user, password = unquote(address.username), unquote(address.password or "")
+            handler = partial(basic_auth_handler, username=user, password=password)
+            address = address._replace(netloc=address.netloc.rpartition("@")[2])
+        pushadd_to_gateway(
+            address.geturl(),
+            job="softshard",
+            registry=self._registry,
+            grouping_key={"job_name": self._metrics.job},
+            timeout=_SECONDS_OF_A_PUSH,
+            handler=handler,
+        )
+
+    @contextmanager
+    def _told_once(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if where not in self._failed:
+                self._failed.add(where)
+                reason = f"the metrics cannot be written ({error}); the run goes on"
+                self._on_failure(without_credentials(f"{where}: {reason}"))
+
+
+def _checked(file: str) -> Path:
+    path = Path(file)
+    if path.suffix != ".prom":
+        problem = f"{file}: must end in .prom, which is what the textfile collector reads"
+        raise JobInvalid(file="softshard", place="--metrics-file", problem=problem)
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        problem = f"{file}: its folder is not there or cannot be written"
+        raise JobInvalid(file="softshard", place="--metrics-file", problem=problem)
+    return path
