@@ -176,7 +176,7 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
         return PoolingParamsUpdate(requires_token_ids=True)
 
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor | None]:
-        """For each request of a batch, its chain of records; None where its prompt has not ended.
+        """For each request of a batch, its chain of records, empty with no sketch settings; None where its prompt goes on.
 
         vLLM's memory profile comes without requests of ours: it is answered by a rehearsal at full chunk size.
         """
@@ -195,9 +195,10 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
             if start == 0:
                 records.clear()  # A request that was preempted starts again.
             records.extend(self._sketch(rows, ids, start=start, request=_Request(**param.extra_kwargs[EXTRA])))
-            done = end == len(ids) and records
-            outputs.append(torch.cat(records) if done else None)
-            if done:
+            if end < len(ids):
+                outputs.append(None)
+            else:
+                outputs.append(torch.cat(records) if records else torch.zeros(0, dtype=torch.int32))
                 state.clean()
         return outputs
 
