@@ -176,9 +176,10 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
         return PoolingParamsUpdate(requires_token_ids=True)
 
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor | None]:
-        """For each request of a batch, its chain of records, empty with no sketch settings; None where its prompt goes on.
+        """For each request of a batch, its chain of records, or None where its prompt goes on in another batch.
 
-        vLLM's memory profile comes without requests of ours: it is answered by a rehearsal at full chunk size.
+        A request with no sketch settings is the bare forward pass: logits of every row, and an empty chain. vLLM's
+        memory profile comes without requests of ours: it is answered by a rehearsal at full chunk size.
         """
         params = pooling_metadata.pooling_params
         if any(EXTRA not in (param.extra_kwargs or {}) for param in params):
