@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from softshard.config import ClusterSettings
 from softshard.errors import DataInvalid, SoftshardError, StorageFull, TryAgain
+from softshard.models import out_of_memory
 
 __all__ = ["Cluster", "open_cluster", "send_message"]
 
@@ -67,8 +68,8 @@ class Cluster:
         """Run a function over tasks; the names and reasons of those that were set aside.
 
         At most two tasks a worker are in flight, so memory does not grow with their number; workers that come later
-        get their share. A task that fails for a reason that may pass (a lost worker, an input or output error) is
-        tried again, up to `cluster.max_attempts` times; one whose data is wrong is set aside at once.
+        get their share. A task that fails for a reason that may pass (a lost worker, an input or output error, memory
+        that ran out) is tried again, up to `cluster.max_attempts` times; one whose data is wrong is set aside at once.
 
         Raises:
             StorageFull: a worker's disk is full; nothing more is started.
@@ -170,7 +171,7 @@ def _may_pass(error: BaseException) -> bool:
 
     if isinstance(error, SoftshardError):
         return isinstance(error, TryAgain)
-    return isinstance(error, OSError | KilledWorker | CommClosedError | MemoryError)
+    return isinstance(error, OSError | KilledWorker | CommClosedError) or out_of_memory(error)
 
 
 _run_of_task = ""

@@ -6,6 +6,7 @@ A worker keeps the engine that it used last, so parts of one fold that follow ea
 from __future__ import annotations
 
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from softshard.config import digest_of
 from softshard.corpus.manifest import CorpusManifest, CorpusSlice
 from softshard.corpus.read import iter_sequences, read_slice
 from softshard.errors import EngineFailed
+from softshard.models import out_of_memory
 from softshard.run.cluster import send_message
 from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt
 from softshard.shard.manifest import Receipt
@@ -55,6 +57,13 @@ def score_part(task: ScoreTask) -> Receipt:
     except EngineFailed:
         _forget_teacher()
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        _forget_teacher()
+        problem = f"memory ran out ({error}), give the worker more, or lower teacher.batch_tokens"
+        raise EngineFailed(engine=str(task.plan.teacher["engine"]), problem=problem) from error
     content, receipt = build_part(task.plan, list(zip(sequences, scored, strict=True)), fidelity)
     return commit_part(targets, content, receipt)
 
