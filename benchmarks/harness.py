@@ -83,6 +83,8 @@ class Options:
     quick: bool
     """About a minute: fewer positions and repeats, nothing is written to the results."""
     cache: Path
+    device: str | None = None
+    """For a benchmark that offers devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +95,18 @@ class Result:
     """Tables and settings, for the record."""
 
 
-def run(name: str, measure: Callable[[Options], Result], *, description: str) -> int:
-    """Parse the command line, measure, print the figures as the last line; a full run is recorded. The exit code."""
+def run(
+    name: str, measure: Callable[[Options], Result], *, description: str, devices: Sequence[str | None] = (None,)
+) -> int:
+    """Parse the command line, measure, print the figures as the last line; a full run is recorded. The exit code.
+
+    Of several devices the first is measured on unless another is asked for, which is a rehearsal and never recorded.
+    """
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=description)
     parser.add_argument("--quick", action="store_true", help="about a minute, less exact, not recorded")
     parser.add_argument("--cache", type=Path, default=_CACHE, help="folder of the materials (default: %(default)s)")
+    if len(devices) > 1:
+        parser.add_argument("--device", choices=devices, default=devices[0], help="others rehearse, and record nothing")
     options = Options(**vars(parser.parse_args()))
     commit, started = _commit(), time.monotonic()
     try:
@@ -105,7 +114,7 @@ def run(name: str, measure: Callable[[Options], Result], *, description: str) ->
     except SoftshardError as error:
         print(f"{name}.py: {error}", file=sys.stderr)
         return error.exit_code
-    if not options.quick:
+    if not options.quick and options.device == devices[0]:
         _record(name, result, commit=commit, seconds=time.monotonic() - started)
     say(json.dumps(dict(result.figures)))
     return 0

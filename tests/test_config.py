@@ -1,7 +1,15 @@
 import pytest
 from pydantic import ValidationError
 
-from softshard.config import ClusterSettings, CorpusSettings, Job, TeacherSettings, ThresholdSketch, digest_of
+from softshard.config import (
+    AdaptiveSettings,
+    ClusterSettings,
+    CorpusSettings,
+    Job,
+    TeacherSettings,
+    ThresholdSketch,
+    digest_of,
+)
 
 
 def test_digest_does_not_depend_on_the_order_of_keys():
@@ -10,7 +18,7 @@ def test_digest_does_not_depend_on_the_order_of_keys():
 
 
 def test_digest_of_settings_is_that_of_their_values():
-    assert digest_of(ClusterSettings(workers=2)) == digest_of({"max_attempts": 3, "scheduler": None, "workers": 2})
+    assert digest_of(AdaptiveSettings(maximum=2)) == digest_of({"minimum": 0, "maximum": 2})
 
 
 def test_settings_cannot_be_changed_and_take_no_unknown_key():

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import dask
 import pytest
@@ -70,6 +71,9 @@ def scheduler(tmp_path, environment):
         subprocess.Popen([*command, "--scheduler-file", str(file)], env=environment, stderr=subprocess.DEVNULL)
         for command in commands
     ]
+    until = time.monotonic() + 60
+    while not (file.exists() and file.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.1)
     yield file
     for process in running:
         process.terminate()

@@ -7,6 +7,7 @@ terminal would be asked, and weights are safetensors, never pickles.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from dataclasses import dataclass
@@ -27,14 +28,19 @@ __all__ = [
     "check_context",
     "check_tokenizer",
     "check_vocabulary",
+    "check_weights",
     "load_model",
     "load_tokenizer",
+    "out_of_memory",
     "output_size",
+    "release_memory",
     "resolve_device",
     "resolve_dtype",
     "resolve_model",
     "weights_digest",
 ]
+
+_INDEX = "model.safetensors.index.json"
 
 
 def resolve_model(model: str, *, revision: str | None = None) -> Path:
@@ -181,21 +187,48 @@ def _text_config(folder: Path) -> Any:
         raise ModelInvalid(model=str(folder), problem=f"its config.json cannot be read: {error}") from error
 
 
+def check_weights(folder: Path) -> list[Path]:
+    """The files of a model folder's weights, by name, whose lengths are as they say; their content is not read.
+
+    Raises:
+        ModelInvalid: the folder holds no safetensors, lacks a shard that its index names, or one is cut off.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if missing := sorted(_shards_of_index(folder) - {file.name for file in files}):
+        named = f"{missing[0]}, which {_INDEX} names, is missing ({len(missing)} in all)"
+        raise ModelInvalid(model=str(folder), problem=f"the shard {named}; fetch the model again")
+    if not files:
+        raise ModelInvalid(model=str(folder), problem="the folder has no weights (*.safetensors)")
+    for file in files:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            problem = f"{file.name} is cut off or no safetensors file ({error}); fetch the model again"
+            raise ModelInvalid(model=str(folder), problem=problem) from error
+    return files
+
+
+def _shards_of_index(folder: Path) -> set[str]:
+    index = folder / _INDEX
+    if not index.is_file():
+        return set()
+    try:
+        return set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"its {_INDEX} cannot be read: {error!r}") from error
+
+
 @lru_cache(maxsize=8)
 def weights_digest(folder: Path) -> str:
     """SHA-256, in hex, of a model folder's config and weights (safetensors), in the order of their names.
 
     Raises:
-        ModelInvalid: the folder holds no safetensors, or lacks a shard that its index names.
+        ModelInvalid: see `check_weights`.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        if missing := sorted(named - {file.name for file in files}):
-            raise ModelInvalid(model=str(folder), problem=f"the shard {missing[0]} is missing")
-    if not files:
-        raise ModelInvalid(model=str(folder), problem="the folder has no weights (*.safetensors)")
+    files = check_weights(folder)
     digest = hashlib.sha256()
     for file in (folder / "config.json", *files):
         with file.open("rb") as stream:
@@ -240,16 +273,37 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    check_weights(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise ModelInvalid(model=str(folder), problem=f"cannot be loaded: {error}") from error
     model.requires_grad_(False)
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
         raise ModelInvalid(
             model=str(folder), problem=f"cannot be put on the device {device} ({error}); set `device: auto`"
         ) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a device's or the machine's; torch tells the latter by the text of a RuntimeError."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release_memory(device: str) -> None:
+    """Give back to a device what nothing refers to any more; torch keeps it for this process otherwise."""
+    import torch
+
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from softshard.errors import DataInvalid, SoftshardError, StorageFull, TryAgain
+from softshard.models import out_of_memory
 
 __all__ = ["Attempt", "lost_worker", "pause_seconds", "remedy_of"]
 
@@ -50,5 +51,5 @@ def remedy_of(error: BaseException) -> Literal["again", "aside", "none"]:
         return "none"
     if isinstance(error, SoftshardError):
         return "again" if isinstance(error, TryAgain) else "aside" if isinstance(error, DataInvalid) else "none"
-    may_pass = lost_worker(error) is not None or isinstance(error, OSError | MemoryError)
+    may_pass = lost_worker(error) is not None or isinstance(error, OSError) or out_of_memory(error)
     return "again" if may_pass else "none"

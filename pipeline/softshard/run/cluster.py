@@ -85,9 +85,9 @@ class Cluster:
         The function is sent to a worker as it is, so what all tasks share belongs into it, by `functools.partial`. Two
         tasks a worker are in flight, a few more where they take less than a tenth of a second, so memory does not grow
         with their number; workers that come later get their share. A task that fails for a reason that may pass (a lost
-        worker, an input or output error) is tried again after a pause, on another worker where there is one, up to
-        `cluster.max_attempts` times; one whose data is wrong is set aside at once. On SIGTERM or SIGINT nothing more is
-        started, and what has been begun may finish within `cluster.grace_seconds`.
+        worker, an input or output error, lack of memory) is tried again after a pause, on another worker where there is
+        one, up to `cluster.max_attempts` times; one whose data is wrong is set aside at once. On SIGTERM or SIGINT
+        nothing more is started, and what has been begun may finish within `cluster.grace_seconds`.
 
         Args:
             function: runs on a worker.

@@ -177,7 +177,7 @@ class Flight(Generic[Task, Result]):
             self._refuse_if_alone()
             return []
         landed += self._also_landed()
-        # Workers have as much to do as this wait takes, and one message for several tasks costs little more than for one.
+        # Workers have enough to do meanwhile, and a message about several tasks costs little more than about one.
         end = self._settled_at + _SECONDS_TOGETHER
         while None not in landed and 2 * len(landed) < len(self._flying) and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):

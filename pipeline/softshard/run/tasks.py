@@ -6,6 +6,7 @@ A worker keeps the engine that it used last, so parts of one fold that follow ea
 from __future__ import annotations
 
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from softshard.config import SketchSettings, digest_of
 from softshard.corpus.manifest import CorpusSlice, read_corpus_manifest
 from softshard.corpus.read import read_slice
 from softshard.errors import EngineFailed, PartCorrupt
+from softshard.models import out_of_memory, release_memory, resolve_device
 from softshard.run.worker import send_message
 from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt
 from softshard.shard.manifest import Receipt
@@ -93,6 +95,13 @@ def score_part(task: ScoreTask, *, run: ScoreRun) -> Receipt:
     except EngineFailed:
         _forget_teacher()
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        _forget_teacher()
+        problem = f"memory ran out ({error}), give the worker more, or lower teacher.batch_tokens"
+        raise EngineFailed(engine=str(plan.teacher["engine"]), problem=problem) from error
     content, receipt = build_part(plan, list(zip(sequences, scored, strict=True)), fidelity)
     return commit_part(targets, content, receipt)
 
@@ -150,9 +159,11 @@ def train_adapter(task: FoldTask) -> AdapterReceipt:
             send_message({"fold": task.plan.fold, "step": step.step, "steps": step.total_steps, "loss": step.loss})
 
     sequences = [sequence for part in _slices_outside(task) for sequence in read_slice(open_store(task.corpus), part)]
-    return train_fold(
+    receipt = train_fold(
         task.plan, sequences, folder=task.model, device=task.device, store=open_store(task.teacher), on_step=tell
     )
+    release_memory(resolve_device(task.device))
+    return receipt
 
 
 def _slices_outside(task: FoldTask) -> list[CorpusSlice]:

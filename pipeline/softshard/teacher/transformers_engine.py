@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softshard.config import DataType, SketchSettings, TeacherSettings
 from softshard.decoder import Decoder, batches_by_length
-from softshard.models import check_vocabulary, load_model, resolve_device, resolve_dtype
+from softshard.models import check_vocabulary, load_model, release_memory, resolve_device, resolve_dtype
 from softshard.target.fidelity import FidelitySums
 from softshard.target.join import concatenate, split_rows
 from softshard.target.philox import tail_uniforms
@@ -79,7 +79,9 @@ class TransformersTeacher:
         check_vocabulary(model=str(folder), model_size=size, data="the tokenizer", data_size=vocab_size)
 
     def close(self) -> None:
-        """Nothing: the model's memory is free once nobody holds the teacher."""
+        """Drop the model and give a device its memory back, which torch would keep from other processes."""
+        del self._model, self._decoder
+        release_memory(self._device)
 
     def score(
         self, sequences: Sequence[TokenSequence], *, sketch: SketchSettings, seed: int

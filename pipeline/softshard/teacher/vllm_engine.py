@@ -8,10 +8,15 @@ part wins. vllm is imported by what needs it, when it is needed.
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,15 @@ from torch import Tensor
 
 from softshard.config import DataType, FullSketch, SketchSettings, TeacherSettings, ThresholdSketch
 from softshard.errors import EngineDiffers, EngineFailed, EngineMissing, JobInvalid, ModelInvalid
-from softshard.models import architecture_of, check_vocabulary, output_size, resolve_device, resolve_dtype
+from softshard.models import (
+    architecture_of,
+    check_vocabulary,
+    check_weights,
+    out_of_memory,
+    output_size,
+    resolve_device,
+    resolve_dtype,
+)
 from softshard.target.fidelity import FidelitySums
 from softshard.target.types import SequenceTargets, TokenSequence
 from softshard.teacher.merged import check_canary, merged_model
@@ -32,6 +45,9 @@ __all__ = ["LARGEST_FULL", "VllmTeacher", "process_identity", "vllm_identity"]
 LARGEST_FULL = 2**27
 """Most entries of one sequence, labels times vocabulary, that a target of kind `full` may have: 1 GiB in one tensor."""
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_TO_END = 2.0
+_KILLED = "its process was killed; where nobody did that, the machine's memory ran out"
+_MORE_MEMORY = "give the worker more, or lower teacher.vllm.chunk_rows"
 _SAME_NAME = (
     "dtype",
     "max_model_len",
@@ -109,6 +125,8 @@ class VllmTeacher:
         if adapters:
             folder, canary = merged_model(folder, adapters[0], identity=identity, vocab_size=vocab_size)
         self._model = str(folder)
+        # A process that ends first waits for its children, and an engine that is one of them waits for orders for ever.
+        self._at_exit = Finalize(None, _end_children, args=(frozenset(active_children()),), exitpriority=0)
         self._llm: Any = _open(folder, identity, vocab_size)
         if canary is not None:
             known = canary.cut(self._longest)
@@ -177,10 +195,13 @@ class VllmTeacher:
         try:
             with _watched(self._llm.llm_engine.engine_core):
                 outputs = self._llm.encode(prompts, params, pooling_task="token_classify", use_tqdm=False)
-        except (RuntimeError, EngineDeadError, EngineGenerateError) as error:
-            # torch's out of memory is a RuntimeError. What an engine does after an error nobody has promised.
+        except (RuntimeError, MemoryError, EngineDeadError, EngineGenerateError) as error:
+            # What an engine does after an error nobody has promised.
+            failed = EngineFailed(engine="vllm", problem=_what_ended(error, self._llm.llm_engine.engine_core))
+            # Frames of an engine in this process hold all its memory, which the next one needs.
+            traceback.clear_frames(error.__traceback__)
             self.close()
-            raise EngineFailed(engine="vllm", problem=f"{type(error).__name__}: {error}") from error
+            raise failed from error
         return [output.outputs.data for output in outputs]
 
     def close(self) -> None:
@@ -191,26 +212,56 @@ class VllmTeacher:
 
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
+        self._at_exit.cancel()
         cleanup_dist_env_and_memory()
+
+
+def _end_children(others: frozenset[BaseProcess]) -> None:
+    """End all processes that this one has started, but for some others."""
+    ours = set(active_children()) - others
+    for process in ours:
+        process.terminate()
+    for process in ours:
+        process.join(_SECONDS_TO_END)
+        process.kill()
+
+
+def _what_ended(error: Exception, core: Any) -> str:
+    """Why an engine is of no more use, as far as this process knows; one in another has said more on stderr."""
+    if out_of_memory(error):
+        return f"memory ran out ({error}), {_MORE_MEMORY}"
+    manager = getattr(getattr(core, "resources", None), "engine_manager", None)
+    killed = manager is not None and any(process.exitcode == -signal.SIGKILL for process in manager.processes)
+    return _KILLED if killed else f"{type(error).__name__}: {error}"
+
+
+def _not_opened(error: Exception, folder: Path) -> EngineFailed | ModelInvalid:
+    """An error of vLLM's while it opens an engine: what may pass, or what is wrong with the model."""
+    if out_of_memory(error):
+        return EngineFailed(engine="vllm", problem=f"memory ran out ({error}), {_MORE_MEMORY}")
+    if f": -{signal.SIGKILL:d}" in str(error):  # vLLM has the exit codes of its processes in its text alone.
+        return EngineFailed(engine="vllm", problem=_KILLED)
+    return ModelInvalid(model=str(folder), problem=f"vLLM cannot serve it: {error}")
 
 
 def _open(folder: Path, identity: TeacherIdentity, vocab_size: int) -> Any:
     """vLLM's engine with the teacher of the folder's architecture."""
+    check_weights(folder)
     option: dict[str, Any] = dict(identity)
     own_process = bool(option["own_process"])
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(own_process))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        from vllm import LLM
-        from vllm.config import PoolerConfig
-        from vllm.platforms import current_platform
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    from vllm import LLM
+    from vllm.config import PoolerConfig
+    from vllm.platforms import current_platform
 
-        from softshard.teacher.vllm_pooler import EXTRA, make_teacher
+    from softshard.teacher.vllm_pooler import EXTRA, OWNER, make_teacher
 
     if current_platform.device_type != option["device"]:
         raise EngineDiffers(what="device of vLLM", expected=option["device"], actual=current_platform.device_type)
+    os.environ[OWNER] = str(os.getpid())
     compiled_here = not own_process and not option["enforce_eager"]
     name = make_teacher(architecture_of(folder), compiled_here=compiled_here)
     gib = option.get("kv_cache_gib", 1 if option["device"] == "cpu" else None)
@@ -231,8 +282,9 @@ def _open(folder: Path, identity: TeacherIdentity, vocab_size: int) -> Any:
                 seed=0,
                 **{same: option[same] for same in _SAME_NAME},
             )
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
-            raise ModelInvalid(model=str(folder), problem=f"vLLM cannot serve it: {error}") from error
+        except (ValueError, RuntimeError, OSError, KeyError, MemoryError) as error:
+            traceback.clear_frames(error.__traceback__)
+            raise _not_opened(error, folder) from error
 
 
 @contextmanager

@@ -9,11 +9,15 @@ Only vLLM's own processes import this module; vLLM finds it by the entry point g
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import psutil
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -30,12 +34,15 @@ from softshard.target.philox import draw_uniforms
 from softshard.target.sketch import sketch_rows
 from softshard.teacher.vllm_wire import pack_invalid, pack_targets
 
-__all__ = ["EXTRA", "PREFIX", "SketchPooler", "make_teacher", "register", "request_of", "teacher_class"]
+__all__ = ["EXTRA", "OWNER", "PREFIX", "SketchPooler", "make_teacher", "register", "request_of", "teacher_class"]
 
 PREFIX = "Softshard"
 """A teacher of architecture X is registered as SoftshardX."""
 EXTRA = "softshard"
 """Key of what this module is told: of the engine in `additional_config`, of a request in `extra_kwargs`."""
+
+OWNER = "SOFTSHARD_ENGINE_OWNER"
+"""Environment variable with the process that opened the engine; vLLM's compiled code is kept by its configuration."""
 
 _DECORATE = "_decorate_for_torch_compile"
 _SETTINGS: TypeAdapter[list[SketchSettings]] = TypeAdapter(list[SketchSettings])
@@ -91,11 +98,24 @@ def teacher_class(architecture: str) -> Any:
         own[_DECORATE] = _leave_class_alone
 
     def build(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
-        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         told = get_current_vllm_config().additional_config[EXTRA]
+        _end_with(int(os.environ[OWNER]))
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
         self.pooler = SketchPooler(self.compute_logits, chunk_rows=told["chunk_rows"], vocab_size=told["vocab_size"])
 
     return type(PREFIX + architecture, (base,), {**own, "__init__": build})
+
+
+def _end_with(owner: int) -> None:
+    """End this process of vLLM's once the one that opened the engine is gone: it would wait for orders for ever."""
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(owner).wait()
+        os._exit(1)
+
+    if owner != os.getpid():
+        threading.Thread(target=watch, name="softshard-owner-watch", daemon=True).start()
 
 
 def _leave_class_alone(model: Any) -> None:
@@ -176,9 +196,10 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
         return PoolingParamsUpdate(requires_token_ids=True)
 
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor | None]:
-        """For each request of a batch, its chain of records; None where its prompt has not ended.
+        """For each request of a batch, its chain of records, or None where its prompt goes on in another batch.
 
-        vLLM's memory profile comes without requests of ours: it is answered by a rehearsal at full chunk size.
+        A request with no sketch settings is the bare forward pass: logits of every row, and an empty chain. vLLM's
+        memory profile comes without requests of ours: it is answered by a rehearsal at full chunk size.
         """
         params = pooling_metadata.pooling_params
         if any(EXTRA not in (param.extra_kwargs or {}) for param in params):
@@ -195,9 +216,10 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
             if start == 0:
                 records.clear()  # A request that was preempted starts again.
             records.extend(self._sketch(rows, ids, start=start, request=_Request(**param.extra_kwargs[EXTRA])))
-            done = end == len(ids) and records
-            outputs.append(torch.cat(records) if done else None)
-            if done:
+            if end < len(ids):
+                outputs.append(None)
+            else:
+                outputs.append(torch.cat(records) if records else torch.zeros(0, dtype=torch.int32))
                 state.clean()
         return outputs
 
