@@ -46,7 +46,7 @@ test-s3: $(LOCALSTACK_INSTALLED) ## the tests of buckets, against a server that 
 test-slow: kill-test ## what takes longer than the tests may: the kill test in full
 
 kill-test: setup ## ends runs by SIGKILL 200 times; the last line counts what was lost or differs
-	@$(BIN)/python tests/slow/kills.py
+	@$(BIN)/python tests/kills.py
 
 check: setup ## lint, format, types, direction of imports, drift of the published schemas
 	$(BIN)/ruff check $(SOURCES)

@@ -22,14 +22,14 @@ from tiny_decoders import FAMILIES, open_vllm
 from transformers import AutoModelForCausalLM
 
 from softshard.cli import main
+from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import EngineFailed, ModelInvalid
 from softshard.jobfile import load_job
 from softshard.models import load_model
 from softshard.run import targets, tasks
-from softshard.run.targets import StyleTeacher, ensure_corpora, plan_parts
+from softshard.run.targets import StyleTeacher, plan_run
 from softshard.run.workspace import open_workspace
 from softshard.teacher import engines
-from softshard.telemetry import SilentReporter
 
 PATIENCE = 400.0
 """Seconds; a busy machine takes a minute to open one engine in a process of its own."""
@@ -259,12 +259,14 @@ def test_memory_that_runs_out_in_any_engine_may_be_there_for_the_next(tiny_job, 
     job = load_job(tiny_job(tmp_path, teacher={"folds": 0}))
     assert main(["corpus", str(tmp_path / "job.yaml"), "--quiet"]) == 0
     workspace = open_workspace(job)
-    corpora = ensure_corpora(workspace, SilentReporter(), compute=False)
-    task = plan_parts(workspace, corpora.style, StyleTeacher(adapters=()))[0]
+    corpus = read_corpus_manifest(workspace.corpus)
+    scoring = plan_run(workspace, corpus, StyleTeacher(adapters=()))
+    part = corpus.slices[0]
+    task = tasks.ScoreTask(index=0, part_id=scoring.plan(0, part).part_id, slice=part)
     engine = Exhausted(ask)
     monkeypatch.setattr(engines, "open_teacher", lambda *_, **__: engine)
     with pytest.raises(EngineFailed, match="the transformers engine failed: memory ran out"):
-        tasks.score_part(task)
+        tasks.score_part(task, run=scoring)
     assert engine.closed
     assert committed(tmp_path / "job.yaml") == {}
 

@@ -5,7 +5,7 @@ however many kills that takes. What is killed: workers and the client right befo
 output (see `saboteur/sitecustomize.py`), both at random moments, and the scheduler of a cluster by address. Out: how
 many processes were killed, which files are missing or differ afterwards, and how often slices were scored.
 
-`python tests/slow/kills.py` does it in full and ends with a line of these numbers.
+`make kill-test` does it in full and ends with a line of these numbers.
 """
 
 from __future__ import annotations
@@ -293,7 +293,6 @@ def _cluster(ground: Ground, address: str) -> Iterator[psutil.Popen]:
 
 def _write_job(folder: Path) -> Path:
     """A job on a tiny model, with nothing but what the first three stages need."""
-    sys.path.append(str(Path(__file__).parents[1]))
     from conftest import save_tiny_model, write_documents
 
     source = {"name": "tales", "style": "literary", "license": "CC0-1.0", "rights_basis": "owned"}
