@@ -142,7 +142,7 @@ def committed(job):
 
 
 def test_a_killed_engine_costs_no_part_until_all_attempts_are_used_up(tiny_job, tmp_path, start, capsys):
-    options = {"own_process": True, "kv_cache_gib": 0.25, "max_num_seqs": 1, "max_num_batched_tokens": 4}
+    options = {"own_process": True, "kv_cache_gib": 0.25, "max_num_seqs": 1, "max_num_batched_tokens": 1}
     job = tiny_job(
         tmp_path,
         corpus={"sequences_per_part": 64},
@@ -154,8 +154,8 @@ def test_a_killed_engine_costs_no_part_until_all_attempts_are_used_up(tiny_job, 
 
     run = start(job)
     # The first part is committed, and the engine dies with the second in hand.
+    engine = run.until(run.engine)
     run.until(run.receipts)
-    engine = run.engine()
     run.kill_in_the_middle_of_a_part(engine)
     first = committed(job)
     assert len(run.receipts()) == 1
@@ -163,8 +163,8 @@ def test_a_killed_engine_costs_no_part_until_all_attempts_are_used_up(tiny_job, 
     second = run.until(lambda: run.engine(after={engine.pid}))
     second.kill()
     # The next one scores the second part again, and dies with the third in hand.
+    third = run.until(lambda: run.engine(after={engine.pid, second.pid}))
     run.until(lambda: len(run.receipts()) == 2)
-    third = run.engine(after={engine.pid, second.pid})
     run.kill_in_the_middle_of_a_part(third)
     assert run.wait() == 3
     (line,) = run.said
