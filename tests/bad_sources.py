@@ -314,12 +314,11 @@ def _(place):
 def _(place):
     """weights cut short
     the last 1,000 bytes of model.safetensors are removed
-    OUT/targets: … task(s) were set aside, no manifest was written: part-…: ModelInvalid: IN/model: cannot be loaded: …
+    IN/model: model.safetensors is cut off or no safetensors file (…); fetch the model again
     """
     folder = model_of(place)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    place.change_job(cluster={"scheduler": place.scheduler})
 
 
 def mounted(place, target, *options):
