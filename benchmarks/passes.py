@@ -36,7 +36,7 @@ from softshard.target.fidelity import FidelitySums
 from softshard.target.join import split_rows
 from softshard.target.types import SequenceTargets, TokenSequence
 from softshard.teacher.engines import identity_of, open_teacher
-from softshard.teacher.protocol import TeacherIdentity
+from softshard.teacher.protocol import Teacher, TeacherIdentity
 
 __all__ = ["CONTEXT_TOKENS", "SKETCH", "EngineName", "Pass", "PassProcess", "Setup", "started"]
 
@@ -180,6 +180,14 @@ def _commit(
     commit_part(store, *build_part(plan, list(zip(setup.sequences, targets, strict=True)), sums))
 
 
+def _ways_of(teacher: Teacher, setup: Setup, bare: Way) -> dict[str, Way]:
+    def capture(store: LocalStore) -> None:
+        targets, sums = teacher.score(setup.sequences, sketch=SKETCH, seed=_SEED)
+        _commit(store, setup, SKETCH, targets, sums, teacher.identity)
+
+    return {"bare": bare, "capture": capture, "close": lambda _: teacher.close()}
+
+
 def _transformers(setup: Setup) -> dict[str, Way]:
     identity = _identity(setup, "transformers")
     teacher = open_teacher(setup.model, adapters=(), identity=identity, device="cpu", vocab_size=setup.vocab_size)
@@ -193,11 +201,7 @@ def _transformers(setup: Setup) -> dict[str, Way]:
             for rows in torch.split(states, _ROWS_OF_LOGITS):
                 decoder.logits(rows)
 
-    def capture(store: LocalStore) -> None:
-        targets, sums = teacher.score(setup.sequences, sketch=SKETCH, seed=_SEED)
-        _commit(store, setup, SKETCH, targets, sums, identity)
-
-    return {"bare": bare, "capture": capture, "close": lambda _: teacher.close()}
+    return _ways_of(teacher, setup, bare)
 
 
 def _vllm(setup: Setup) -> dict[str, Way]:
@@ -207,11 +211,7 @@ def _vllm(setup: Setup) -> dict[str, Way]:
     def bare(_: LocalStore) -> None:
         teacher.score_each(setup.sequences, sketches=(), seed=_SEED)
 
-    def capture(store: LocalStore) -> None:
-        targets, sums = teacher.score(setup.sequences, sketch=SKETCH, seed=_SEED)
-        _commit(store, setup, SKETCH, targets, sums, identity)
-
-    return {"bare": bare, "capture": capture, "close": lambda _: teacher.close()}
+    return _ways_of(teacher, setup, bare)
 
 
 def _vllm_text(setup: Setup) -> dict[str, Way]:

@@ -72,6 +72,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter that changes the tiny model a little."""
+    from softshard.config import LoraSettings
+    from softshard.models import load_model
+    from softshard.train.lora import attach_lora, save_adapter
+
+    folder = tmp_path_factory.mktemp("teacher") / "fold-0"
+    folder.mkdir()
+    model = attach_lora(load_model(tiny_model, dtype=torch.float32, device="cpu"), LoraSettings(rank=4), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    for name, content in save_adapter(model).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Twelve short texts by a person."""

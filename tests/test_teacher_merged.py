@@ -5,30 +5,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from softshard.config import LoraSettings
 from softshard.errors import AdapterNotInForce, PartCorrupt
 from softshard.models import load_model
 from softshard.teacher.merged import check_canary, merged_model
-from softshard.train.lora import attach_lora, load_adapter, save_adapter
+from softshard.train.lora import load_adapter
 
 VOCAB = 300
 IDENTITY = {"weights": "w", "adapters": ["a"], "dtype": "float32", "transformers": "5", "torch": "2"}
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model, tmp_path_factory):
-    """A folder with an adapter that changes the model a little."""
-    folder = tmp_path_factory.mktemp("teacher") / "fold-0"
-    folder.mkdir()
-    model = attach_lora(load_model(tiny_model, dtype=torch.float32, device="cpu"), LoraSettings(rank=4), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    for name, content in save_adapter(model).items():
-        (folder / name).write_bytes(content)
-    return folder
 
 
 @pytest.fixture(scope="module")

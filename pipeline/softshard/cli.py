@@ -112,6 +112,21 @@ def _parser() -> argparse.ArgumentParser:
         "--every", type=_positive, default=5.0, metavar="SECONDS", help="with --watch: how often to look (5)"
     )
 
+    _add_integrity(commands)
+
+    show = _command(commands, "show", "show one stored sequence, position by position", _show)
+    _add_out(show)
+    show.add_argument("--sequence", required=True, metavar="ID", help="id of the sequence, or its beginning")
+
+    schema = _command(commands, "schema", "print, write or check the published schemas", _schema)
+    schema.add_argument("name", nargs="?", help="job, manifest, report, part or reference; without it, a list")
+    schema.add_argument("--write", metavar="DIR", help="write all schemas into a folder")
+    schema.add_argument("--check", metavar="DIR", nargs="?", const="schemas", help="compare with a folder (schemas)")
+    return parser
+
+
+def _add_integrity(commands: Any) -> None:
+    """The commands that look for damage and leftovers, and mend."""
     verify = _command(commands, "verify", "read corpus, adapters and parts again and check them", _verify)
     _add_out(verify)
     _add_quiet(verify)
@@ -132,16 +147,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_out(garbage)
     garbage.add_argument("--yes", action="store_true", help="remove what is listed")
     garbage.add_argument("--older", action="store_true", help="older manifests too, and what they alone name")
-
-    show = _command(commands, "show", "show one stored sequence, position by position", _show)
-    _add_out(show)
-    show.add_argument("--sequence", required=True, metavar="ID", help="id of the sequence, or its beginning")
-
-    schema = _command(commands, "schema", "print, write or check the published schemas", _schema)
-    schema.add_argument("name", nargs="?", help="job, manifest, report, part or reference; without it, a list")
-    schema.add_argument("--write", metavar="DIR", help="write all schemas into a folder")
-    schema.add_argument("--check", metavar="DIR", nargs="?", const="schemas", help="compare with a folder (schemas)")
-    return parser
 
 
 def _command(

@@ -6,30 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from tiny_decoders import VOCAB, dense, direct_logprobs, open_vllm, some_sequences
 from transformers import AutoModelForCausalLM
 
-from softshard.config import FullSketch, LoraSettings, TeacherSettings
+from softshard.config import FullSketch, TeacherSettings
 from softshard.errors import AdapterNotInForce
-from softshard.models import load_model
 from softshard.teacher.engines import identity_of, open_teacher
-from softshard.train.lora import attach_lora, save_adapter
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher") / "fold-0"
-    folder.mkdir()
-    model = attach_lora(load_model(tiny_model, dtype=torch.float32, device="cpu"), LoraSettings(rank=4), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    for name, content in save_adapter(model).items():
-        (folder / name).write_bytes(content)
-    return folder
 
 
 def test_an_adapter_is_in_force_and_agrees_with_the_transformers_engine(tiny_model, adapter):
