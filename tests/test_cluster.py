@@ -15,7 +15,7 @@ from distributed import LocalCluster, get_worker
 from pydantic import ValidationError
 
 from softshard.config import ClusterSettings
-from softshard.errors import DataInvalid, StorageFull, TryAgain
+from softshard.errors import DataInvalid, PartsFailed, StorageFull, TryAgain
 from softshard.jobfile import load_job
 from softshard.run import cluster as cluster_module
 from softshard.run.attempt import pause_seconds
@@ -161,6 +161,28 @@ def test_tasks_are_taken_as_there_is_room_for_them(cluster, tmp_path):
     cluster.run(task, orders(), name=lambda order: f"streamed-{order[0]}", on_result=on_result)
     assert finished == 300
     assert max(ahead) <= 2 * 2 * 16
+
+
+def test_results_come_in_the_order_of_the_tasks_and_few_are_taken_ahead(cluster, tmp_path):
+    """The first one takes a second, in which the others could all be done."""
+    taken = []
+
+    def orders():
+        for index in range(300):
+            taken.append(index)
+            yield ("sleeps" if index == 0 else f"task {index}", str(tmp_path / f"{index}"))
+
+    results = cluster.in_order(task, orders(), name="ordered", out="here")
+    assert next(results) == "SLEEPS"
+    assert len(taken) <= 32 + 2 * 2 * 16
+    assert list(results) == [f"TASK {index}" for index in range(1, 300)]
+
+
+def test_an_ordered_stream_ends_with_the_first_task_that_is_set_aside(cluster, tmp_path):
+    orders = [(what, str(tmp_path / str(index))) for index, what in enumerate(["fine", "bad data", "fine"] * 5)]
+    results = cluster.in_order(task, orders, name=tmp_path.name, out="the corpus")
+    with pytest.raises(PartsFailed, match=r"the corpus: .*-1: DataInvalid: this cannot be right"):
+        list(results)
 
 
 def test_pauses_double_differ_and_end_at_a_minute():

@@ -259,6 +259,11 @@ class ClusterSettings(Settings):
     grace_seconds: float = Field(default=20.0, ge=0)
     """How long the parts in hand may take to finish after SIGTERM or Ctrl-C; what takes longer is dropped."""
 
+    @property
+    def most_workers(self) -> int:
+        """Workers that the local cluster has at most."""
+        return self.adaptive.maximum if self.adaptive else self.workers
+
     @model_validator(mode="after")
     def _one_cluster(self) -> ClusterSettings:
         named = [name for name in ("adaptive", "scheduler", "scheduler_file") if getattr(self, name) is not None]

@@ -8,7 +8,8 @@ and was made from the same input is not read again.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +35,14 @@ from softshard.storage import Store
 from softshard.target.types import TokenSequence
 from softshard.telemetry import Reporter, SilentReporter
 
-__all__ = ["build_corpus", "corpus_key", "count_corpus", "current_corpus", "first_sequences"]
+__all__ = ["Encode", "build_corpus", "corpus_key", "count_corpus", "current_corpus", "first_sequences"]
 
 _BATCH_BYTES = 2**20
 _BATCH_DOCUMENTS = 256
 
 TokenisedDocument = tuple[ScreenedDocument, NDArray[np.int32]]
+Encode = Callable[[Iterable[list[str]]], Iterator[list[NDArray[np.int32]]]]
+"""Batches of texts to their ids, in the order of the batches; it may take a bounded number of them ahead."""
 
 
 def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, seed: int) -> str:
@@ -76,12 +79,20 @@ def _complete(store: Store, key: str) -> CorpusManifest | None:
 
 
 def build_corpus(
-    *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, store: Store, reporter: Reporter
+    *,
+    settings: CorpusSettings,
+    tokenizer: Tokenizer,
+    folds: int,
+    seed: int,
+    store: Store,
+    reporter: Reporter,
+    encode: Encode | None = None,
 ) -> CorpusManifest:
     """Write the corpus below `store`, or give the one that is there if it was made from the same input.
 
     Args:
         folds: K; train documents are dealt into K folds, 0: none.
+        encode: tokenises the texts as `tokenizer` does; without it, this process does.
 
     Raises:
         SourceUnreadable: a source cannot be listed or read.
@@ -104,7 +115,7 @@ def build_corpus(
     }
     slices = SliceWriter(store, sequences_per_slice=settings.sequences_per_part, metadata=windows)
     documents = DocumentsWriter(store)
-    for document, token_ids in _tokenised(settings, tokenizer, screen, reporter):
+    for document, token_ids in _tokenised(settings, encode or _encoder(tokenizer), screen, reporter):
         num_tokens = num_document_tokens(token_ids, tokenizer=tokenizer)
         num_sequences = tally.add(document, num_tokens=num_tokens)
         documents.add(document, num_tokens=num_tokens, num_sequences=num_sequences)
@@ -131,7 +142,7 @@ def count_corpus(
 ) -> CorpusCount:
     """What `build_corpus` would write, counted on the same path, with nothing written. Raises what it raises."""
     screen, tally = Screen(settings, folds=folds, seed=seed), Tally(settings)
-    for document, token_ids in _tokenised(settings, tokenizer, screen, reporter):
+    for document, token_ids in _tokenised(settings, _encoder(tokenizer), screen, reporter):
         tally.add(document, num_tokens=num_document_tokens(token_ids, tokenizer=tokenizer))
     return tally.checked(screen.counts, folds=folds)
 
@@ -148,7 +159,7 @@ def first_sequences(
     screen = Screen(settings, folds=0, seed=seed)
     sequences: list[TokenSequence] = []
     given = 0
-    for document, token_ids in _tokenised(settings, tokenizer, screen, SilentReporter()):
+    for document, token_ids in _tokenised(settings, _encoder(tokenizer), screen, SilentReporter()):
         for sequence in _windows(document, token_ids, tokenizer, settings):
             sequences.append(sequence)
             given += len(sequence.token_ids)
@@ -178,14 +189,24 @@ def _rights(settings: CorpusSettings) -> tuple[SourceRights, ...]:
     )
 
 
+def _encoder(tokenizer: Tokenizer) -> Encode:
+    return lambda batches: (encode_texts(texts, tokenizer=tokenizer) for texts in batches)
+
+
 def _tokenised(
-    settings: CorpusSettings, tokenizer: Tokenizer, screen: Screen, reporter: Reporter
+    settings: CorpusSettings, encode: Encode, screen: Screen, reporter: Reporter
 ) -> Iterator[TokenisedDocument]:
     """Kept documents with the ids of their text, in the order of the sources; then a line on what was left out."""
-    with reporter.progress("corpus", total=None, unit="documents") as progress:
+    ahead: deque[list[ScreenedDocument]] = deque()
+
+    def texts() -> Iterator[list[str]]:
         for batch in _batches(settings, screen):
-            encoded = encode_texts([document.text for document in batch], tokenizer=tokenizer)
-            for document, token_ids in zip(batch, encoded, strict=True):
+            ahead.append(batch)
+            yield [document.text for document in batch]
+
+    with reporter.progress("corpus", total=None, unit="documents") as progress:
+        for encoded in encode(texts()):
+            for document, token_ids in zip(ahead.popleft(), encoded, strict=True):
                 if len(token_ids):
                     yield document, token_ids
                 else:

@@ -14,11 +14,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from softshard.config import ClusterSettings
-from softshard.errors import JobInvalid, TryAgain
+from softshard.errors import JobInvalid, PartsFailed, TryAgain
 from softshard.run.flight import Execution, Flight, ignore_failure, lost_scheduler
 from softshard.run.worker import TOPIC
 from softshard.telemetry import Reporter, SilentReporter
@@ -27,6 +28,7 @@ __all__ = ["WORKER_ENVIRONMENT", "Cluster", "open_cluster"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+_MOST_OUT_OF_ORDER = 32
 _SECONDS_TO_CONNECT = 20
 _SECONDS_FOR_THE_FILE = 60.0
 _LOGGED_MESSAGES = 100
@@ -37,6 +39,7 @@ _SECONDS_OF_WORK = 0.05
 is to do, so that its own measure, five seconds, would leave a job of short parts with one worker."""
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": 1,
+    "TOKENIZERS_PARALLELISM": "false",
     # Dask has workers give freed memory back at once. A training step frees and takes gigabytes, so with that it
     # spends a third of its time in page faults (measured: 282 tokens a CPU-second against 465 with these).
     "MALLOC_TRIM_THRESHOLD_": 2**32,
@@ -106,6 +109,39 @@ class Cluster:
         flight = Flight(self, function, name=name, on_result=on_result, on_retry=on_retry, on_set_aside=on_set_aside)
         return flight.run(tasks)
 
+    def in_order(
+        self, function: Callable[[Task], Result], tasks: Iterable[Task], *, name: str, out: str
+    ) -> Iterator[Result]:
+        """Results of a function over tasks in the order of the tasks, a bounded number of which are taken ahead.
+
+        Args:
+            function: runs on a worker; see `run`.
+            tasks: are taken as there is room for them.
+            name: of all tasks, to which their number is added.
+            out: what they are for, named in the error.
+
+        Raises:
+            PartsFailed: a task was set aside.
+            Exception: as `run` does.
+        """
+        done: dict[int, Result] = {}
+        flight: Flight[tuple[int, Task], Result] = Flight(
+            self,
+            partial(_second, function),
+            name=lambda numbered: f"{name}-{numbered[0]}",
+            on_result=lambda numbered, result, _: done.update({numbered[0]: result}),
+            on_retry=ignore_failure,
+            on_set_aside=ignore_failure,
+        )
+        wanted = 0
+        for _ in flight.rounds(enumerate(tasks)):
+            while wanted in done:
+                yield done.pop(wanted)
+                wanted += 1
+            if flight.failures:
+                raise PartsFailed(failures=flight.failures, out=out)
+            flight.is_held = len(done) >= _MOST_OUT_OF_ORDER
+
     def addresses(self) -> list[str]:
         """Workers that offer the resource; asks the scheduler. Raises TryAgain when it is lost."""
         if self.client.status != "running":
@@ -115,6 +151,10 @@ class Cluster:
         except OSError as error:
             raise lost_scheduler() from error
         return [address for address, worker in workers.items() if worker.get("resources", {}).get("teacher", 0) >= 1]
+
+
+def _second(function: Callable[[Task], Result], numbered: tuple[int, Task]) -> Result:
+    return function(numbered[1])
 
 
 @contextmanager
@@ -127,7 +167,13 @@ def open_cluster(settings: ClusterSettings, reporter: Reporter | None = None) ->
     """
     import dask
 
-    dask.config.set({"distributed.admin.low-level-log-length": _LOGGED_MESSAGES})
+    dask.config.set(
+        {
+            "distributed.admin.low-level-log-length": _LOGGED_MESSAGES,
+            # Batches of texts are the largest tasks: some megabytes in one message, which is no mistake.
+            "distributed.admin.large-graph-warning-threshold": "1 GiB",
+        }
+    )
     with ExitStack() as stack:
         if settings.scheduler is None and settings.scheduler_file is None:
             client = stack.enter_context(_local(settings))

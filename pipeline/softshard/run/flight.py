@@ -92,7 +92,8 @@ class Flight(Generic[Task, Result]):
         self._flying: dict[str, Attempt[Task]] = {}
         self._pausing: list[tuple[float, int, Attempt[Task]]] = []
         self._landed: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._failures: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
+        self.is_held = False
         self._signal: str | None = None
         self._finished = self._dropped = 0
         self._mean_seconds = math.inf
@@ -102,21 +103,26 @@ class Flight(Generic[Task, Result]):
 
     def run(self, tasks: Iterable[Task]) -> dict[str, str]:
         """Run the function over all tasks; names and reasons of those that were set aside. Raises as Cluster.run."""
+        for _ in self.rounds(tasks):
+            pass
+        return self.failures
+
+    def rounds(self, tasks: Iterable[Task]) -> Iterator[None]:
+        """The same, a step after each round of results that were handed on. No more is taken while `is_held`."""
         waiting = iter(tasks)
         landed: list[str] = []
         try:
             with first_signal_to(self._hear_signal):
                 # Workers get their next tasks at once; the results of the last ones are fetched together.
                 while self._take_off(waiting, num_landed=len(landed)):
-                    if self._signal is not None:
-                        self._settle(landed)
-                        self._drain(self._signal)
                     self._settle(landed)
+                    if self._signal is not None:
+                        self._drain(self._signal)
+                    yield
                     landed = self._next_landed()
         finally:
             for attempt in self._flying.values():
                 attempt.future.release()
-        return self._failures
 
     def _hear_signal(self, name: str) -> None:
         self._signal = name
@@ -127,13 +133,15 @@ class Flight(Generic[Task, Result]):
 
         `num_landed` of those in flight are done and have only to be settled.
         """
+        if self._signal is not None:
+            return True
         room, now = self._room(), time.monotonic()
         starting: list[Attempt[Task]] = []
         while self._pausing and self._pausing[0][0] <= now:
             starting.append(heapq.heappop(self._pausing)[2])
         # Tasks that pause take no room, or a worker would pause with them; but no more than that many may, or an
         # outage would take in the whole stream.
-        if len(self._pausing) < room:
+        if len(self._pausing) < room and not self.is_held:
             fresh = itertools.islice(waiting, max(0, room + num_landed - len(self._flying) - len(starting)))
             starting += [Attempt(task=task, name=self._name(task)) for task in fresh]
         self._send([attempt for attempt in starting if not attempt.avoid])
@@ -259,7 +267,7 @@ class Flight(Generic[Task, Result]):
         what = f"its worker {worker} was lost" if worker else f"{error}"
         reason = f"{type(error).__name__}: {what} (attempt {attempt.number})"
         if remedy == "aside" or attempt.number >= self._settings.max_attempts:
-            self._failures[attempt.name] = reason
+            self.failures[attempt.name] = reason
             self._on_set_aside(attempt.task, attempt.number, reason)
             return
         self._on_retry(attempt.task, attempt.number, reason)
@@ -277,8 +285,7 @@ class Flight(Generic[Task, Result]):
         grace = self._settings.grace_seconds
         deadline = time.monotonic() + grace
         begun = self._begun()
-        for key in set(self._flying) - begun:
-            self._client.cancel([self._flying.pop(key).future])
+        self._client.cancel([self._flying.pop(key).future for key in set(self._flying) - begun])
         if self._flying:
             left = f"{len(self._flying)} task(s) in hand may take {grace:g} s to finish"
             self._workers.say(f"{name}: {left}; a second signal ends the run at once")

@@ -72,7 +72,7 @@ def _run_stages(workspace: Workspace, reporter: Reporter, stages: Collection[str
 
     with lazy_cluster(workspace, reporter) as cluster:
         with stage("corpus") as compute:
-            corpora = ensure_corpora(workspace, reporter, compute=compute)
+            corpora = ensure_corpora(workspace, reporter, cluster, compute=compute)
         if last >= STAGES.index("teacher"):
             with stage("teacher") as compute:
                 teacher = ensure_teacher(workspace, corpora.style, reporter, cluster, compute=compute)

@@ -124,7 +124,7 @@ def make_plan(
         bytes=found.target.num_bytes,
         tokens_per_second=speed,
         speed_is="measured" if tokens_per_second is None else "given",
-        workers=job.cluster.workers,
+        workers=job.cluster.most_workers,
         scoring_hours=hours.scoring,
         training_hours=hours.training,
         wall_hours=hours.wall,
@@ -148,7 +148,7 @@ class _Hours:
 
 
 def _teacher_hours(job: Job, *, train_tokens: int, test_tokens: int, speed: float) -> _Hours:
-    folds, workers = job.teacher.folds, job.cluster.workers
+    folds, workers = job.teacher.folds, job.cluster.most_workers
     scored = train_tokens + test_tokens * max(1, folds)
     trained = train_tokens * max(0, folds - 1) * job.teacher.optimizer.epochs
     scoring = scored / speed / 3600

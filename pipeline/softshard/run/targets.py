@@ -18,6 +18,7 @@ from softshard.errors import ManifestMissing, PartsFailed
 from softshard.models import check_context, check_vocabulary, output_size
 from softshard.run.choice import ensure_resolved
 from softshard.run.cluster import Cluster, open_cluster
+from softshard.run.encoding import encode_on, is_worth_a_cluster
 from softshard.run.parts import committed, find_missing, score_parts
 from softshard.run.tasks import FoldTask, FoldTeacher, ScoreRun, train_adapter
 from softshard.run.workspace import Workspace
@@ -75,8 +76,8 @@ def retention_settings(workspace: Workspace) -> CorpusSettings | None:
     return workspace.job.corpus.model_copy(update={"sources": retention.sources})
 
 
-def ensure_corpora(workspace: Workspace, reporter: Reporter, *, compute: bool) -> Corpora:
-    """The corpus and the retention text, tokenised with the teacher's tokenizer."""
+def ensure_corpora(workspace: Workspace, reporter: Reporter, cluster: OpenCluster, *, compute: bool) -> Corpora:
+    """The corpus and the retention text, tokenised with the teacher's tokenizer; a large one on the cluster."""
     job = workspace.job
     check_context(workspace.teacher_model.folder, context_tokens=job.corpus.context_tokens)
 
@@ -87,8 +88,15 @@ def ensure_corpora(workspace: Workspace, reporter: Reporter, *, compute: bool) -
             return manifest
         if not compute:
             raise ManifestMissing(uri=f"{store.uri}/manifest.json", stage="corpus")
+        on_cluster = is_worth_a_cluster(settings, job.cluster)
         return build_corpus(
-            settings=settings, tokenizer=tokenizer, folds=folds, seed=job.seed, store=store, reporter=reporter
+            settings=settings,
+            tokenizer=tokenizer,
+            folds=folds,
+            seed=job.seed,
+            store=store,
+            reporter=reporter,
+            encode=encode_on(cluster, model=workspace.teacher_model.folder, out=store.uri) if on_cluster else None,
         )
 
     style = ensure(job.corpus, workspace.corpus, job.teacher.folds)
