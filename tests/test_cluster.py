@@ -1,5 +1,6 @@
 """Tasks on a real local cluster: what is tried again, what is set aside, what ends the run."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,8 +9,10 @@ import threading
 import time
 import urllib.request
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from distributed import LocalCluster, get_worker
 from pydantic import ValidationError
@@ -400,3 +403,41 @@ def test_running_scheduler_gives_the_bytes_of_a_local_cluster(tiny_job, finished
         run_job(load_job(path), SilentReporter(), stages=("corpus", "teacher", "targets"))
     of = ("corpus", "teacher", "targets")
     assert tree(tmp_path / "out", of=of) == tree(finished, of=of)
+
+
+@contextmanager
+def workers_killed_as_they_come(most):
+    """Kill the first processes that this one starts for a cluster, from a thread."""
+    over, killed = threading.Event(), []
+
+    def watch():
+        while not over.is_set() and len(killed) < most:
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if len(killed) < most and "multiprocessing.spawn" in " ".join(child.cmdline()):
+                        child.kill()
+                        killed.append(child.pid)
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        watcher.join()
+
+
+def test_worker_that_is_killed_while_it_starts_is_started_again():
+    with workers_killed_as_they_come(most=1) as killed, open_cluster(ClusterSettings(workers=2)) as cluster:
+        assert len(killed) == 1
+        assert len(cluster.addresses()) == 2
+
+
+def test_workers_that_never_come_up_are_a_reason_to_try_again_later():
+    with (
+        workers_killed_as_they_come(most=1_000),
+        pytest.raises(TryAgain, match="a worker ended 3 times before it had come up"),
+        open_cluster(ClusterSettings(workers=1)),
+    ):
+        pass

@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 _MOST_OUT_OF_ORDER = 32
 _SECONDS_TO_CONNECT = 20
 _SECONDS_FOR_THE_FILE = 60.0
+_ATTEMPTS_TO_START = 3
 _LOGGED_MESSAGES = 100
 """Each end of each connection keeps its last messages, and with them the tasks in them: by Dask's own measure a
 thousand, which is up to 25 MB a worker on the scheduler."""
@@ -229,7 +230,7 @@ def _address_in(file: str) -> str:
 @contextmanager
 def _local(settings: ClusterSettings) -> Iterator[Any]:
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     dask.config.set(
         {
@@ -241,20 +242,36 @@ def _local(settings: ClusterSettings) -> Iterator[Any]:
     bounds = settings.adaptive
     with (
         tempfile.TemporaryDirectory(prefix="softshard-") as scratch,
-        LocalCluster(
-            n_workers=bounds.minimum if bounds else settings.workers,
-            threads_per_worker=1,
-            processes=True,
-            resources={"teacher": 1},
-            preload=["softshard.run.worker"],
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            memory_limit=0,
-            local_directory=scratch,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
+        _started(bounds.minimum if bounds else settings.workers, scratch) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         if bounds is not None:
             cluster.adapt(minimum=bounds.minimum, maximum=bounds.maximum, target_duration=_SECONDS_OF_WORK)
         yield client
+
+
+def _started(num_workers: int, scratch: str) -> Any:
+    """A local cluster of which all workers have come up; a worker that ends before that has it started anew."""
+    from distributed import LocalCluster
+
+    attempt = 1
+    while True:
+        try:
+            return LocalCluster(
+                n_workers=num_workers,
+                threads_per_worker=1,
+                processes=True,
+                resources={"teacher": 1},
+                preload=["softshard.run.worker"],
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                memory_limit=0,
+                local_directory=scratch,
+                silence_logs=logging.CRITICAL,
+            )
+        except (RuntimeError, OSError, TimeoutError) as error:
+            # What Dask makes of a process that it has started and that is gone, or of one that it cannot start.
+            if attempt == _ATTEMPTS_TO_START:
+                problem = f"a worker ended {attempt} times before it had come up ({error})"
+                raise TryAgain(f"local cluster of {num_workers}: {problem}; see what ends it") from error
+            attempt += 1
