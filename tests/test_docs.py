@@ -108,3 +108,12 @@ def test_schemas_describe_what_a_run_leaves(finished):
         schema = json.loads((ROOT / f"schemas/{name}.schema.json").read_text())
         content = json.loads(file.read_text())
         assert set(schema["required"]) <= set(content) <= set(schema["properties"])
+
+
+def test_every_test_that_the_page_on_reliability_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/reliability.md").read_text()))
+    there = {
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert len(named) > 40
+    assert named - there == set()
