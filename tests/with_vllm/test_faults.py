@@ -184,6 +184,20 @@ def test_a_killed_engine_costs_no_part_until_all_attempts_are_used_up(tiny_job, 
     assert main(["verify", str(tmp_path / "out"), "--deep", "--quiet"]) == 0, capsys.readouterr().err
 
 
+def test_an_engine_whose_worker_is_killed_ends_and_its_part_is_scored_by_the_next(tiny_job, tmp_path, start):
+    options = {"own_process": True, "kv_cache_gib": 0.25, "max_num_seqs": 1, "max_num_batched_tokens": 1}
+    job = tiny_job(tmp_path, teacher={"folds": 0, "engine": "vllm", "vllm": options})
+    assert main(["corpus", str(job), "--quiet"]) == 0
+    run = start(job)
+    engine = run.until(run.engine)
+    run.until(run.receipts)
+    run.worker().kill()
+    engine.wait(timeout=60)
+    assert run.wait() == 0, run.said
+    assert len(run.receipts()) == len(json.loads((tmp_path / "out/corpus/manifest.json").read_text())["slices"])
+    assert run.left_behind() == []
+
+
 @pytest.fixture
 def wide_model(tiny_model, tmp_path):
     """A decoder with wide logits, 1 MiB a position; most of them stand for no token."""
