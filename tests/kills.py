@@ -119,6 +119,7 @@ def run_kills(ground: Ground, *, num_kills: int, seed: int, with_scheduler: bool
         kinds[at % len(kinds)](ground, tally, generator, min(_ORDERS_A_ROUND, num_kills - tally.num_kills))
         _compare(ground, tally, {role: tally.kills[role] - killed[role] for role in killed})
         at += 1
+        print(f"round {at}: {tally.line()}", file=sys.stderr, flush=True)
     return tally
 
 
@@ -172,7 +173,8 @@ def _kill_at_random(ground: Ground, tally: Tally, generator: random.Random, most
             while (code := _ended(client, generator.uniform(0.5, 4) if left else _SECONDS_OF_A_RUN)) is None:
                 victim = generator.choice(["worker", "worker", "client"])
                 left -= _kill(_workers_of(client) if victim == "worker" else [client], victim, tally)
-        _expect(ground, code, 0, -signal.SIGKILL)
+        # Where all workers are killed as they come up, again and again, the run is to be tried again.
+        _expect(ground, code, 0, -signal.SIGKILL, EXIT_TRY_AGAIN)
 
 
 def _kill_schedulers(ground: Ground, tally: Tally, generator: random.Random, most: int) -> None:
