@@ -21,7 +21,13 @@ import numpy as np
 import torch
 
 from softshard.config import ClusterSettings, ThresholdSketch
-from softshard.corpus.manifest import CorpusManifest, CorpusSlice, read_corpus_manifest, write_corpus_manifest
+from softshard.corpus.manifest import (
+    CORPUS_VERSION,
+    CorpusManifest,
+    CorpusSlice,
+    read_corpus_manifest,
+    write_corpus_manifest,
+)
 from softshard.run.cluster import open_cluster
 from softshard.run.parts import committed, find_missing, score_parts
 from softshard.run.tasks import FoldTeacher, ScoreRun, ScoreTask
@@ -50,7 +56,7 @@ def write_corpus(folder: Path, num_parts: int) -> None:
         sha256 = f"{index:064x}"
         slices.append(
             CorpusSlice(
-                path=f"sequences/train-all-{index:05d}-{sha256[:16]}.parquet",
+                path=f"sequences/train-all-{sha256[48:]}.parquet",
                 split="train",
                 fold=-1,
                 sha256=sha256,
@@ -62,7 +68,7 @@ def write_corpus(folder: Path, num_parts: int) -> None:
             )
         )
     manifest = CorpusManifest(
-        schema_version=1,
+        schema_version=CORPUS_VERSION,
         key="0" * 64,
         tokenizer_fingerprint="0" * 64,
         vocab_size=_VOCAB,
@@ -72,6 +78,7 @@ def write_corpus(folder: Path, num_parts: int) -> None:
         seed=0,
         sources=(),
         counts={"kept": num_parts},
+        train_digests=(),
         slices=slices,
         documents=(),
         statistics=(),

@@ -92,7 +92,10 @@ def open_sides(cache: Path, *, num_parts: int) -> Iterator[Sides]:
         corpus = _corpus(folder, model, text)
         run = _run(folder, model, corpus)
         with open_cluster(ClusterSettings(workers=_WORKERS)) as cluster, _bare_processes() as bare:
-            yield Sides(run, corpus.slices[:num_parts], cluster, bare)
+            # Slices of one size, so that half of them is half of the work.
+            full = [part for part in corpus.slices if part.num_sequences == _SEQUENCES_PER_PART]
+            assert len(full) >= num_parts
+            yield Sides(run, full[:num_parts], cluster, bare)
 
 
 def _corpus(folder: Path, model: Path, text: Path) -> CorpusManifest:
@@ -102,7 +105,7 @@ def _corpus(folder: Path, model: Path, text: Path) -> CorpusManifest:
         style="spoken",
         license="CC0-1.0",
         rights_basis="public-domain",
-        max_documents=40,
+        max_documents=80,
     )
     settings = CorpusSettings(
         sources=(source,),

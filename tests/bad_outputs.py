@@ -361,7 +361,7 @@ def _(place):
 def _(place):
     """a slice of the corpus with a flipped bit
     one bit of its middle byte
-    OUT/corpus/sequences/train-0-00000-….parquet: has sha256 …, the corpus manifest names …; …
+    OUT/corpus/sequences/train-0-….parquet: has sha256 …, the corpus manifest names …; …
     """
     flip(place.slice())
 
@@ -370,7 +370,7 @@ def _(place):
 def _(place):
     """a slice that is gone
     its file is deleted
-    OUT/corpus/sequences/train-0-00000-….parquet: is missing; …
+    OUT/corpus/sequences/train-0-….parquet: is missing; …
     """
     place.slice().unlink()
 

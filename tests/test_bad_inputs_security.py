@@ -19,7 +19,7 @@ from softshard.jobfile import load_job
 from softshard.run.workspace import owner_of
 from softshard.shard.manifest import Receipt
 from softshard.storage import LocalStore
-from softshard.teacher.style import AdapterReceipt
+from softshard.teacher.record import AdapterReceipt
 from softshard.train.checkpoint import Checkpoint
 from softshard.train.record import TrainingReceipt
 

@@ -120,7 +120,9 @@ def test_slices_keep_the_order_in_which_the_documents_came(tmp_path, letters, to
         found = pl.concat([pl.read_parquet(tmp_path / "out" / part.path) for part in parts])
         came = order.filter((pl.col("split") == split) & (pl.col("fold") == fold))["document_id"]
         assert found["document_id"].unique(maintain_order=True).to_list() == came.to_list()
-        assert [part.num_sequences for part in parts[:-1]] == [PER_SLICE] * (len(parts) - 1)
+        assert len(parts) > 2
+        assert all(PER_SLICE / 2 <= part.num_sequences <= PER_SLICE for part in parts[:-1])
+        assert 1 <= parts[-1].num_sequences <= PER_SLICE
 
 
 def test_documents_file_has_a_row_a_document_with_its_sizes(tmp_path, letters, tokenizer):
@@ -342,7 +344,7 @@ def test_document_of_one_token_is_one_sequence_with_one_label(tmp_path, tokenize
     row = pl.read_parquet(tmp_path / "out" / part.path).row(0, named=True)
     assert row["token_ids"] == [*tokenizer.encode(["a"])[0], tokenizer.eos_id]
     assert (part.num_sequences, part.num_labels, part.num_bytes_text, row["first_label"]) == (1, 1, 1, 1)
-    assert part.path.startswith("sequences/train-all-00000-")
+    assert part.path.startswith("sequences/train-all-")
 
 
 def test_text_that_the_tokenizer_does_not_see_counts_as_empty(tmp_path, tokenizer):

@@ -104,7 +104,7 @@ def test_slice_says_which_tokenizer_and_windows_made_it(corpus):
     part = manifest.of_split("test")[0]
     metadata = json.loads(pl.read_parquet_metadata(store.local_path(part.path))["softshard-corpus"])
     assert metadata == {
-        "schema_version": 1,
+        "schema_version": 2,
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "vocab_size": manifest.vocab_size,
         "context_tokens": 24,

@@ -94,10 +94,10 @@ def test_demo_job_is_a_job():
 
 
 def test_example_finds_a_part_to_say_what_its_teacher_says(finished):
-    command = [sys.executable, str(ROOT / "examples/compare_part_with_teacher.py"), str(finished), "--sequences", "20"]
+    command = [sys.executable, str(ROOT / "examples/compare_part_with_teacher.py"), str(finished), "--sequences", "12"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("20 sequences")
+    assert result.stdout.startswith("12 sequences")
 
 
 def test_schemas_describe_what_a_run_leaves(finished):

@@ -31,7 +31,7 @@ def litter(out):
         "targets/data/train/part-00009-uncommitted.parquet": b"half a run",
         f"targets/{stopped.path}": b"committed by a run that was stopped",
         f"targets/{receipt_path(stopped.part_id)}": canonical_json(stopped),
-        "corpus/sequences/train-0-00000-earlier.parquet": b"earlier",
+        "corpus/sequences/train-0-earlier.parquet": b"earlier",
         ".tmp/job.yaml.0a": b"cut",
         "targets/.tmp/part.parquet.1b": b"cut off",
         ".quarantine/targets/data/train/part-00000.parquet.2c": b"damaged",

@@ -253,8 +253,8 @@ def here(monkeypatch):
 
 @pytest.fixture
 def job(tiny_job, tmp_path):
-    def write(target, *, documents=3, folds=0):
-        corpus = {"holdout_fraction": 0.2 if documents == 30 else 0}
+    def write(target, *, documents=3, folds=0, sequences_per_part=24):
+        corpus = {"holdout_fraction": 0.2 if documents == 30 else 0, "sequences_per_part": sequences_per_part}
         path = tiny_job(tmp_path, teacher={"folds": folds}, target={"kind": "threshold", **target}, corpus=corpus)
         content = yaml.safe_load(path.read_text())
         content["corpus"]["sources"][0]["max_documents"] = documents
@@ -348,6 +348,59 @@ def test_a_tau_that_was_found_gives_the_bytes_of_one_that_is_given(job, here, tm
     here.functions.clear()
     assert targets_of(job({"tau": f"1/{round(1 / found.target['tau'])}"})) == found
     assert here.functions == []
+
+
+def test_a_corpus_that_has_changed_keeps_its_tau_while_that_keeps_the_budget(job, here, tmp_path, capsys):
+    """Of smaller parts a position takes more bytes, which no longer are what was asked for."""
+    first = targets_of(job({"budget_bytes": 40}, documents=28, sequences_per_part=400))
+    (record,) = (tmp_path / "out/targets/pilot").iterdir()
+    pilot = Pilot.model_validate_json(record.read_text())
+    (row,) = (row for row in pilot.rows if row.sketch == pilot.chosen)
+
+    def bytes_now(manifest):
+        labels = sum(part.num_labels for part in manifest.parts)
+        return row.bytes_of_a_part * len(manifest.parts) / labels + row.bytes_of_a_position
+
+    assert bytes_now(first) == pytest.approx(row.bytes_per_position)
+    path = job({"budget_bytes": 40}, documents=29, sequences_per_part=400)
+    assert main(["corpus", str(path)]) == main(["targets", str(path)]) == 0
+    grown = read_manifest(tmp_path / "out/targets")
+    assert grown.target == first.target
+    assert grown.corpus != first.corpus
+    assert len(here.pilots) == 1
+    said = capsys.readouterr().err
+    tau = f"tau {setting_of(pilot.chosen)} of an earlier corpus kept"
+    assert f"pilot: {tau}, {bytes_now(grown):.1f} bytes a position" in said
+
+    smaller = targets_of(job({"budget_bytes": 40}, documents=29, sequences_per_part=8))
+    assert bytes_now(smaller) > 40
+    assert smaller.target["tau"] > first.target["tau"]
+    assert len(here.pilots) == 2
+    assert targets_of(job({"budget_bytes": 40}, documents=29, sequences_per_part=12)).target == smaller.target
+    assert targets_of(job({"budget_bytes": 40}, documents=28, sequences_per_part=400)).target == first.target
+    assert len(here.pilots) == 2
+
+
+def test_an_angle_keeps_its_tau_whatever_the_parts(job, here):
+    target = {"max_angle_degrees": 45}
+    taus = {
+        targets_of(job(target, documents=documents, sequences_per_part=most)).target["tau"]
+        for documents, most in ((28, 400), (29, 400), (20, 8))
+    }
+    assert len(taus) == len(here.pilots) == 1
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"target": {"budget_bytes": 41}}, {"teacher": {"batch_tokens": 999}}])
+def test_another_teacher_target_or_seed_keeps_no_tau(job, here, change):
+    path = job({"budget_bytes": 40})
+    targets_of(path)
+    content = yaml.safe_load(path.read_text())
+    for name, value in change.items():
+        content[name] = {**content[name], **value} if isinstance(value, dict) else value
+    content["corpus"]["sources"][0]["max_documents"] = 4
+    path.write_text(yaml.safe_dump(content))
+    targets_of(path)
+    assert len(here.pilots) == 2
 
 
 def test_of_two_pilots_at_once_the_first_that_is_kept_counts(job, here, tmp_path, monkeypatch):

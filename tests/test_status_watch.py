@@ -58,6 +58,7 @@ class Output:
             seed=0,
             sources=(),
             counts={},
+            train_digests=(),
             slices=tuple(self.slice(number) for number in range(slices)),
             documents=(),
             statistics=(),

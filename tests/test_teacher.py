@@ -1,8 +1,11 @@
 """The transformers engine against a direct forward pass, position by position."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,13 +14,16 @@ from softshard.config import FullSketch, LoraSettings, OptimizerSettings, Teache
 from softshard.decoder import batches_by_length
 from softshard.errors import LogitsInvalid, ModelInvalid, PartCorrupt
 from softshard.models import load_model, load_tokenizer
-from softshard.storage import LocalStore
+from softshard.storage import LocalStore, sha256_of
 from softshard.target.types import TokenSequence
-from softshard.teacher.style import FoldPlan, find_adapter, train_fold
+from softshard.teacher.documents import TrainedDocuments, decode_documents, encode_documents
+from softshard.teacher.record import adapters_of_fold, find_adapter
+from softshard.teacher.style import FoldPlan, train_fold
 from softshard.teacher.transformers_engine import TransformersTeacher, engine_identity
 from softshard.train.lora import load_adapter
 
 VOCAB = 300
+DOCUMENTS = TrainedDocuments({fold: bytes(range(16 * fold, 16 * fold + 80)) for fold in (0, 1)})
 
 
 def sequences(lengths=(40, 7, 2, 23, 40), *, first_labels=None):
@@ -149,7 +155,9 @@ def folds(tiny_model, tmp_path_factory):
     for fold in range(2):
         plan = FoldPlan(
             fold=fold,
-            slices=(str(fold),),
+            documents=DOCUMENTS.digests((1 - fold,)),
+            context_tokens=96,
+            overlap_tokens=1,
             model="tiny",
             weights="w",
             tokenizer_fingerprint="f",
@@ -161,7 +169,15 @@ def folds(tiny_model, tmp_path_factory):
             num_threads=1,
             seed=fold,
         )
-        train_fold(plan, sequences(), folder=tiny_model, device="cpu", store=store, on_step=lambda step: None)
+        train_fold(
+            plan,
+            sequences(),
+            documents=DOCUMENTS,
+            folder=tiny_model,
+            device="cpu",
+            store=store,
+            on_step=lambda step: None,
+        )
         plans.append(plan)
     return store, plans
 
@@ -194,18 +210,47 @@ def test_the_hold_out_is_scored_by_the_mean_of_all_folds(tiny_model, folds):
 
 def test_a_finished_adapter_is_found_and_a_damaged_one_refused(folds, tmp_path):
     store, plans = folds
-    receipt = find_adapter(store, plans[0])
+    receipt = find_adapter(store, plans[0].folder)
     assert receipt is not None
     assert receipt.num_sequences == 5
-    assert find_adapter(store, replace(plans[0], seed=77)) is None
+    assert find_adapter(store, replace(plans[0], seed=77).folder) is None
     copy = LocalStore(tmp_path)
     for path in store.list(plans[0].folder):
         copy.put_once(path, store.read(path))
-    assert find_adapter(copy, plans[0]) == receipt
+    assert find_adapter(copy, plans[0].folder) == receipt
     weights = copy.local_path(f"{plans[0].folder}/adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(PartCorrupt, match="adapter_model"):
-        find_adapter(copy, plans[0])
+        find_adapter(copy, plans[0].folder)
+
+
+def test_a_receipt_in_another_adapters_folder_is_refused(folds, tmp_path):
+    store, plans = folds
+    copy, other = LocalStore(tmp_path), plans[0].folder.replace("fold-0", "fold-1")
+    for path in store.list(plans[0].folder):
+        copy.put_once(path.replace(plans[0].folder, other), store.read(path))
+    for look in (lambda: find_adapter(copy, other), lambda: adapters_of_fold(copy, 1)):
+        with pytest.raises(PartCorrupt, match=f"its receipt is that of {plans[0].folder}"):
+            look()
+    assert adapters_of_fold(copy, 0) == []
+
+
+def test_the_documents_of_an_adapter_are_read_as_they_were_written(folds):
+    store, plans = folds
+    path = f"{plans[0].folder}/documents.parquet"
+    assert decode_documents(store.read(path), uri=path) == DOCUMENTS
+    assert DOCUMENTS.in_order()[5] == bytes(range(16, 32)).hex()
+    zeros = TrainedDocuments({2: bytes(32)})
+    assert decode_documents(encode_documents(zeros), uri=path) == zeros
+    assert zeros.digests((0, 2)) == (sha256_of(b""), sha256_of(bytes(32)))
+
+
+def test_a_list_of_documents_that_is_something_else_is_refused():
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"fold": [0], "document_id": ["00"]}), sink)
+    for content, problem in ((b"fold,document_id", "is not readable as Parquet"), (sink.getvalue(), "its columns")):
+        with pytest.raises(PartCorrupt, match=problem):
+            decode_documents(content, uri="list")
 
 
 def test_tokenizer_fingerprint_tells_tokenizers_apart(tiny_model, tmp_path):

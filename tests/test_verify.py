@@ -187,7 +187,7 @@ def test_what_no_manifest_names_is_told_apart(out):
     targets.put_once(receipt_path(ids[1]), canonical_json(lost))
     targets.put_once(receipt_path(ids[2]), b"{}")
     targets.put_once(f"manifests/{'0' * 64}.json", b"{}")
-    LocalStore(out / "corpus").put_once("sequences/train-0-00000-earlier.parquet", b"of an earlier corpus")
+    LocalStore(out / "corpus").put_once("sequences/train-0-earlier.parquet", b"of an earlier corpus")
     assert kinds_of(out) == {
         "targets/data/train/part-00000-uncommitted.parquet": "part without a receipt",
         "targets/data/train/part-00000-of-a-stopped-run.parquet": "committed, but in no manifest",
@@ -195,7 +195,7 @@ def test_what_no_manifest_names_is_told_apart(out):
         f"targets/receipts/{ids[1]}.json": "receipt without its part",
         f"targets/receipts/{ids[2]}.json": "damaged receipt",
         f"targets/manifests/{'0' * 64}.json": "damaged manifest",
-        "corpus/sequences/train-0-00000-earlier.parquet": "slice of no corpus",
+        "corpus/sequences/train-0-earlier.parquet": "slice of no corpus",
     }
     assert verified(out).problems == ()
 

@@ -107,7 +107,8 @@ class CorpusSettings(Settings):
     max_document_bytes: int = Field(default=64 * 2**20, ge=1)
     """A longer document is counted, reported and left out; it is never held in memory."""
     sequences_per_part: int = Field(default=256, ge=1)
-    """Sequences of one slice of the corpus, and so of one part."""
+    """Most sequences of one slice of the corpus, and so of one part; a slice ends by what it holds, at half of this or
+    more, so that a change of the corpus moves the cuts beside it alone."""
 
     @model_validator(mode="after")
     def _consistent(self) -> CorpusSettings:
@@ -216,6 +217,9 @@ class TeacherSettings(Settings):
     """How the adapters are trained."""
     training_dtype: DataType = "auto"
     """Type of the frozen weights while the adapters are trained."""
+    retrain_growth: float = Field(default=0.1, ge=0)
+    """An adapter is kept while all that it was trained on is still in the corpus, outside its fold, and the text there
+    has grown by at most this share; 0: until there is a new document."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherSettings:

@@ -27,7 +27,8 @@ from softshard.errors import EngineFailed, ModelInvalid
 from softshard.jobfile import load_job
 from softshard.models import load_model
 from softshard.run import targets, tasks
-from softshard.run.targets import StyleTeacher, plan_run
+from softshard.run.adapters import StyleTeacher
+from softshard.run.targets import plan_run
 from softshard.run.workspace import open_workspace
 from softshard.teacher import engines
 

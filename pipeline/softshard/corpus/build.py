@@ -105,7 +105,7 @@ def build_corpus(
     there = _complete(store, key)
     if there is not None:
         return there
-    screen, tally = Screen(settings, folds=folds, seed=seed), Tally(settings)
+    screen, tally = Screen(settings, folds=folds, seed=seed), Tally(settings, tokenizer=tokenizer)
     windows: dict[str, str | int] = {
         "schema_version": CORPUS_VERSION,
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -129,6 +129,7 @@ def build_corpus(
         seed=seed,
         sources=_rights(settings),
         counts=screen.counts,
+        train_digests=documents.train_digests(folds=folds),
         slices=slices.finish(),
         documents=files,
         statistics=corpus_statistics(store, files),
@@ -141,7 +142,7 @@ def count_corpus(
     *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, reporter: Reporter
 ) -> CorpusCount:
     """What `build_corpus` would write, counted on the same path, with nothing written. Raises what it raises."""
-    screen, tally = Screen(settings, folds=folds, seed=seed), Tally(settings)
+    screen, tally = Screen(settings, folds=folds, seed=seed), Tally(settings, tokenizer=tokenizer)
     for document, token_ids in _tokenised(settings, _encoder(tokenizer), screen, reporter):
         tally.add(document, num_tokens=num_document_tokens(token_ids, tokenizer=tokenizer))
     return tally.checked(screen.counts, folds=folds)

@@ -5,7 +5,9 @@ A file holds a bounded number of rows, and no more than one file's rows are held
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +16,13 @@ import pyarrow.parquet as pq
 
 from softshard.corpus.manifest import CorpusStatistics, DocumentsFile
 from softshard.corpus.screen import ScreenedDocument
+from softshard.errors import PartCorrupt
 from softshard.storage import Store, sha256_of
 
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["DOCUMENTS_SCHEMA", "DocumentsWriter", "corpus_statistics"]
+__all__ = ["DOCUMENTS_SCHEMA", "DocumentsWriter", "corpus_statistics", "train_documents_outside"]
 
 _ROWS_PER_FILE = 2**15
 
@@ -50,6 +53,7 @@ class DocumentsWriter:
         self._store = store
         self._rows: list[dict[str, Any]] = []
         self._files: list[DocumentsFile] = []
+        self._train_ids = defaultdict[int, "hashlib._Hash"](hashlib.sha256)
 
     def add(self, document: ScreenedDocument, *, num_tokens: int, num_sequences: int) -> None:
         """Take a document of num_tokens tokens, opening and closing ones counted. Raises StorageFull, PartConflict."""
@@ -69,8 +73,14 @@ class DocumentsWriter:
                 "labels": num_tokens - 1,
             }
         )
+        if document.split == "train":
+            self._train_ids[document.fold].update(bytes.fromhex(document.document_id))
         if len(self._rows) == _ROWS_PER_FILE:
             self._write()
+
+    def train_digests(self, *, folds: int) -> tuple[str, ...]:
+        """Of each fold: SHA-256 of the ids of its train documents so far, 16 bytes each, in their order."""
+        return tuple(self._train_ids[fold].hexdigest() for fold in range(folds))
 
     def finish(self) -> tuple[DocumentsFile, ...]:
         """Write what waits. All files, in order."""
@@ -87,6 +97,33 @@ class DocumentsWriter:
         self._store.put_once(path, sink.getvalue())
         self._files.append(DocumentsFile(path=path, sha256=digest, num_documents=len(self._rows)))
         self._rows = []
+
+
+def train_documents_outside(store: Store, files: Sequence[DocumentsFile], *, fold: int) -> pl.Series:
+    """Ids, 16 bytes each, of the train documents that are not of a fold.
+
+    Raises:
+        PartCorrupt: a list of documents is missing or is not the one that the manifest names.
+    """
+    import polars as pl
+
+    found = [pl.Series("document_id", [], dtype=pl.Binary)]
+    for file in files:
+        rows = pl.read_parquet(io.BytesIO(_checked(store, file)), columns=["document_id", "split", "fold"])
+        outside = rows.filter((pl.col("split") == "train") & (pl.col("fold") != fold))
+        found.append(outside["document_id"].str.decode("hex"))
+    return pl.concat(found)
+
+
+def _checked(store: Store, file: DocumentsFile) -> bytes:
+    uri = f"{store.uri}/{file.path}"
+    try:
+        content = store.read(file.path)
+    except FileNotFoundError as error:
+        raise PartCorrupt(uri=uri, problem="this list of the corpus's documents is missing") from error
+    if sha256_of(content) != file.sha256:
+        raise PartCorrupt(uri=uri, problem="is not the list of documents that the corpus manifest names")
+    return content
 
 
 def corpus_statistics(store: Store, files: Sequence[DocumentsFile]) -> tuple[CorpusStatistics, ...]:

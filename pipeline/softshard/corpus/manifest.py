@@ -27,7 +27,7 @@ __all__ = [
     "write_corpus_manifest",
 ]
 
-CORPUS_VERSION = 1
+CORPUS_VERSION = 2
 _PATH = "manifest.json"
 
 
@@ -95,6 +95,8 @@ class CorpusManifest(_Record):
     sources: tuple[SourceRights, ...]
     counts: dict[str, int]
     """Documents by outcome of the screening: kept, empty, undecodable, oversize, malformed, duplicate."""
+    train_digests: tuple[str, ...]
+    """By fold: SHA-256 of the ids of its train documents, 16 bytes each, in their order; empty without folds."""
     slices: Spool[CorpusSlice]
     """The train split by fold, then the test split; within a fold in the order in which the documents came."""
     documents: tuple[DocumentsFile, ...]

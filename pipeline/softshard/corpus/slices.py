@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from softshard.corpus.cut import SliceCut
 from softshard.corpus.manifest import CORPUS_VERSION, CorpusSlice
 from softshard.corpus.screen import ScreenedDocument, Split
 from softshard.errors import PartCorrupt
@@ -69,62 +70,60 @@ def decode_slice(content: bytes, *, uri: str) -> list[TokenSequence]:
 
 
 @dataclass(slots=True)
-class _OpenSlice:
-    """What waits to be written, and how many slices of its split and fold were."""
+class _Waiting:
+    """What waits to be written of a split and fold."""
 
-    num_written: int = 0
-    num_documents: int = 0
-    num_bytes_text: int = 0
+    cut: SliceCut
     sequences: list[TokenSequence] = field(default_factory=list)
+    num_bytes_text: list[int] = field(default_factory=list)
+    """For each sequence: bytes of the document that starts with it, else 0."""
 
 
 class SliceWriter:
-    """Deals sequences into slices by split and fold, and writes each slice when it is full.
+    """Deals sequences into slices by split and fold, cuts them where `SliceCut` says, and writes them.
 
-    One slice of each split and fold is held at most.
+    Of each split and fold, the sequences of one slice are held at most.
     """
 
     def __init__(self, store: Store, *, sequences_per_slice: int, metadata: dict[str, str | int]) -> None:
-        self._store, self._limit, self._metadata = store, sequences_per_slice, metadata
-        self._open: dict[tuple[Split, int], _OpenSlice] = {}
+        self._store, self._most, self._metadata = store, sequences_per_slice, metadata
+        self._waiting: dict[tuple[Split, int], _Waiting] = {}
         self._written: dict[tuple[bool, int], Spool[CorpusSlice]] = {}
 
     def add(self, document: ScreenedDocument, sequences: Iterable[TokenSequence]) -> None:
         """Take the sequences of a document, which may end in another slice. Raises StorageFull, PartConflict."""
         place = (document.split, document.fold)
+        waiting = self._waiting.setdefault(place, _Waiting(cut=SliceCut(most=self._most)))
         for sequence in sequences:
-            waiting = self._open.setdefault(place, _OpenSlice())
             waiting.sequences.append(sequence)
-            if sequence.start == 0:
-                waiting.num_documents += 1
-                waiting.num_bytes_text += document.num_bytes
-            if len(waiting.sequences) == self._limit:
-                self._write(place)
+            waiting.num_bytes_text.append(0 if sequence.start else document.num_bytes)
+            if length := waiting.cut.add(sequence.sequence_id):
+                self._write(place, length)
 
     def finish(self) -> Spool[CorpusSlice]:
         """Write what waits. All slices: train by fold, then test, each in the order of writing."""
-        for place, waiting in self._open.items():
+        for place, waiting in self._waiting.items():
             if waiting.sequences:
-                self._write(place)
+                self._write(place, len(waiting.sequences))
         in_order = (part for place in sorted(self._written) for part in self._written[place])
         return Spool(CorpusSlice, in_order)
 
-    def _write(self, place: tuple[Split, int]) -> None:
-        (split, fold), waiting = place, self._open[place]
-        content = encode_slice(waiting.sequences, metadata={**self._metadata, "split": split, "fold": fold})
+    def _write(self, place: tuple[Split, int], length: int) -> None:
+        (split, fold), waiting = place, self._waiting[place]
+        sequences, num_bytes_text = waiting.sequences[:length], waiting.num_bytes_text[:length]
+        content = encode_slice(sequences, metadata={**self._metadata, "split": split, "fold": fold})
         digest = sha256_of(content)
-        index = waiting.num_written
         part = CorpusSlice(
-            path=f"sequences/{split}-{'all' if fold < 0 else fold}-{index:05d}-{digest[:16]}.parquet",
+            path=f"sequences/{split}-{'all' if fold < 0 else fold}-{digest[:16]}.parquet",
             split=split,
             fold=fold,
             sha256=digest,
-            num_documents=waiting.num_documents,
-            num_sequences=len(waiting.sequences),
-            num_labels=sum(sequence.num_labels for sequence in waiting.sequences),
-            num_tokens=sum(len(sequence.token_ids) for sequence in waiting.sequences),
-            num_bytes_text=waiting.num_bytes_text,
+            num_documents=sum(sequence.start == 0 for sequence in sequences),
+            num_sequences=length,
+            num_labels=sum(sequence.num_labels for sequence in sequences),
+            num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
+            num_bytes_text=sum(num_bytes_text),
         )
         self._store.put_once(part.path, content)
         self._written.setdefault((split == "test", fold), Spool(CorpusSlice)).append(part)
-        self._open[place] = _OpenSlice(num_written=index + 1)
+        del waiting.sequences[:length], waiting.num_bytes_text[:length]

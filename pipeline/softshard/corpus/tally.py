@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from softshard.config import CorpusSettings
+from softshard.corpus.cut import SliceCut
 from softshard.corpus.screen import ScreenedDocument, Split
-from softshard.corpus.windows import num_windows
+from softshard.corpus.windows import sequence_id_of, window_starts
 from softshard.errors import CorpusEmpty, FoldEmpty
+from softshard.models import Tokenizer
 
 __all__ = ["CorpusCount", "SplitCount", "Tally"]
 
@@ -49,33 +52,49 @@ class CorpusCount(BaseModel):
         return {name: sum(getattr(part, name) for part in chosen) for name in names}
 
 
-class Tally:
-    """Counts documents and their windows as they pass."""
+@dataclass(slots=True)
+class _Counted:
+    """What a split and fold has had so far; `cut` knows what is in no slice yet."""
 
-    def __init__(self, settings: CorpusSettings) -> None:
-        self._settings = settings
-        self._parts: dict[tuple[Split, int], SplitCount] = {}
+    cut: SliceCut
+    num_documents: int = 0
+    num_bytes_text: int = 0
+    num_tokens: int = 0
+    num_labels: int = 0
+    num_sequences: int = 0
+    num_full_slices: int = 0
+
+
+class Tally:
+    """Counts documents, their windows and the slices that these are cut into, as they pass."""
+
+    def __init__(self, settings: CorpusSettings, *, tokenizer: Tokenizer) -> None:
+        self._settings, self._tokenizer = settings, tokenizer
+        self._parts: dict[tuple[Split, int], _Counted] = {}
 
     def add(self, document: ScreenedDocument, *, num_tokens: int) -> int:
         """Count a document of num_tokens tokens, opening and closing ones counted; the number of its windows."""
-        settings = self._settings
-        windows = num_windows(
-            num_tokens, context_tokens=settings.context_tokens, overlap_tokens=settings.overlap_tokens
-        )
+        context, overlap = self._settings.context_tokens, self._settings.overlap_tokens
         place = (document.split, document.fold)
-        part = self._parts.get(place) or SplitCount(split=document.split, fold=document.fold)
-        num_sequences = part.num_sequences + windows
-        self._parts[place] = part.model_copy(
-            update={
-                "num_documents": part.num_documents + 1,
-                "num_bytes_text": part.num_bytes_text + document.num_bytes,
-                "num_tokens": part.num_tokens + num_tokens + (windows - 1) * settings.overlap_tokens,
-                "num_labels": part.num_labels + num_tokens - 1,
-                "num_sequences": num_sequences,
-                "num_slices": -(-num_sequences // settings.sequences_per_part),
-            }
-        )
-        return windows
+        part = self._parts.get(place)
+        if part is None:
+            part = self._parts[place] = _Counted(cut=SliceCut(most=self._settings.sequences_per_part))
+        starts = window_starts(num_tokens, context_tokens=context, overlap_tokens=overlap)
+        for start in starts:
+            sequence_id = sequence_id_of(
+                document.document_id,
+                tokenizer=self._tokenizer,
+                start=start,
+                context_tokens=context,
+                overlap_tokens=overlap,
+            )
+            part.num_full_slices += part.cut.add(sequence_id) > 0
+        part.num_documents += 1
+        part.num_bytes_text += document.num_bytes
+        part.num_tokens += num_tokens + (len(starts) - 1) * overlap
+        part.num_labels += num_tokens - 1
+        part.num_sequences += len(starts)
+        return len(starts)
 
     def checked(self, counts: dict[str, int], *, folds: int) -> CorpusCount:
         """The tally of a corpus that can be trained on.
@@ -87,11 +106,30 @@ class Tally:
         if not self._parts:
             raise CorpusEmpty(counts=counts)
         for split in ("train", "test") if self._settings.holdout_fraction else ("train",):
-            if not any(part.split == split for part in self._parts.values()):
+            if not any(place == split for place, _ in self._parts):
                 raise CorpusEmpty(counts=counts, split=split)
         train = {fold: part.num_documents for (split, fold), part in self._parts.items() if split == "train"}
         if folds and len(train) == 1:
             fold, documents = next(iter(train.items()))
             raise FoldEmpty(fold=fold, folds=folds, documents=documents)
-        splits = sorted(self._parts.values(), key=lambda part: (part.split == "test", part.fold))
+        splits = (_split_count(place, self._parts[place]) for place in sorted(self._parts, key=_order))
         return CorpusCount(counts=counts, splits=tuple(splits))
+
+
+def _order(place: tuple[Split, int]) -> tuple[bool, int]:
+    split, fold = place
+    return split == "test", fold
+
+
+def _split_count(place: tuple[Split, int], part: _Counted) -> SplitCount:
+    split, fold = place
+    return SplitCount(
+        split=split,
+        fold=fold,
+        num_documents=part.num_documents,
+        num_bytes_text=part.num_bytes_text,
+        num_tokens=part.num_tokens,
+        num_labels=part.num_labels,
+        num_sequences=part.num_sequences,
+        num_slices=part.num_full_slices + (part.cut.num_waiting > 0),
+    )

@@ -17,7 +17,7 @@ from softshard.corpus.screen import ScreenedDocument
 from softshard.models import Tokenizer
 from softshard.target.types import TokenSequence
 
-__all__ = ["document_windows", "num_document_tokens", "num_windows", "sequence_id_of"]
+__all__ = ["document_windows", "num_document_tokens", "num_windows", "sequence_id_of", "window_starts"]
 
 
 def num_document_tokens(token_ids: NDArray[Any], *, tokenizer: Tokenizer) -> int:
@@ -39,6 +39,13 @@ def num_windows(num_tokens: int, *, context_tokens: int, overlap_tokens: int) ->
         return 0
     beyond = max(0, num_tokens - context_tokens)
     return 1 + -(-beyond // (context_tokens - overlap_tokens))
+
+
+def window_starts(num_tokens: int, *, context_tokens: int, overlap_tokens: int) -> range:
+    """Where the windows of a document of num_tokens tokens start."""
+    step = context_tokens - overlap_tokens
+    count = num_windows(num_tokens, context_tokens=context_tokens, overlap_tokens=overlap_tokens)
+    return range(0, count * step, step)
 
 
 def sequence_id_of(
@@ -63,8 +70,7 @@ def document_windows(
     in the others. The window that reaches the end of T is the last. A document without a label gives none.
     """
     tokens = _document_tokens(token_ids, tokenizer=tokenizer)
-    count = num_windows(len(tokens), context_tokens=context_tokens, overlap_tokens=overlap_tokens)
-    for start in range(0, count * (context_tokens - overlap_tokens), context_tokens - overlap_tokens):
+    for start in window_starts(len(tokens), context_tokens=context_tokens, overlap_tokens=overlap_tokens):
         yield TokenSequence(
             sequence_id=sequence_id_of(
                 document.document_id,

@@ -1,8 +1,9 @@
 """The tau of a run whose target has a budget: found once, by a pilot on the cluster, and kept.
 
 In: a run as the job has it. Out: the sketch settings of its parts, with a tau. The pilot's table is kept in
-`targets/pilot/`, created exclusively under a digest of corpus, teacher, target and seed, so that every later run, and
-one that runs at the same time, goes by the same tau. A pilot that is stopped leaves nothing.
+`targets/pilot/`, created exclusively under a digest of teacher, target and seed and one of the corpus, so that every
+later run, and one that runs at the same time, goes by the same tau. A corpus that has changed keeps the tau of a pilot
+before it while that keeps the budget, so that its parts keep their names. A pilot that is stopped leaves nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from softshard.corpus.manifest import CorpusManifest, CorpusSlice
 from softshard.corpus.read import read_slice
 from softshard.errors import ManifestMissing, PartCorrupt, PartsFailed
 from softshard.run.cluster import Cluster
-from softshard.run.pilot import NUM_SEQUENCES, Extent, Pilot, chosen_by, run_pilot, setting_of, spread
+from softshard.run.pilot import NUM_SEQUENCES, Extent, Measured, Pilot, chosen_by, run_pilot, setting_of, spread
 from softshard.run.tasks import ScoreRun, load_teacher
 from softshard.shard.commit import PartPlan
 from softshard.shard.manifest import canonical_json
@@ -73,26 +74,61 @@ def ensure_resolved(
     if not isinstance(target, ThresholdSketch) or target.is_resolved:
         return target
     plan = next(run.plan(index, part) for index, part in enumerate(corpus.slices) if part.split == "train")
+    extent = Extent(num_parts=len(corpus.slices), num_labels=sum(part.num_labels for part in corpus.slices))
     path = _path(plan, corpus)
     pilot = _read(store, path)
+    earlier = _earlier(store, plan, target, extent) if pilot is None else None
+    if earlier is not None:
+        reporter.say(_line(earlier, target=target, extent=extent, job=job, kept=True))
+        return chosen_by(earlier, target=target, job=job)
     if pilot is None:
         if not compute:
             raise ManifestMissing(uri=f"{store.uri}/{path}", stage="targets")
         reporter.say("pilot: a few sequences, to find the tau that the target asks for")
-        store.create_exclusive(path, canonical_json(_run_on(cluster(), run, plan, corpus)))
+        store.create_exclusive(path, canonical_json(_run_on(cluster(), run, plan, corpus, extent)))
         pilot = _read(store, path)
         assert pilot is not None
-    sketch = chosen_by(pilot, target=target, job=job)
-    (row,) = (row for row in pilot.rows if row.sketch == sketch)
-    reporter.say(
-        f"pilot: tau {setting_of(sketch)}, {row.bytes_per_position:.1f} bytes a position,"
+    reporter.say(_line(pilot, target=target, extent=extent, job=job, kept=False))
+    return chosen_by(pilot, target=target, job=job)
+
+
+def _line(pilot: Pilot, *, target: SketchSettings, extent: Extent, job: str, kept: bool) -> str:
+    row = _chosen_row(pilot, chosen_by(pilot, target=target, job=job))
+    return (
+        f"pilot: tau {setting_of(row.sketch)}{' of an earlier corpus kept' if kept else ''},"
+        f" {row.bytes_per_position_of(extent):.1f} bytes a position,"
         f" gradient angle {row.gradient_angle_degrees:.1f} degrees on {pilot.num_sequences} sequences"
     )
-    return sketch
+
+
+def _chosen_row(pilot: Pilot, sketch: SketchSettings) -> Measured:
+    (row,) = (row for row in pilot.rows if row.sketch == sketch)
+    return row
+
+
+def _earlier(store: Store, plan: PartPlan, target: ThresholdSketch, extent: Extent) -> Pilot | None:
+    """Of the pilots of other corpora whose tau keeps the budget, one of the largest tau: the last that was found.
+
+    A pilot is made where none before it keeps the budget, and a budget of bytes is then kept by a larger tau. An angle
+    is a matter of teacher and tau, and is taken to be kept.
+    """
+    keeping: list[tuple[float, Pilot]] = []
+    for path in store.list("pilot"):
+        if path.startswith(f"pilot/{_key(plan)}-") and path.endswith(".json"):
+            pilot = _read(store, path)
+            if pilot is not None and isinstance(pilot.chosen, ThresholdSketch):
+                needed = _chosen_row(pilot, pilot.chosen).bytes_per_position_of(extent)
+                if target.budget_bytes is None or needed <= target.budget_bytes:
+                    keeping.append((pilot.chosen.tau, pilot))
+    return max(keeping, key=lambda found: found[0])[1] if keeping else None
+
+
+def _key(plan: PartPlan) -> str:
+    return digest_of([plan.teacher, plan.sketch, plan.seed, NUM_SEQUENCES])[:32]
 
 
 def _path(plan: PartPlan, corpus: CorpusManifest) -> str:
-    return f"pilot/{digest_of([corpus.digest, plan.teacher, plan.sketch, plan.seed, NUM_SEQUENCES])[:32]}.json"
+    return f"pilot/{_key(plan)}-{corpus.digest[:16]}.json"
 
 
 def _read(store: Store, path: str) -> Pilot | None:
@@ -104,16 +140,13 @@ def _read(store: Store, path: str) -> Pilot | None:
         raise PartCorrupt(uri=f"{store.uri}/{path}", problem=f"is not a pilot: {error.errors()[0]['msg']}") from error
 
 
-def _run_on(cluster: Cluster, run: ScoreRun, plan: PartPlan, corpus: CorpusManifest) -> Pilot:
+def _run_on(cluster: Cluster, run: ScoreRun, plan: PartPlan, corpus: CorpusManifest, extent: Extent) -> Pilot:
     slices = [part for part in corpus.slices if (part.split, part.fold) == (plan.split, plan.fold)]
     pilot = PilotTask(
         run=run,
         plan=plan,
         sequences=tuple(_spread_over(open_store(run.corpus), slices)),
-        extent=Extent(
-            num_parts=len(corpus.slices),
-            num_labels=sum(part.num_labels for part in corpus.slices),
-        ),
+        extent=extent,
     )
     done: list[Pilot] = []
     failures = cluster.run(

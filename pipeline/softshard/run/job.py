@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from softshard.config import Job
 from softshard.errors import JobInvalid
 from softshard.evaluate.report import Report
+from softshard.run.adapters import ensure_teacher
 from softshard.run.evaluation import ensure_report
 from softshard.run.lease import Lease, hold_lease
-from softshard.run.targets import ensure_corpora, ensure_targets, ensure_teacher, lazy_cluster
+from softshard.run.targets import ensure_corpora, ensure_targets, lazy_cluster
 from softshard.run.training import ensure_trained
 from softshard.run.workspace import Workspace, claim, open_workspace
 from softshard.shard.manifest import Manifest

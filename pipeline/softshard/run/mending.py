@@ -6,7 +6,7 @@ computed, whatever else a run would do; without one, the run is taken up where i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,10 @@ from pydantic import TypeAdapter
 from softshard.config import SketchSettings, ThresholdSketch
 from softshard.corpus.manifest import CorpusManifest, read_corpus_manifest
 from softshard.errors import NotMendable
+from softshard.run.adapters import OpenCluster, StyleTeacher, ensure_teacher
 from softshard.run.choice import ensure_resolved
-from softshard.run.cluster import Cluster
 from softshard.run.parts import Missing, find_missing, score_parts
-from softshard.run.targets import StyleTeacher, ensure_targets, ensure_teacher, plan_run
+from softshard.run.targets import ensure_targets, plan_run
 from softshard.run.tasks import ScoreRun
 from softshard.run.workspace import Workspace
 from softshard.shard.card import write_card
@@ -36,21 +36,21 @@ from softshard.shard.spool import Spool
 from softshard.shard.verify import Verification
 from softshard.telemetry import Reporter
 
-__all__ = ["mend_targets", "teacher_of"]
-
-OpenCluster = Callable[[], Cluster]
+__all__ = ["corpus_of", "mend_targets"]
 
 
-def teacher_of(workspace: Workspace, reporter: Reporter, cluster: OpenCluster) -> tuple[CorpusManifest, StyleTeacher]:
-    """The corpus, and the style teacher, whose adapters are trained where they are missing.
-
-    Raises:
-        NotMendable: the corpus is not complete.
-    """
+def corpus_of(workspace: Workspace) -> CorpusManifest:
+    """The corpus of an output. Raises NotMendable where it is not complete."""
     corpus = read_corpus_manifest(workspace.corpus)
     if corpus is None:
         problem = "is not complete, so nothing that rests on it can be made again; run `softshard run JOB.yaml`"
         raise NotMendable(uri=workspace.corpus.uri, problem=problem)
+    return corpus
+
+
+def _teacher_of(workspace: Workspace, reporter: Reporter, cluster: OpenCluster) -> tuple[CorpusManifest, StyleTeacher]:
+    """The corpus, and the style teacher, whose adapters are trained where they are missing."""
+    corpus = corpus_of(workspace)
     return corpus, ensure_teacher(workspace, corpus, reporter, cluster, compute=True)
 
 
@@ -90,7 +90,7 @@ def _compute(
 ) -> list[str]:
     """Compute exactly the bad parts. Where one has other bytes than before, a new manifest names them."""
     store = workspace.targets
-    corpus, teacher = teacher_of(workspace, reporter, cluster)
+    corpus, teacher = _teacher_of(workspace, reporter, cluster)
     run = plan_run(workspace, corpus, teacher)
     if isinstance(run.sketch, ThresholdSketch) and not run.sketch.is_resolved:
         run = replace(run, sketch=TypeAdapter(SketchSettings).validate_python(manifest.target))
@@ -187,7 +187,7 @@ def _finish_run(
     damaged = [orphan.path for orphan in found.unnamed if orphan.kind == "damaged manifest"]
     for path in (*(finding.path for finding in found.findings), *map(receipt_path, sorted(bad)), *damaged):
         quarantine.take(f"targets/{path}")
-    corpus, teacher = teacher_of(workspace, reporter, cluster)
+    corpus, teacher = _teacher_of(workspace, reporter, cluster)
     asked = plan_run(workspace, corpus, teacher)
     sketch = ensure_resolved(asked, corpus, reporter, cluster, job=workspace.job.name, compute=True)
     run = replace(asked, sketch=sketch)

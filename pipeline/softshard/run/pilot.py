@@ -44,6 +44,14 @@ _KINDS = ("threshold", "topk", "nucleus", "full")
 Item = TypeVar("Item")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """All parts of a run."""
+
+    num_parts: int
+    num_labels: int
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -62,6 +70,14 @@ class Measured(_Record):
     """Mass of a target that is never stored: the tail of a kind that cuts it off. A sampled tail is all there."""
     num_bytes: int
     """Of all parts of the run."""
+    bytes_of_a_part: float
+    """What a part takes whatever it holds."""
+    bytes_of_a_position: float
+    """What each position takes beside that."""
+
+    def bytes_per_position_of(self, extent: Extent) -> float:
+        """`bytes_per_position` of a run of another extent."""
+        return self.bytes_of_a_part * extent.num_parts / extent.num_labels + self.bytes_of_a_position
 
 
 class Pilot(_Record):
@@ -79,14 +95,6 @@ class Pilot(_Record):
         if self.chosen is not None and self.chosen not in [row.sketch for row in self.rows]:
             raise ValueError("what it chose is not in its table")
         return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
-    """All parts of a run."""
-
-    num_parts: int
-    num_labels: int
 
 
 class _Tally:
@@ -123,6 +131,8 @@ class _Tally:
             gradient_angle_degrees=means.gradient_angle_degrees,
             mean_mass_left_out=self._left_out / labels,
             num_bytes=round(num_bytes),
+            bytes_of_a_part=constant,
+            bytes_of_a_position=growing,
         )
 
 

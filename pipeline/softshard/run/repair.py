@@ -1,9 +1,10 @@
 """An output made whole: what `verify` finds bad is set aside, and exactly that, and what is missing, is made again.
 
 In: an output, the model and, for its corpus, the sources. A receipt that is damaged while its part is not is written
-again from the manifest; a part goes through the task that made it; an adapter of the style teacher is trained, a slice
-is cut from the sources. All else is not touched. The manifest is the same afterwards where parts are computed to the
-same bytes, which the transformers engine does on the same hardware; where they are not, a new one says so.
+again from the manifest; a part goes through the task that made it; an adapter of the style teacher is trained, also one
+that was kept from an earlier corpus, on the documents that its list names; a slice is cut from the sources. All else is
+not touched. The manifest is the same afterwards where parts are computed to the same bytes, which the transformers
+engine does on the same hardware; where they are not, a new one says so.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from softshard.corpus.build import build_corpus
 from softshard.corpus.manifest import CorpusManifest, write_corpus_manifest
 from softshard.corpus.verify import CorpusVerification
 from softshard.errors import NotMendable
+from softshard.run.adapters import OpenCluster, ensure_teacher, train_again
 from softshard.run.lease import hold_lease
-from softshard.run.mending import mend_targets, teacher_of
+from softshard.run.mending import corpus_of, mend_targets
 from softshard.run.targets import lazy_cluster, retention_settings
 from softshard.run.verify import Checked, check_output
 from softshard.run.workspace import Workspace, saved_job
@@ -72,7 +74,7 @@ def repair(out: str, reporter: Reporter, *, deep: bool) -> Repaired:
         left = _set_adapters_aside(checked, quarantine)
         with lazy_cluster(workspace, reporter) as cluster:
             if checked.findings["teacher"]:
-                teacher_of(workspace, reporter, cluster)
+                _train_teacher(workspace, checked, reporter, cluster)
             made += mend_targets(workspace, checked.targets, quarantine, reporter, cluster)
         before = checked.targets.manifest
         now = read_manifest(workspace.targets) if store.exists("targets/manifest.json") else None
@@ -147,6 +149,14 @@ def _taken_over(
         write_corpus_manifest(store, rebuilt)
         made.append("manifest.json")
     return made
+
+
+def _train_teacher(workspace: Workspace, checked: Checked, reporter: Reporter, cluster: OpenCluster) -> None:
+    """Adapters that were set aside, as they were where that can be done; then those that the corpus lacks."""
+    folders = {finding.path.partition("/")[0] for finding in checked.findings["teacher"]}
+    corpus = corpus_of(workspace)
+    train_again(workspace, corpus, folders, reporter, cluster)
+    ensure_teacher(workspace, corpus, reporter, cluster, compute=True)
 
 
 def _set_adapters_aside(checked: Checked, quarantine: Quarantine) -> list[str]:

@@ -19,9 +19,9 @@ from pydantic import TypeAdapter
 from softshard.config import SketchSettings, ThresholdSketch
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import JobInvalid, ManifestMissing, ModelInvalid
+from softshard.run.adapters import ensure_teacher
 from softshard.run.cluster import Cluster
 from softshard.run.pilot import spread
-from softshard.run.targets import ensure_teacher
 from softshard.run.workspace import Workspace, owner_of, saved_job
 from softshard.shard.manifest import Manifest, read_manifest
 from softshard.shard.read import Row, read_rows
@@ -138,7 +138,7 @@ def _teacher_of(workspace: Workspace, fold: int, reporter: Reporter) -> Teacher:
     )
     return open_teacher(
         workspace.teacher_model.folder,
-        adapters=[workspace.teacher.local_folder(receipt.folder, receipt.files) for receipt in adapters],
+        adapters=[workspace.teacher.local_folder(receipt.folder, receipt.weight_files) for receipt in adapters],
         identity=identity,
         device=settings.device,
         vocab_size=corpus.vocab_size,

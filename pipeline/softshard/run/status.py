@@ -17,6 +17,7 @@ from softshard.errors import JobInvalid, ManifestMissing
 from softshard.shard.manifest import Manifest, Receipt, mean_fidelity, read_manifest, read_receipt
 from softshard.shard.read import read_rows
 from softshard.storage import Store, open_store
+from softshard.teacher.record import fold_of_folder
 
 __all__ = [
     "StageStatus",
@@ -91,9 +92,12 @@ def _corpus(store: Store) -> StageStatus:
 
 
 def _teacher(store: Store, job: dict[str, Any]) -> StageStatus:
-    folds = int((job.get("teacher") or {}).get("folds", 0))
-    adapters = sum(path.endswith("/receipt.json") for path in store.list("teacher"))
-    return StageStatus(stage="teacher", complete=adapters >= folds, figures={"adapters": adapters, "folds": folds})
+    """Counts folds that have an adapter; one may have several, of earlier settings or corpora."""
+    num_folds = int((job.get("teacher") or {}).get("folds", 0))
+    receipts = (path.split("/") for path in store.list("teacher") if path.endswith("/receipt.json"))
+    folds = {fold_of_folder(parts[-2]) for parts in receipts} & set(range(num_folds))
+    figures = {"adapters": len(folds), "folds": num_folds}
+    return StageStatus(stage="teacher", complete=len(folds) == num_folds, figures=figures)
 
 
 def _targets(store: Store) -> tuple[StageStatus, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The first three stages: documents to a corpus, a corpus to a style teacher, both to targets.
+"""The corpus and the targets stage: documents to a corpus; a corpus and its style teacher to targets.
 
 Each stage looks for what it would make and makes only what is missing. With `compute=False` it refuses instead, with
 the command to run first.
@@ -6,21 +6,21 @@ the command to run first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from softshard.config import CorpusSettings, SketchSettings
 from softshard.corpus.build import build_corpus, current_corpus
 from softshard.corpus.manifest import CorpusManifest
-from softshard.errors import ManifestMissing, PartsFailed
-from softshard.models import check_context, check_vocabulary, output_size
+from softshard.errors import ManifestMissing
+from softshard.models import check_context
+from softshard.run.adapters import OpenCluster, StyleTeacher
 from softshard.run.choice import ensure_resolved
 from softshard.run.cluster import Cluster, open_cluster
 from softshard.run.encoding import encode_on, is_worth_a_cluster
 from softshard.run.parts import committed, find_missing, score_parts
-from softshard.run.tasks import FoldTask, FoldTeacher, ScoreRun, train_adapter
+from softshard.run.tasks import FoldTeacher, ScoreRun
 from softshard.run.workspace import Workspace
 from softshard.shard.card import write_card
 from softshard.shard.manifest import Manifest, Receipt, bytes_per_position, mean_fidelity, write_manifest
@@ -29,21 +29,16 @@ from softshard.shard.spool import Spool
 from softshard.storage import Store
 from softshard.teacher.engines import identity_of, identity_of_run
 from softshard.teacher.protocol import TeacherIdentity
-from softshard.teacher.style import AdapterReceipt, FoldPlan, find_adapter, training_precision
 from softshard.telemetry import Reporter
 
 __all__ = [
     "Corpora",
-    "StyleTeacher",
     "ensure_corpora",
     "ensure_targets",
-    "ensure_teacher",
     "lazy_cluster",
     "plan_run",
     "retention_settings",
 ]
-
-OpenCluster = Callable[[], Cluster]
 
 
 @contextmanager
@@ -103,99 +98,6 @@ def ensure_corpora(workspace: Workspace, reporter: Reporter, cluster: OpenCluste
     settings = retention_settings(workspace)
     retention = None if settings is None else ensure(settings, workspace.retention, 0)
     return Corpora(style=style, retention=retention)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StyleTeacher:
-    """The adapters of all folds, in order; none where the model is used as it is."""
-
-    adapters: tuple[AdapterReceipt, ...]
-
-    def of_fold(self, fold: int) -> tuple[AdapterReceipt, ...]:
-        """Adapters that score a fold: its own, or all of them for the hold-out."""
-        return self.adapters[fold : fold + 1] if fold >= 0 else self.adapters
-
-
-def ensure_teacher(
-    workspace: Workspace, corpus: CorpusManifest, reporter: Reporter, cluster: OpenCluster, *, compute: bool
-) -> StyleTeacher:
-    """The style teacher's adapters, trained where they are missing."""
-    store, model = workspace.teacher, workspace.teacher_model
-    check_vocabulary(
-        model=model.name, model_size=output_size(model.folder), data="its tokenizer", data_size=corpus.vocab_size
-    )
-    plans = _fold_plans(workspace, corpus)
-    found = {plan.fold: find_adapter(store, plan) for plan in plans}
-    missing = [plan for plan in plans if found[plan.fold] is None]
-    if missing and not compute:
-        raise ManifestMissing(uri=f"{store.uri}/{missing[0].folder}/receipt.json", stage="teacher")
-    if missing:
-        found.update(_train_folds(workspace, missing, reporter, cluster))
-    ready = (found[plan.fold] for plan in plans)
-    return StyleTeacher(adapters=tuple(receipt for receipt in ready if receipt is not None))
-
-
-def _fold_plans(workspace: Workspace, corpus: CorpusManifest) -> list[FoldPlan]:
-    settings, model = workspace.job.teacher, workspace.teacher_model
-    if settings.folds == 0:
-        return []
-    dtype, device = training_precision(settings.training_dtype, device=settings.device)
-    train = [(part.fold, part.sha256) for part in corpus.slices if part.split == "train"]
-    return [
-        FoldPlan(
-            fold=fold,
-            slices=tuple(sha256 for home, sha256 in train if home != fold),
-            model=model.name,
-            weights=model.weights,
-            tokenizer_fingerprint=model.tokenizer.fingerprint,
-            vocab_size=model.tokenizer.vocab_size,
-            lora=settings.lora,
-            optimizer=settings.optimizer,
-            dtype=dtype,
-            device=device,
-            num_threads=settings.num_threads,
-            seed=workspace.job.seed,
-        )
-        for fold in range(settings.folds)
-    ]
-
-
-def _train_folds(
-    workspace: Workspace, plans: Sequence[FoldPlan], reporter: Reporter, cluster: OpenCluster
-) -> dict[int, AdapterReceipt]:
-    tasks = [
-        FoldTask(
-            plan=plan,
-            corpus=workspace.corpus.uri,
-            teacher=workspace.teacher.uri,
-            model=workspace.teacher_model.folder,
-            device=workspace.job.teacher.device,
-        )
-        for plan in plans
-    ]
-    done: dict[int, AdapterReceipt] = {}
-    shares: dict[int, tuple[float, float]] = {}
-    running = cluster()
-    with reporter.progress("teacher", total=100, unit="%") as progress:
-
-        def hear(message: dict[str, Any]) -> None:
-            shares[message["fold"]] = (message["step"] / message["steps"], message["loss"])
-            share = sum(part for part, _ in shares.values()) / len(plans)
-            loss = sum(loss for _, loss in shares.values()) / len(shares)
-            progress(100 * share, note=f"{len(plans)} folds, loss {loss:.3f}")
-
-        running.on_message(hear)
-        failures = running.run(
-            train_adapter,
-            tasks,
-            name=lambda task: f"teacher-{task.plan.folder}",
-            on_result=lambda task, receipt, _: done.update({task.plan.fold: receipt}),
-        )
-        if not failures:
-            progress(100, note=f"{len(plans)} folds")
-    if failures:
-        raise PartsFailed(failures=failures, out=workspace.teacher.uri)
-    return done
 
 
 def plan_run(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeacher) -> ScoreRun:

@@ -19,8 +19,11 @@ from softshard.run.worker import send_message
 from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt
 from softshard.shard.manifest import Receipt
 from softshard.storage import open_store
+from softshard.target.types import TokenSequence
+from softshard.teacher.documents import DOCUMENTS_FILE, TrainedDocuments, decode_documents
 from softshard.teacher.protocol import Teacher, TeacherIdentity
-from softshard.teacher.style import AdapterReceipt, FoldPlan, train_fold
+from softshard.teacher.record import AdapterReceipt
+from softshard.teacher.style import FoldPlan, train_fold
 from softshard.train.loop import Step
 
 __all__ = ["FoldTask", "FoldTeacher", "ScoreRun", "ScoreTask", "load_teacher", "score_part", "train_adapter"]
@@ -118,7 +121,7 @@ def load_teacher(run: ScoreRun, *, fold: int) -> Teacher:
         store = open_store(run.teacher)
         teacher = open_teacher(
             run.model,
-            adapters=[store.local_folder(receipt.folder, receipt.files) for receipt in scorer.adapters],
+            adapters=[store.local_folder(receipt.folder, receipt.weight_files) for receipt in scorer.adapters],
             identity=scorer.identity,
             device=run.device,
             vocab_size=run.vocab_size,
@@ -145,6 +148,8 @@ class FoldTask:
     """The `teacher/` folder."""
     model: Path
     device: str
+    as_listed: bool = False
+    """Train on the documents that the list in the adapter's folder names, and not on all outside the fold."""
 
 
 def train_adapter(task: FoldTask) -> AdapterReceipt:
@@ -158,21 +163,50 @@ def train_adapter(task: FoldTask) -> AdapterReceipt:
             last = now
             send_message({"fold": task.plan.fold, "step": step.step, "steps": step.total_steps, "loss": step.loss})
 
-    sequences = [sequence for part in _slices_outside(task) for sequence in read_slice(open_store(task.corpus), part)]
+    sequences, documents = _listed(task) if task.as_listed else _outside(task)
+    if documents.digests(task.plan.other_folds) != task.plan.documents:
+        problem = f"is not the corpus that {task.plan.folder} is to be trained on, and was changed meanwhile"
+        raise PartCorrupt(uri=f"{task.corpus}/manifest.json", problem=problem)
     receipt = train_fold(
-        task.plan, sequences, folder=task.model, device=task.device, store=open_store(task.teacher), on_step=tell
+        task.plan,
+        sequences,
+        documents=documents,
+        folder=task.model,
+        device=task.device,
+        store=open_store(task.teacher),
+        on_step=tell,
     )
     release_memory(resolve_device(task.device))
     return receipt
 
 
-def _slices_outside(task: FoldTask) -> list[CorpusSlice]:
-    """Slices outside the fold. Raises PartCorrupt: the corpus that is there is not the one of the plan."""
+def _outside(task: FoldTask) -> tuple[list[TokenSequence], TrainedDocuments]:
+    """Sequences of the train documents outside the fold, and these documents. Raises PartCorrupt."""
     store = open_store(task.corpus)
     manifest = read_corpus_manifest(store)
-    slices = [part for part in manifest.slices if part.split == "train"] if manifest else []
-    outside = [part for part in slices if part.fold != task.plan.fold]
-    if tuple(part.sha256 for part in outside) != task.plan.slices:
-        problem = f"is not the corpus that {task.plan.folder} is to be trained on, and was changed meanwhile"
-        raise PartCorrupt(uri=f"{store.uri}/manifest.json", problem=problem)
-    return outside
+    sequences: list[TokenSequence] = []
+    ids: dict[int, bytearray] = {}
+    for part in manifest.slices if manifest else ():
+        if part.split == "train" and part.fold != task.plan.fold:
+            found = read_slice(store, part)
+            sequences += found
+            firsts = (sequence.document_id for sequence in found if sequence.start == 0)
+            ids.setdefault(part.fold, bytearray()).extend(b"".join(map(bytes.fromhex, firsts)))
+    return sequences, TrainedDocuments({fold: bytes(packed) for fold, packed in ids.items()})
+
+
+def _listed(task: FoldTask) -> tuple[list[TokenSequence], TrainedDocuments]:
+    """Sequences of the documents that the adapter's list names, in its order, and these documents.
+
+    Raises:
+        PartCorrupt: the list cannot be read, or the corpus lacks one of them.
+    """
+    path = f"{task.plan.folder}/{DOCUMENTS_FILE}"
+    store = open_store(task.teacher)
+    documents = decode_documents(store.read(path), uri=f"{store.uri}/{path}")
+    places = {document_id: place for place, document_id in enumerate(documents.in_order())}
+    there = [sequence for sequence in _outside(task)[0] if sequence.document_id in places]
+    if sum(sequence.start == 0 for sequence in there) != len(documents):
+        problem = "names documents that the corpus does not have outside the fold"
+        raise PartCorrupt(uri=f"{store.uri}/{path}", problem=problem)
+    return sorted(there, key=lambda sequence: places[sequence.document_id]), documents

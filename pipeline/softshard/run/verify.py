@@ -22,7 +22,7 @@ from softshard.shard.manifest import Manifest, canonical_json, manifest_path
 from softshard.shard.orphans import Orphan
 from softshard.shard.verify import Finding, Verification, verify_targets
 from softshard.storage import Store, open_store, sha256_of
-from softshard.teacher.style import AdapterReceipt
+from softshard.teacher.record import AdapterReceipt
 from softshard.telemetry import Reporter
 from softshard.train.record import Trained, TrainingReceipt
 

@@ -2,6 +2,7 @@
 
 The adapter of fold k is trained on the documents outside fold k, which it then scores; the hold-out is scored by the
 mean of all. An adapter is a folder named by a digest of all that it depends on, complete once `receipt.json` is there.
+It holds a list of the documents that it was trained on, so that it can be told for which other corpus it will do.
 """
 
 from __future__ import annotations
@@ -11,43 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from softshard.config import DataType, LoraSettings, OptimizerSettings, digest_of
-from softshard.errors import PartCorrupt
 from softshard.models import load_model, resolve_device, resolve_dtype
 from softshard.shard.manifest import canonical_json
 from softshard.storage import Store, sha256_of
 from softshard.target.types import TokenSequence
+from softshard.teacher.documents import DOCUMENTS_FILE, TrainedDocuments, encode_documents
+from softshard.teacher.record import AdapterReceipt, adapter_folder
 from softshard.train.checkpoint import Checkpoint
 from softshard.train.loop import Step, fine_tune
 from softshard.train.lora import adapter_digest, save_adapter
-from softshard.train.record import FileName, check_files
 from softshard.train.stream import TextBatches
 
-__all__ = ["AdapterReceipt", "FoldPlan", "find_adapter", "train_fold", "training_precision"]
-
-
-class AdapterReceipt(BaseModel):
-    """The record that the adapter of a fold is complete."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    adapter_id: str
-    fold: int
-    files: dict[FileName, str]
-    """SHA-256 of each file."""
-    digest: str
-    """SHA-256 over the files: what the parts that it scores are named by."""
-    num_sequences: int
-    num_labels: int
-    final_loss: float
-    """Mean cross-entropy of the last tenth of the steps, in nats."""
-
-    @property
-    def folder(self) -> str:
-        """Folder of the adapter below `teacher/`."""
-        return _folder(self.fold, self.adapter_id)
+__all__ = ["FoldPlan", "train_fold", "training_precision"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +32,10 @@ class FoldPlan:
     """The adapter of a fold before it is trained: everything that can change its weights."""
 
     fold: int
-    slices: tuple[str, ...]
-    """SHA-256 of the corpus slices that it is trained on, in their order."""
+    documents: tuple[str, ...]
+    """Of each other fold, in their order: SHA-256 of the ids of its documents, as the corpus's manifest has it."""
+    context_tokens: int
+    overlap_tokens: int
     model: str
     """Name of the model, as the job gives it."""
     weights: str
@@ -70,20 +49,26 @@ class FoldPlan:
     seed: int
 
     @property
+    def recipe(self) -> str:
+        """SHA-256 over all of it but the documents."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name not in {"model", "documents"}}
+        values["optimizer"] = self.optimizer.model_dump(exclude={"checkpoint_steps"})
+        return digest_of(values)
+
+    @property
     def adapter_id(self) -> str:
         """128 bits, in hex, of a SHA-256 over all of it."""
-        values = {name: getattr(self, name) for name in self.__slots__ if name != "model"}
-        values["optimizer"] = self.optimizer.model_dump(exclude={"checkpoint_steps"})
-        return digest_of(values)[:32]
+        return digest_of([self.recipe, self.documents])[:32]
+
+    @property
+    def other_folds(self) -> tuple[int, ...]:
+        """Folds whose documents it is trained on."""
+        return tuple(fold for fold in range(len(self.documents) + 1) if fold != self.fold)
 
     @property
     def folder(self) -> str:
         """Folder of the adapter below `teacher/`."""
-        return _folder(self.fold, self.adapter_id)
-
-
-def _folder(fold: int, adapter_id: str) -> str:
-    return f"fold-{fold}-{adapter_id[:16]}"
+        return adapter_folder(self.fold, self.adapter_id)
 
 
 def training_precision(dtype: DataType, *, device: str) -> tuple[str, str]:
@@ -92,27 +77,11 @@ def training_precision(dtype: DataType, *, device: str) -> tuple[str, str]:
     return str(resolve_dtype(dtype, device=device)).removeprefix("torch."), device.split(":")[0]
 
 
-def find_adapter(store: Store, plan: FoldPlan) -> AdapterReceipt | None:
-    """Receipt of a complete adapter; None if it has to be trained.
-
-    Raises:
-        PartCorrupt: a file of the adapter is not the one that the receipt names.
-    """
-    try:
-        receipt = AdapterReceipt.model_validate_json(store.read(f"{plan.folder}/receipt.json"))
-        check_files(store, plan.folder, receipt.files)
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        uri = f"{store.uri}/{plan.folder}"
-        raise PartCorrupt(uri=uri, problem=f"its receipt cannot be read: {error.errors()[0]['msg']}") from error
-    return receipt
-
-
 def train_fold(
     plan: FoldPlan,
     sequences: Sequence[TokenSequence],
     *,
+    documents: TrainedDocuments,
     folder: Path,
     device: str,
     store: Store,
@@ -123,6 +92,7 @@ def train_fold(
     Args:
         plan: what is trained.
         sequences: all sequences of the documents outside the fold.
+        documents: these documents, as the plan has their digests.
         folder: the model.
         device: of the plan's kind, with an index where there are several.
         store: the `teacher/` folder.
@@ -148,15 +118,17 @@ def train_fold(
         identity=plan.adapter_id,
         on_step=on_step,
     )
-    files = save_adapter(tuned.model, base_model=plan.model)
+    weights = save_adapter(tuned.model, base_model=plan.model)
+    files = {**weights, DOCUMENTS_FILE: encode_documents(documents)}
     for name, content in files.items():
         store.put_once(f"{plan.folder}/{name}", content)
     last = tuned.log[-max(1, len(tuned.log) // 10) :]
     receipt = AdapterReceipt(
         adapter_id=plan.adapter_id,
         fold=plan.fold,
+        recipe=plan.recipe,
         files={name: sha256_of(content) for name, content in files.items()},
-        digest=adapter_digest(files),
+        digest=adapter_digest(weights),
         num_sequences=len(sequences),
         num_labels=sum(sequence.num_labels for sequence in sequences),
         final_loss=sum(step.loss for step in last) / len(last),
