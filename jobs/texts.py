@@ -7,11 +7,19 @@ content. Who wrote or said what is known by short hashes alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["Document", "Turns", "conversation_documents", "speech_documents", "topic_documents"]
+__all__ = [
+    "Document",
+    "Turns",
+    "conversation_documents",
+    "edited_documents",
+    "speech_documents",
+    "topic_documents",
+]
 
 Document = dict[str, str]
 Turns = Sequence[Sequence[Mapping[str, str]]]
@@ -41,6 +49,52 @@ def speech_documents(rows: Iterable[Mapping[str, str]], *, min_characters: int =
         for row in rows
         if len(row["text"]) >= min_characters
     ]
+
+
+def edited_documents(files: Mapping[str, str]) -> list[Document]:
+    """Samples of the Brown corpus as documents {text, id, group}, by name, without their tags.
+
+    A file has a sentence a line, each word followed by / and its tag, and an empty line before a paragraph. What comes
+    out is set as it was in print: headings apart, marks at the words and within quotation marks. Sentences with a
+    symbol that the corpus could not write are left out. A sample is by one author, and so is its own group.
+    """
+    documents = []
+    for name in sorted(files):
+        paragraphs = [
+            _as_in_print(sentences)
+            for block in re.split(r"\n\s*\n", files[name])
+            for sentences in _headings_apart(block.splitlines())
+        ]
+        text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+        documents.append({"text": text, "id": name, "group": name})
+    return documents
+
+
+_LOST_SYMBOL = "**"
+_MARKS = (
+    # A sentence that ends within a quotation has its mark twice.
+    (r"([?!;:.]) (?=\1(?: |$))", ""),
+    ("`` ?", "\u201c"),
+    (r" ?''", "\u201d"),
+    (r" (?=[,.;:?!)\]](?:[ ,.;:?!)\]\u201d]|$))", ""),
+    (r"(?<=[(\[]) ", ""),
+    # The corpus has all quotations end before the mark, American print after it.
+    (r"(?<=[.?!])\u201d\.", "\u201d"),
+    (r"\u201d([,.?!])", "\\1\u201d"),
+)
+
+
+def _headings_apart(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Sentences in groups: a heading's, whose tags all end in -hl, or those of a paragraph."""
+    for _, group in itertools.groupby(lines, lambda line: all(word.endswith("-hl") for word in line.split())):
+        yield [line for line in group if _LOST_SYMBOL not in line]
+
+
+def _as_in_print(sentences: Iterable[str]) -> str:
+    text = " ".join(word.rpartition("/")[0] for sentence in sentences for word in sentence.split())
+    for pattern, replacement in _MARKS:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def conversation_documents(dataset: Mapping[str, Mapping[str, Turns]]) -> list[Document]:

