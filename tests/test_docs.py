@@ -68,6 +68,18 @@ def test_polars_lines_of_the_readme_run(finished, monkeypatch, tmp_path):
     assert scope["batch"].entry_weights.numel() > 0
 
 
+def test_lines_on_reading_targets_run(finished, monkeypatch, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for code in blocks("docs/reading.md", "python"):
+        exec(code, scope)
+    assert scope["again"].state_dict() == scope["data"].state_after(scope["first"])
+    assert scope["state"]["consumed"] == scope["data"].num_batches(0)
+    assert sorted(scope["packed"].plan(0).order.tolist()) == sorted(scope["data"].plan(1).order.tolist())
+
+
 @pytest.mark.parametrize("command", "run plan status verify show".split())  # noqa: SIM905
 def test_readme_shows_every_command_a_user_needs(command):
     assert f"softshard {command} " in (ROOT / "README.md").read_text()

@@ -10,6 +10,8 @@ __all__ = [
     "AdapterMissing",
     "AdapterNotInForce",
     "ArchitectureUnsupported",
+    "BlendIncomplete",
+    "BlendInvalid",
     "CorpusEmpty",
     "DataInvalid",
     "EngineDiffers",
@@ -24,6 +26,7 @@ __all__ = [
     "ManifestMissing",
     "ModelInvalid",
     "NotMendable",
+    "NothingPasses",
     "OutputBusy",
     "OutputForeign",
     "OutputUnusable",
@@ -32,6 +35,7 @@ __all__ = [
     "PartsFailed",
     "ResumeMismatch",
     "SequenceUnknown",
+    "ShardedTwice",
     "SoftshardError",
     "SourceUnreadable",
     "Stopped",
@@ -350,6 +354,48 @@ class ResumeMismatch(DataInvalid):
             f"the saved state belongs to {what} {saved[:16]}, the data is {what} {current[:16]};"
             " remove the checkpoint to start again"
         )
+
+
+class NothingPasses(DataInvalid):
+    """No sequence of a split passes the filter."""
+
+    def __init__(self, *, uri: str, split: str, where: str) -> None:
+        self.uri, self.split, self.where = uri, split, where
+        super().__init__(f"{uri}: no sequence of the {split} split passes the filter ({where}); widen it")
+
+
+class ShardedTwice(SoftshardError):
+    """Batches that are dealt to ranks already would be dealt again, so that each rank would see a part of its own."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, wrapper: str, num_processes: int) -> None:
+        self.wrapper, self.num_processes = wrapper, num_processes
+        super().__init__(
+            f"accelerate's {wrapper} would deal batches to {num_processes} processes that are dealt to ranks already,"
+            " and only some of the data would be seen; do not give this data set's loader to `accelerator.prepare`,"
+            " and let a Trainer's `get_train_dataloader` return it as it is"
+        )
+
+
+class BlendIncomplete(DataInvalid):
+    """Target sets that are to be blended do not hold the same sequences."""
+
+    def __init__(self, *, missing: dict[str, tuple[int, list[str]]], num_sequences: int) -> None:
+        self.missing, self.num_sequences = missing, num_sequences
+        listed = "; ".join(
+            f"{uri} lacks {count} of {num_sequences} ({', '.join(some)}{', ...' if count > len(some) else ''})"
+            for uri, (count, some) in missing.items()
+        )
+        super().__init__(f"target sets of a blend must hold the same sequences: {listed}; score them all, or filter")
+
+
+class BlendInvalid(DataInvalid):
+    """Target sets that cannot be mixed or blended with each other."""
+
+    def __init__(self, *, uri: str, problem: str) -> None:
+        self.uri, self.problem = uri, problem
+        super().__init__(f"{uri}: {problem}")
 
 
 class TrainingDiverged(DataInvalid):
