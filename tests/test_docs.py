@@ -62,9 +62,7 @@ def test_polars_lines_of_the_readme_run(finished, monkeypatch, tmp_path):
         part["num_sequences"] for part in scope["manifest"]["parts"] if part["split"] == "train"
     )
     assert isinstance(scope["rows"], pl.DataFrame)
-    taken = loop_code.replace("    ...  ", "    break  ")
-    assert taken != loop_code
-    exec(taken, scope)
+    exec(loop_code, scope)
     assert scope["batch"].entry_weights.numel() > 0
 
 
