@@ -29,7 +29,8 @@ from harness import Options, Positions, Result, interleaved, positions, require,
 from other_codecs import Codec, DistillKit, DistillKitFile, Megatron, ParquetLists, TopEntries, megatron_modules
 from softshard.config import ThresholdSketch
 from softshard.shard.commit import PartPlan, build_part
-from softshard.shard.encode import decode_part, encode_part
+from softshard.shard.decode import decode_part
+from softshard.shard.encode import encode_part
 from softshard.target.codec import MASS_GRID, offsets_of
 from softshard.target.entries import Entries, entries_of
 from softshard.target.fidelity import FidelitySums

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from softshard.corpus.screen import ScreenedDocument, document_id_of
 from softshard.corpus.tokens import encode_texts
 from softshard.corpus.windows import document_windows
-from softshard.decoder import Decoder
+from softshard.decoder import PLAIN_LOGITS, Decoder
 from softshard.errors import JobInvalid, ModelInvalid
 from softshard.models import Tokenizer, load_model, load_tokenizer
 from softshard.target.philox import tail_uniforms
@@ -186,7 +186,8 @@ def _digest(folder: Path, block: Sequence[TokenSequence], layer: int | None) -> 
 def _decoder(folder: Path, layer: int | None) -> Decoder:
     model = load_model(folder, dtype=torch.float32, device="cpu")
     decoder = Decoder.of(model)
-    if decoder.bias is not None or not torch.equal(decoder.weight, _output_matrix(folder)):
+    more = decoder.bias is not None or decoder.transform != PLAIN_LOGITS
+    if more or not torch.equal(decoder.weight, _output_matrix(folder)):
         raise ModelInvalid(model=str(folder), problem="its output layer is more than the output matrix of its file")
     if layer is not None:
         model.model.layers = model.model.layers[:layer]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from harness import Options, Result, interleaved, require, run, say, say_table
 from softshard.config import ThresholdSketch
 from softshard.shard.commit import PartPlan, build_part, receipt_path
-from softshard.shard.encode import decode_part
+from softshard.shard.decode import decode_part
 from softshard.shard.manifest import (
     Manifest,
     Receipt,

@@ -23,7 +23,7 @@ from torch import Tensor
 from harness import Positions, require
 from softshard.config import NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
 from softshard.shard.commit import PartPlan, build_part
-from softshard.shard.encode import decode_part
+from softshard.shard.decode import decode_part
 from softshard.target.entries import Entries, entries_of
 from softshard.target.fidelity import FidelitySums
 from softshard.target.join import concatenate, split_rows

@@ -62,10 +62,20 @@ def test_polars_lines_of_the_readme_run(finished, monkeypatch, tmp_path):
         part["num_sequences"] for part in scope["manifest"]["parts"] if part["split"] == "train"
     )
     assert isinstance(scope["rows"], pl.DataFrame)
-    taken = loop_code.replace("    ...  ", "    break  ")
-    assert taken != loop_code
-    exec(taken, scope)
+    exec(loop_code, scope)
     assert scope["batch"].entry_weights.numel() > 0
+
+
+def test_lines_on_reading_targets_run(finished, monkeypatch, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for code in blocks("docs/reading.md", "python"):
+        exec(code, scope)
+    assert scope["again"].state_dict() == scope["data"].state_after(scope["first"])
+    assert scope["state"]["consumed"] == scope["data"].num_batches(0)
+    assert sorted(scope["packed"].plan(0).order.tolist()) == sorted(scope["data"].plan(1).order.tolist())
 
 
 @pytest.mark.parametrize("command", "run plan status verify show".split())  # noqa: SIM905

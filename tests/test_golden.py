@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softshard.shard.encode import decode_part
+from softshard.shard.decode import decode_part
 from softshard.target.entries import entries_of
 
 PARTS = sorted((Path(__file__).parent / "golden").glob("v*/*.parquet"))

@@ -32,7 +32,7 @@ from softshard.run.flight import Execution
 from softshard.run.job import run_job
 from softshard.run.pilot import LADDER, Extent, Pilot, measure, run_pilot, setting_of
 from softshard.shard.commit import PartPlan, build_part
-from softshard.shard.encode import open_part
+from softshard.shard.decode import open_part
 from softshard.shard.manifest import read_manifest
 from softshard.shard.read import read_rows
 from softshard.shard.verify import verify_targets

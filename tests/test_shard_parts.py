@@ -16,7 +16,7 @@ from softshard.config import FullSketch, NucleusSketch, ThresholdSketch, TopkSke
 from softshard.errors import PartConflict, PartCorrupt
 from softshard.shard.card import write_card
 from softshard.shard.commit import PartPlan, build_part, commit_part, find_receipt, receipt_path
-from softshard.shard.encode import decode_part, open_part
+from softshard.shard.decode import decode_part, open_part
 from softshard.shard.manifest import (
     Manifest,
     SourceRights,

@@ -117,14 +117,22 @@ def test_broken_weights_are_named_by_sequence_and_position(tiny_model, tmp_path)
         engine(tmp_path).score(sequences((5,)), sketch=ThresholdSketch(), seed=0)
 
 
-def test_model_with_capped_logits_is_refused(tmp_path):
+def test_targets_of_a_model_that_caps_its_logits_are_those_of_the_capped_ones(tmp_path):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma2Config(vocab_size=320, num_key_value_heads=1, head_dim=8, **sizes)
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelInvalid, match="final_logit_softcapping"):
-        engine(tmp_path)
+    config = Gemma2Config(vocab_size=320, num_key_value_heads=1, head_dim=8, final_logit_softcapping=1.5, **sizes)
+    model = Gemma2ForCausalLM(config).eval()
+    model.lm_head.weight.data *= 40
+    model.save_pretrained(tmp_path)
+    (tokens,) = sequences((9,))
+    (targets,), _ = engine(tmp_path).score([tokens], sketch=ThresholdSketch(), seed=0)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens.token_ids).long()[None]).logits[0, tokens.first_label - 1 : -1, :300]
+    assert 1.2 < logits.abs().max() <= 1.5, "the cap is in force"
+    logs = torch.log_softmax(logits.double(), dim=1)
+    expected = logs[range(tokens.num_labels), tokens.labels.tolist()]
+    assert targets.label_logprob == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 def test_missing_model_and_missing_weights_are_named(tmp_path):

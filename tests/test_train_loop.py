@@ -14,10 +14,12 @@ from softshard.errors import ModelInvalid, ResumeMismatch, TrainingDiverged
 from softshard.models import load_model, load_tokenizer
 from softshard.storage import LocalStore
 from softshard.train.checkpoint import Checkpoint
+from softshard.train.dataset import SoftLabelDataset
 from softshard.train.loop import fine_tune, learning_rate_at
 from softshard.train.lora import save_adapter
+from softshard.train.reading import TargetSet
 from softshard.train.retention import Retention
-from softshard.train.stream import SoftLabelStream, TextBatches
+from softshard.train.stream import TextBatches
 from tiny_targets import row, sequence, write_targets
 
 VOCAB = 300
@@ -56,8 +58,9 @@ def text_batches(sequences, *, name="style", batch_tokens=200):
 
 
 def soft_batches(targets, *, alpha=0.5, batch_tokens=100):
-    return SoftLabelStream(
-        *targets, seed=0, batch_tokens=batch_tokens, shuffle_buffer=8, alpha=alpha, truncated="ghost"
+    store, manifest = targets
+    return SoftLabelDataset(
+        TargetSet(store=store, manifest=manifest), seed=0, batch_tokens=batch_tokens, shuffle_buffer=8, alpha=alpha
     )
 
 

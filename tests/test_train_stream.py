@@ -9,14 +9,18 @@ import torch
 
 from softshard.errors import CorpusEmpty, PartCorrupt, ResumeMismatch
 from softshard.storage import LocalStore
+from softshard.train.dataset import SoftLabelDataset
 from softshard.train.order import batch_bounds, generator_of, seed_of, through_buffer
-from softshard.train.stream import SoftLabelStream, TextBatches
+from softshard.train.reading import TargetSet
+from softshard.train.stream import TextBatches, endless
 from tiny_targets import (
     VOCAB,
     encode_part,
     in_draws,
     manifest_of,
     metadata,
+    numbered_parts,
+    numbers_in,
     random_distributions,
     receipt,
     row,
@@ -31,33 +35,20 @@ SETTINGS = {"seed": 1, "batch_tokens": 64, "shuffle_buffer": 20, "alpha": 0.5, "
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory):
     """Three parts of 70, 5 and 66 sequences (row groups hold 64), each with tokens of its own."""
-    rng = np.random.default_rng(0)
-    parts, number = [], 0
-    for size in (70, 5, 66):
-        rows = []
-        for _ in range(size):
-            tokens, sketch = row(f"{number:03d}", int(rng.integers(4, 16)), rng)
-            tokens.token_ids[0], tokens.token_ids[1] = divmod(number, 50)
-            rows.append((tokens, sketch))
-            number += 1
-        parts.append(rows)
+    parts = numbered_parts(np.random.default_rng(0), (70, 5, 66))
     store, manifest = write_targets(tmp_path_factory.mktemp("targets"), parts)
     return store, manifest, [tokens for rows in parts for tokens, _ in rows]
 
 
 def stream(targets, **changes):
-    return SoftLabelStream(targets[0], targets[1], **{**SETTINGS, **changes})
-
-
-def names(batch):
-    """Numbers of the sequences of a batch, from their first two tokens; none for a batch of weight zero."""
-    if not batch.position_weights.any():
-        return ()
-    return tuple((batch.input_ids[:, 0] * 50 + batch.input_ids[:, 1]).tolist())
+    store, manifest, *_ = targets
+    set_settings = {name: changes.pop(name) for name in ("split", "where") if name in changes}
+    settings = {**SETTINGS, "prefetch": 0, "rank": 0, "world_size": 1, **changes}
+    return SoftLabelDataset(TargetSet(store=store, manifest=manifest, **set_settings), **settings)
 
 
 def epoch_of(source, epoch=0):
-    return [names(batch) for batch in itertools.islice(source, source.batches_per_epoch(epoch))]
+    return [numbers_in(batch) for batch in itertools.islice(source, source.batches_per_epoch(epoch))]
 
 
 def in_global_order(by_rank):
@@ -86,15 +77,15 @@ def test_the_last_round_is_filled_with_batches_of_weight_zero(targets):
 
 def test_batches_hold_the_sequences_as_they_were_written(targets):
     for batch in itertools.islice(stream(targets), 5):
-        for name, ids, mask in zip(names(batch), batch.input_ids, batch.attention_mask, strict=True):
+        for name, ids, mask in zip(numbers_in(batch), batch.input_ids, batch.attention_mask, strict=True):
             assert ids[mask.bool()].tolist() == targets[2][name].token_ids.tolist()
 
 
 def test_the_order_hangs_on_seed_and_epoch_and_is_the_same_each_time(targets):
     two = stream(targets)
-    iterator = iter(two)
-    first = [names(next(iterator)) for _ in range(two.batches_per_epoch(0))]
-    second = [names(next(iterator)) for _ in range(two.batches_per_epoch(1))]
+    iterator = endless(two)
+    first = [numbers_in(next(iterator)) for _ in range(two.batches_per_epoch(0))]
+    second = [numbers_in(next(iterator)) for _ in range(two.batches_per_epoch(1))]
     assert first == epoch_of(stream(targets))
     assert first != second
     assert sorted(sum(second, ())) == list(range(141))
@@ -108,7 +99,7 @@ def test_rows_parts_and_row_groups_each_have_another_order_in_another_epoch(tmp_
     rng = np.random.default_rng(2)
     parts = [[row(f"{size} {n}", 4, rng) for n in range(size)] for size in sizes]
     store, manifest = write_targets(tmp_path, parts)
-    iterator = iter(SoftLabelStream(store, manifest, **{**SETTINGS, "shuffle_buffer": buffer, "batch_tokens": 4}))
+    iterator = endless(stream((store, manifest), shuffle_buffer=buffer, batch_tokens=4))
     epochs = [tuple(tuple(next(iterator).input_ids.flatten().tolist()) for _ in range(sum(sizes))) for _ in range(6)]
     assert len(set(epochs)) > 1
     assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
@@ -133,7 +124,7 @@ def test_resume_at_any_batch_on_another_number_of_ranks_gives_exactly_the_rest(t
             source = stream(targets, rank=rank, world_size=then)
             source.load_state_dict(state)
             left = -(-(len(whole) - state["consumed"]) // then)
-            resumed.append([names(batch) for batch in itertools.islice(source, left)])
+            resumed.append([numbers_in(batch) for batch in itertools.islice(source, left)])
             assert source.state_dict()["consumed"] == len(whole)
         assert in_global_order(resumed) == whole[state["consumed"] :]
 
@@ -144,9 +135,11 @@ def test_the_state_after_an_epoch_goes_on_with_the_next(targets):
     assert source.state_dict() == {
         "manifest": targets[1].digest,
         "split": "train",
+        "where": {},
         "seed": 1,
         "batch_tokens": 64,
         "shuffle_buffer": 20,
+        "packing": False,
         "epoch": 0,
         "consumed": len(whole),
     }
@@ -245,7 +238,7 @@ def test_each_epoch_takes_the_next_draw_and_the_first_again_after_the_last(tmp_p
     store = LocalStore(tmp_path)
     store.put_once("data/train/part.parquet", content)
     manifest = manifest_of([receipt("0" * 32, "data/train/part.parquet", content, num_sequences=1)])
-    batches = itertools.islice(stream((store, manifest), alpha=0.0), 3)
+    batches = itertools.islice(endless(stream((store, manifest), alpha=0.0)), 3)
     counts = [np.diff(batch.entry_offsets.numpy()).tolist() for batch in batches]
     expected = [(one.head_count + one.tail_count).tolist() for one in drawn]
     assert expected[0] != expected[1]
@@ -273,7 +266,7 @@ def first_tokens(batch):
 
 def test_text_batches_give_each_sequence_once_an_epoch_and_resume_anywhere():
     source = TextBatches(texts(30), seed=0, batch_tokens=40, name="style")
-    iterator = iter(source)
+    iterator = endless(source)
     first = [first_tokens(next(iterator)) for _ in range(source.batches_per_epoch(0))]
     states = [source.state_dict()]
     second = []

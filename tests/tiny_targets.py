@@ -96,6 +96,31 @@ def row(name, length, rng, *, kind="threshold", first_label=1, vocab=VOCAB, **se
     return tokens, sketch(distributions, tokens.labels, kind=kind, rng=rng, **settings)
 
 
+def numbered_parts(rng, sizes, **settings):
+    """Parts of so many rows; the first two tokens of each row spell its number through all parts."""
+    parts, number = [], 0
+    for size in sizes:
+        rows = []
+        for _ in range(size):
+            tokens, targets = row(f"{number:032d}", int(rng.integers(4, 16)), rng, **settings)
+            tokens.token_ids[0], tokens.token_ids[1] = divmod(number, VOCAB)
+            rows.append((tokens, targets))
+            number += 1
+        parts.append(rows)
+    return parts
+
+
+def numbers_in(batch):
+    """Numbers of the sequences of a batch; none for a batch of weight zero."""
+    if not batch.position_weights.any():
+        return ()
+    rows = batch.input_ids
+    if batch.cu_seq_lens is not None:
+        starts = batch.cu_seq_lens[:-1].long()
+        return tuple((rows[0, starts] * VOCAB + rows[0, starts + 1]).tolist())
+    return tuple((rows[:, 0] * VOCAB + rows[:, 1]).tolist())
+
+
 def metadata(kind="threshold", *, tau=1 / 8, draws=1, part_id="0" * 32, vocab=VOCAB):
     return PartMetadata(
         schema_version=1,

@@ -21,15 +21,19 @@ if TYPE_CHECKING:
     from softshard.shard.read import read_rows
     from softshard.storage import LocalStore, open_store
     from softshard.target.entries import Entries, entries_of
-    from softshard.train.stream import SoftLabelStream
+    from softshard.train.dataset import SoftLabelDataset
+    from softshard.train.filters import RowFilter
+    from softshard.train.reading import TargetSet
 
 __all__ = [
     "Entries",
     "Job",
     "LocalStore",
     "Manifest",
-    "SoftLabelStream",
+    "RowFilter",
+    "SoftLabelDataset",
     "SoftshardError",
+    "TargetSet",
     "__version__",
     "entries_of",
     "load_job",
@@ -45,8 +49,10 @@ _HOME = {
     "Job": "softshard.config",
     "LocalStore": "softshard.storage",
     "Manifest": "softshard.shard.manifest",
-    "SoftLabelStream": "softshard.train.stream",
+    "RowFilter": "softshard.train.filters",
+    "SoftLabelDataset": "softshard.train.dataset",
     "SoftshardError": "softshard.errors",
+    "TargetSet": "softshard.train.reading",
     "entries_of": "softshard.target.entries",
     "load_job": "softshard.jobfile",
     "open_store": "softshard.storage",

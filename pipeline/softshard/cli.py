@@ -118,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_out(show)
     show.add_argument("--sequence", required=True, metavar="ID", help="id of the sequence, or its beginning")
 
+    blend = _command(commands, "blend", "say what the targets of several outputs make together", _blend)
+    blend.add_argument("outs", metavar="OUT", nargs="+", help="output folders of jobs")
+    blend.add_argument(
+        "--weights", type=_positive, nargs="+", metavar="W", help="a weight for each output (default: all the same)"
+    )
+
     schema = _command(commands, "schema", "print, write or check the published schemas", _schema)
     schema.add_argument("name", nargs="?", help="job, manifest, report, part or reference; without it, a list")
     schema.add_argument("--write", metavar="DIR", help="write all schemas into a folder")
@@ -344,6 +350,14 @@ def _show(arguments: argparse.Namespace) -> int:
 
     shown = show_sequence(arguments.out, arguments.sequence)
     _print(arguments, shown, render(shown))
+    return 0
+
+
+def _blend(arguments: argparse.Namespace) -> int:
+    from softshard.run.blend import blend_of, render_blend
+
+    blending = blend_of(arguments.outs, weights=arguments.weights)
+    _print(arguments, blending, render_blend(blending))
     return 0
 
 

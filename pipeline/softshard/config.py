@@ -321,6 +321,16 @@ class TrainSettings(Settings):
     """Targets become p^(1 / temperature), renormalised, at load. Only where that is exact: with `full`, and with `topk`
     and `truncated: renormalise`; for the other kinds, set the temperature in `target`. The report compares with the
     targets as they are stored."""
+    match_temperature: bool = False
+    """Divide the student's logits by the targets' temperature too (that of `target` times that of `train`), and take
+    the loss times its square; only with alpha 0, for a label has no temperature."""
+    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
+    """What is made small: `forward` KL(target || student), for every kind of target; `reverse` KL(student || target) or
+    `jensen_shannon`, of the distributions with `full`, of the head's tokens and the mass of the rest with `topk` and
+    `nucleus` and `truncated: ghost`. A `threshold` sketch would bias them."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """Beta of `jensen_shannon`: beta KL(target || m) + (1 - beta) KL(student || m), m being beta of the target and
+    1 - beta of the student."""
     device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: DataType = "auto"
@@ -382,6 +392,25 @@ class Job(Settings):
                 f"train.temperature {self.train.temperature:g} cannot be applied at load to targets of kind {kind};"
                 " set target.temperature, which is applied at capture"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _unbiased_divergence(self) -> Job:
+        kind, train = self.target.kind, self.train
+        human = train.objective == "ce" or train.alpha > 0
+        if train.match_temperature and human:
+            raise ValueError("train.match_temperature needs `objective: kl` and alpha 0: a label has no temperature")
+        if train.divergence == "forward":
+            return self
+        problem = None
+        if train.objective == "ce" or train.alpha == 1:
+            problem = "is infinite against a label alone; use `objective: kl` and an alpha below 1"
+        elif kind == "threshold":
+            problem = "is biased for targets of kind threshold, whose tail is sampled; use topk or full, or forward"
+        elif kind != "full" and train.truncated != "ghost":
+            problem = f"needs the mass that {kind} leaves out; set `train.truncated: ghost`"
+        if problem is not None:
+            raise ValueError(f"train.divergence {train.divergence} {problem}")
         return self
 
     @field_validator("out")

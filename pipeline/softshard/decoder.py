@@ -1,8 +1,8 @@
 """A causal language model as its body and its output layer, so that nobody need hold all logits at once.
 
 In: a model of transformers, with adapters or without, and sequences. Out: hidden states at the position before each
-label, and the logits of as many of them as are asked for. A model that does anything else to its logits, such as to
-scale or cap them, is refused.
+label, and the logits of as many of them as are asked for. Models that scale or cap their logits as their config says
+are taken; one that does anything else to them is refused.
 """
 
 from __future__ import annotations
@@ -18,22 +18,42 @@ from torch import Tensor, nn
 from softshard.errors import ModelInvalid
 from softshard.target.types import TokenSequence
 
-__all__ = ["Decoder", "batches_by_length"]
+__all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "batches_by_length"]
 
-_LOGIT_SETTINGS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "output_multiplier",
-)
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_EITHER = "logits_scaling"
+"""Granite divides by it, HyperCLOVA X multiplies: which of the two, the model's own logits tell."""
+_PROBE_SIZE = 100.0
+"""Products as large as this show caps up to 400, which move them by 2%; those of a short text would hide them."""
+_TOLERANCE = 0.02
+"""Share of the largest logit: bfloat16 alone rounds by .4% in each of a few steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitTransform:
+    """From the output layer's product x to a logit: `scale * x`, or `cap * tanh(scale * x / cap)` with a soft cap.
+
+    The cap is Gemma 2's (arXiv 2408.00118, section 2), the scale Granite's and Cohere's.
+    """
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """Logits, of the product's type; the product itself where nothing is to be done."""
+        if self.soft_cap is not None:
+            return self.soft_cap * torch.tanh(product * (self.scale / self.soft_cap))
+        return product if self.scale == 1 else product * self.scale
+
+
+PLAIN_LOGITS = LogitTransform()
+"""Nothing is done to the product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """Logits of a position are `weight @ hidden + bias`."""
+    """Logits of a position are `transform(weight @ hidden + bias)`."""
 
     body: nn.Module
     """Everything before the output layer, the last norm included; adapters on its layers stay in force."""
@@ -41,37 +61,56 @@ class Decoder:
     """[V, d]"""
     bias: Tensor | None
     """[V]"""
+    transform: LogitTransform = PLAIN_LOGITS
 
     @classmethod
     def of(cls, model: Any) -> Decoder:
         """Halves of a causal language model, or of the one inside a `PeftModel`, in evaluation mode.
 
         Raises:
-            ModelInvalid: its logits are not the output layer's product with the body's last hidden state.
+            ModelInvalid: its logits are not what its config says, from the output layer's product with the body's last
+                hidden state.
         """
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        name, config = str(inner.name_or_path) or type(inner).__name__, inner.config.get_text_config()
-        for setting in _LOGIT_SETTINGS:
-            if (value := getattr(config, setting, None)) not in (None, 1, False):
-                problem = f"its config sets {setting} to {value}, so its logits are more than one matrix's product"
-                raise ModelInvalid(model=name, problem=f"{problem}; use another model")
+        name = str(inner.name_or_path) or type(inner).__name__
         output = inner.get_output_embeddings()
         if not isinstance(output, nn.Linear):
             problem = f"its output layer is {type(output).__name__}, it must be a linear one"
             raise ModelInvalid(model=name, problem=problem)
-        decoder = cls(body=inner.get_decoder(), weight=output.weight, bias=output.bias)
-        decoder._compare(inner, name)
-        return decoder
+        transforms, said = _transforms_of(inner.config.get_text_config())
+        halves = (
+            cls(body=inner.get_decoder(), weight=output.weight, bias=output.bias, transform=one) for one in transforms
+        )
+        differences = [(decoder._difference(inner), decoder) for decoder in halves]
+        difference, nearest = min(differences, key=lambda pair: pair[0])
+        if not difference <= _TOLERANCE:
+            what = "its logits are not output layer times hidden state" + (f" with {said}" if said else "")
+            raise ModelInvalid(model=name, problem=f"{what} (off by {difference:.2g}); use another model")
+        return nearest
 
     @torch.no_grad()
-    def _compare(self, inner: Any, name: str) -> None:
+    def _difference(self, inner: Any) -> float:
+        """How far the model's own logits are from these, as a share of the largest; hidden states are scaled up.
+
+        0 where weights that are not finite leave nothing to compare: those are found by who scores with them.
+        """
+        seen: list[Tensor] = []
+
+        def enlarge(module: nn.Module, inputs: Any, output: Any) -> Any:
+            product = nn.functional.linear(output.last_hidden_state.to(self.weight.dtype), self.weight, self.bias)
+            factor = _PROBE_SIZE / max(float(product.abs().max()), 1e-30)
+            output.last_hidden_state = output.last_hidden_state * factor
+            seen.append(output.last_hidden_state)
+            return output
+
         ids = torch.arange(1, 5, device=self.weight.device)[None] % len(self.weight)
-        own = inner(input_ids=ids, use_cache=False).logits[0].float()
-        ours = self.logits(self.body(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
-        difference, size = (own - ours).abs().max(), own.abs().max()
-        if not difference <= 0.02 * size and torch.isfinite(size):
-            problem = f"its logits are not output layer times hidden state (off by {difference:.3g}); use another model"
-            raise ModelInvalid(model=name, problem=problem)
+        hook = self.body.register_forward_hook(enlarge)
+        try:
+            own = inner(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            hook.remove()
+        difference = (own - self.logits(seen[-1][0]).float()).abs().max() / own.abs().max()
+        return float(difference) if bool(torch.isfinite(own).all()) else 0.0
 
     @property
     def output_size(self) -> int:
@@ -95,7 +134,21 @@ class Decoder:
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] logits of some hidden states."""
-        return nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias)
+        return self.transform(nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias))
+
+
+def _transforms_of(config: Any) -> tuple[list[LogitTransform], str]:
+    """What a config may mean to be done to the product, and the settings that say so, in words."""
+    found = {
+        name: float(value)
+        for name in (*_CAPS, *_FACTORS, _EITHER)
+        if (value := getattr(config, name, None)) not in (None, 1, False)
+    }
+    cap = next((found[name] for name in _CAPS if name in found), None)
+    factor = float(np.prod([found[name] for name in _FACTORS if name in found]))
+    scales = [factor / found[_EITHER], factor * found[_EITHER]] if _EITHER in found else [factor]
+    said = " and ".join(f"{name} {value:g}" for name, value in found.items())
+    return [LogitTransform(scale=scale, soft_cap=cap) for scale in scales], said
 
 
 def batches_by_length(sequences: Sequence[TokenSequence], *, batch_tokens: int) -> Iterator[list[int]]:

@@ -22,11 +22,14 @@ from softshard.storage import sha256_of
 from softshard.teacher.style import training_precision
 from softshard.telemetry import Reporter
 from softshard.train.checkpoint import Checkpoint
+from softshard.train.dataset import SoftLabelDataset
 from softshard.train.loop import FineTuned, Step, fine_tune
 from softshard.train.lora import save_adapter
+from softshard.train.objective import CROSS_ENTROPY, Objective
+from softshard.train.reading import TargetSet
 from softshard.train.record import Trained, TrainingReceipt, find_training, write_trained
 from softshard.train.retention import Retention
-from softshard.train.stream import SoftLabelStream, TextBatches
+from softshard.train.stream import TextBatches
 
 __all__ = ["ensure_trained", "set_training_threads"]
 
@@ -37,6 +40,7 @@ class _TrainingPlan:
 
     name: str
     alpha: float
+    objective: Objective
     optimizer: OptimizerSettings
     retention: RetentionSettings | None
     retention_weight: float
@@ -110,9 +114,11 @@ def _plans(
     def plan(name: str, alpha: float, optimizer: OptimizerSettings, weight: float) -> _TrainingPlan:
         used = settings.retention if weight > 0 else None
         text = retention.digest if retention is not None and used is not None else None
+        objective = CROSS_ENTROPY if alpha == 1 else _objective(settings, manifest)
         depends_on = {
             **shared,
             "alpha": alpha,
+            "objective": asdict(objective),
             "optimizer": optimizer.model_dump(exclude={"checkpoint_steps"}),
             "retention_weight": weight,
             "retention": None if used is None else [text, used.objective, used.batch_tokens],
@@ -120,6 +126,7 @@ def _plans(
         return _TrainingPlan(
             name=name,
             alpha=alpha,
+            objective=objective,
             optimizer=optimizer,
             retention=used,
             retention_weight=weight,
@@ -135,6 +142,11 @@ def _plans(
     return main, [plan("baseline", 1.0, optimizer, settings.baseline.retention_weight) for optimizer in rates]
 
 
+def _objective(settings: TrainSettings, manifest: Manifest) -> Objective:
+    temperature = settings.temperature * manifest.target["temperature"] if settings.match_temperature else 1.0
+    return Objective(divergence=settings.divergence, jsd_beta=settings.jsd_beta, temperature=temperature)
+
+
 def _train(
     workspace: Workspace,
     manifest: Manifest,
@@ -148,15 +160,16 @@ def _train(
     set_training_threads(settings)
     dtype, _ = training_precision(settings.dtype, device=settings.device)
     checkpoint = Checkpoint(store=store, path=f".checkpoints/{plan.folder}.pt")
-    stream = SoftLabelStream(
-        workspace.targets,
-        manifest,
+    stream = SoftLabelDataset(
+        TargetSet(store=workspace.targets, manifest=manifest),
         seed=workspace.job.seed,
         batch_tokens=plan.optimizer.batch_tokens,
         shuffle_buffer=settings.shuffle_buffer,
         alpha=plan.alpha,
         truncated=settings.truncated,
         temperature=settings.temperature,
+        rank=0,
+        world_size=1,
     )
     with reporter.progress(f"train {plan.label}", total=None, unit="steps") as progress:
 
@@ -169,6 +182,7 @@ def _train(
             load_model(student.folder, dtype=getattr(torch, dtype), device=device),
             stream,
             lora=settings.lora,
+            objective=plan.objective,
             optimizer=plan.optimizer,
             retention=_retention(workspace, retention, plan),
             seed=workspace.job.seed,

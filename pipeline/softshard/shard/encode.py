@@ -1,4 +1,4 @@
-"""Sequences and their targets to the bytes of a part, and back.
+"""Sequences and their targets to the bytes of a part.
 
 The bytes are a function of the rows, the metadata and the version of pyarrow. Encodings are per column: pyarrow wants
 the leaf's whole name and ignores another in silence, so a test reads them back.
@@ -9,19 +9,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from softshard.errors import PartCorrupt
-from softshard.shard.schema import METADATA_KEY, PART_SCHEMA, PartMetadata, metadata_of
+from softshard.shard.schema import METADATA_KEY, PART_SCHEMA, PartMetadata
 from softshard.target.codec import (
-    after_first,
-    decode_head,
-    decode_tail,
     encode_head,
     encode_tail,
     frequent_ids,
@@ -33,7 +29,7 @@ from softshard.target.codec import (
 )
 from softshard.target.types import SequenceTargets, TokenSequence
 
-__all__ = ["decode_batch", "decode_part", "encode_part", "open_part"]
+__all__ = ["encode_part"]
 
 _SPLIT = ("token_ids", "tail_count", "head_ranks", "head_steps", "tail_gaps")
 _DICTIONARY = (
@@ -131,100 +127,3 @@ def _lists(name: str, flat: NDArray[Any], lengths: Sequence[int]) -> pa.ListArra
     kind = PART_SCHEMA.field(name).type
     offsets = offsets_of(np.array(lengths, dtype=np.int32)).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type), type=kind)
-
-
-def open_part(content: bytes | pa.Buffer | BinaryIO, *, uri: str) -> tuple[pq.ParquetFile, PartMetadata]:
-    """A part's file and metadata, nothing decoded yet. Raises PartCorrupt."""
-    try:
-        source = pa.BufferReader(content) if isinstance(content, bytes | pa.Buffer) else content
-        file = pq.ParquetFile(source, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise PartCorrupt(uri=uri, problem=f"is not readable as Parquet: {error}") from error
-    return file, metadata_of(file.schema_arrow, uri=uri)
-
-
-def decode_part(
-    content: bytes | pa.Buffer, *, uri: str
-) -> tuple[list[tuple[TokenSequence, SequenceTargets]], PartMetadata]:
-    """All rows of a part, with what the file holds of the targets. Raises PartCorrupt."""
-    file, metadata = open_part(content, uri=uri)
-    try:
-        table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
-    rows = [row for batch in table.to_batches() for row in decode_batch(batch, metadata=metadata, uri=uri)]
-    return rows, metadata
-
-
-def decode_batch(
-    batch: pa.RecordBatch, *, metadata: PartMetadata, uri: str
-) -> list[tuple[TokenSequence, SequenceTargets]]:
-    """Rows of a record batch that has all columns. Raises PartCorrupt when the lists of a row do not fit together."""
-    if not batch.num_rows:
-        return []
-    plain = {name: batch.column(name).to_pylist() for name in PART_SCHEMA.names[:8]}
-    flat = {name: batch.column(name).flatten().to_numpy(zero_copy_only=False) for name in _LISTS}
-    lengths = {name: batch.column(name).value_lengths().to_numpy(zero_copy_only=False) for name in _LISTS}
-    _check_lengths(flat, lengths, plain, draws=metadata.draws, uri=uri)
-    by_rank = ids_by_rank(np.array(metadata.frequent_ids, dtype=np.int32), vocab_size=metadata.vocab_size)
-    logprobs = decode_head(flat["head_steps"], flat["head_count"]) * -metadata.step
-    decoded = {
-        **{name: flat[name] for name in ("token_ids", *_PER_LABEL, "tail_count")},
-        "head_ids": _ids(flat["head_ranks"], by_rank, uri=uri),
-        "head_logprobs": logprobs.astype(np.float32),
-        "tail_ids": _ids(decode_tail(flat["tail_gaps"], flat["tail_count"]), by_rank, uri=uri),
-    }
-    stored = {**lengths, "head_ids": lengths["head_ranks"], "head_logprobs": lengths["head_ranks"]}
-    stored["tail_ids"] = lengths["tail_gaps"]
-    bounds = {name: offsets_of(stored[name]).tolist() for name in decoded}
-    rows = []
-    for index in range(batch.num_rows):
-        row = {name: values[bounds[name][index] : bounds[name][index + 1]] for name, values in decoded.items()}
-        sequence = TokenSequence(
-            **{name: plain[name][index] for name in _SEQUENCE},
-            token_ids=cast("NDArray[np.int32]", row.pop("token_ids")),
-        )
-        rows.append((sequence, SequenceTargets(**row)))
-    return rows
-
-
-_SEQUENCE = ("sequence_id", "document_id", "source", "style", "group", "start", "first_label")
-
-
-def _ids(ranks: NDArray[np.int32], by_rank: NDArray[np.int32], *, uri: str) -> NDArray[np.int32]:
-    if len(ranks) and not 0 <= int(ranks.min()) <= int(ranks.max()) < len(by_rank):
-        raise PartCorrupt(uri=uri, problem=f"a token lies outside the vocabulary of {len(by_rank)}")
-    return by_rank[ranks]
-
-
-def _check_lengths(
-    flat: dict[str, NDArray[Any]],
-    lengths: dict[str, NDArray[np.int32]],
-    plain: dict[str, list[Any]],
-    *,
-    draws: int,
-    uri: str,
-) -> None:
-    labels = lengths["token_ids"] - np.array(plain["first_label"])
-    expected = dict.fromkeys(_PER_LABEL, labels) | {"tail_count": labels * draws}
-    for name, wanted in expected.items():
-        bad = (lengths[name] != wanted) | (labels < 1) | (np.array(plain["first_label"]) < 1)
-        _refuse(bad, plain, f"{name} does not fit its tokens", uri=uri)
-    heads, tails = flat["head_count"], flat["tail_count"]
-    entries = {
-        "head_ranks": (heads, "head_count"),
-        "head_steps": (np.maximum(heads - 1, 0), "head_count"),
-        "tail_gaps": (tails, "tail_count"),
-    }
-    for name, (counts, owner) in entries.items():
-        bad = np.diff(offsets_of(counts)[offsets_of(lengths[owner])]) != lengths[name]
-        _refuse(bad | (counts.min(initial=0) < 0), plain, "entries and counts do not fit together", uri=uri)
-    if flat["head_steps"].min(initial=0) < 0:
-        raise PartCorrupt(uri=uri, problem="the steps of a head do not fall")
-    if flat["tail_gaps"].min(initial=0) < 0 or flat["tail_gaps"][after_first(tails)].min(initial=1) < 1:
-        raise PartCorrupt(uri=uri, problem="a tail holds a token twice")
-
-
-def _refuse(bad: NDArray[np.bool_], plain: dict[str, list[Any]], problem: str, *, uri: str) -> None:
-    if bad.any():
-        raise PartCorrupt(uri=uri, problem=f"sequence {plain['sequence_id'][int(np.argmax(bad))]}: {problem}")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from softshard.errors import ManifestMissing, PartCorrupt
 from softshard.shard.commit import receipt_path
-from softshard.shard.encode import decode_batch, open_part
+from softshard.shard.decode import decode_batch, open_part
 from softshard.shard.manifest import (
     Manifest,
     Receipt,

@@ -8,7 +8,7 @@ which frequent tokens come first; the ranks of a tail are sorted, which costs no
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ __all__ = [
     "mass_grid",
     "offsets_of",
     "ranks_of",
+    "spread",
     "to_logprob_grid",
     "to_mass_grid",
 ]
@@ -40,12 +41,13 @@ LOWEST_LOGPROB = -1000.0
 MASS_GRID = 1 / 255
 """Grid of the stored tail mass: off by at most 1/510. Its 256 values are a byte each in Parquet's dictionary."""
 _MOST_STEPS = 32767
+_Value = TypeVar("_Value", bound=np.generic)
 _OFTEN = 24
 """An id in the metadata takes some six bytes; measured, it earns them back when it occurs about this often."""
 _MOST_FREQUENT = 4096
 
 
-def offsets_of(counts: NDArray[np.int32]) -> NDArray[np.int64]:
+def offsets_of(counts: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """[n + 1] running sums of counts: the entries of label j lie at offsets[j]:offsets[j + 1]."""
     offsets = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
@@ -80,24 +82,38 @@ def after_first(counts: NDArray[np.int32]) -> NDArray[np.bool_]:
 def _below_first(logprobs: NDArray[np.floating[Any]], counts: NDArray[np.int32]) -> NDArray[np.float64]:
     """How much less each is than its label's first, in nats."""
     exact = logprobs.astype(np.float64)
-    highest = np.repeat(exact[offsets_of(counts)[:-1][counts > 0]], counts[counts > 0])
-    return highest - exact
+    return spread(exact[offsets_of(counts)[:-1][counts > 0]], counts[counts > 0]) - exact
+
+
+def spread(values: NDArray[_Value], counts: NDArray[np.int32]) -> NDArray[_Value]:
+    """Each value as often as its count, which is above 0: `np.repeat`, in a third of the time for small counts."""
+    if not len(counts):
+        return values
+    places = np.zeros(int(counts.sum()), dtype=np.int64)
+    places[np.cumsum(counts[:-1], dtype=np.int64)] = 1
+    return values[np.cumsum(places, out=places)]
 
 
 def decode_head(differences: NDArray[np.int16], counts: NDArray[np.int32]) -> NDArray[np.int32]:
     """[H] int32: steps below the label's most likely entry, the inverse of `encode_head`."""
-    after = after_first(counts)
-    steps = np.zeros(len(after), dtype=np.int32)
+    after = np.flatnonzero(after_first(counts))
+    steps = np.zeros(int(counts.sum()), dtype=np.int32)
     steps[after] = differences
     return _running(steps, counts)
 
 
 def _running(differences: NDArray[Any], counts: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Running sums within each label."""
-    running = np.cumsum(differences, dtype=np.int64)
-    before = np.concatenate([np.zeros(1, np.int64), running])[offsets_of(counts)[:-1]]
-    sums: NDArray[np.int32] = (running - np.repeat(before, counts)).astype(np.int32)
-    return sums
+    """Running sums within each label.
+
+    The sums of all labels before it are taken from a label's first difference, so that one more pass gives all sums.
+    That may leave the range of int32 and come back, but what a label's own sums hold is exact as long as it fits.
+    """
+    sums: NDArray[np.int32] = differences.astype(np.int32)
+    starts = offsets_of(counts)[:-1][counts > 0]
+    if len(starts):
+        through_label_before = np.cumsum(sums, dtype=np.int32)[starts[1:] - 1]
+        sums[starts[1:]] -= np.diff(through_label_before, prepend=np.int32(0))
+    return np.cumsum(sums, dtype=np.int32, out=sums)
 
 
 def frequent_ids(ids: NDArray[np.int32], *, vocab_size: int) -> NDArray[np.int32]:
@@ -148,7 +164,7 @@ def head_weights(
     if not filled.any():
         return relative
     sums = np.add.reduceat(relative, offsets_of(counts)[:-1][filled])
-    weights: NDArray[np.float64] = relative * np.repeat(mass[filled].astype(np.float64) / sums, counts[filled])
+    weights: NDArray[np.float64] = relative * spread(mass[filled].astype(np.float64) / sums, counts[filled])
     return weights
 
 

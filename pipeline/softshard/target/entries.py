@@ -1,11 +1,13 @@
 """Targets as (token, weight) entries: what a loss or a metric needs of them.
 
-In: a sequence's targets as a part holds them. Out: for each label its head entries, then its tail entries.
+In: targets as a part holds them, of any number of labels. Out: for each label its head entries, then its tail entries;
+where the label's own token is mixed in, that one comes first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from softshard.target.codec import head_weights, offsets_of
 from softshard.target.types import SequenceTargets
 
-__all__ = ["Entries", "entries_of"]
+__all__ = ["Entries", "entries_of", "places_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,15 @@ class Entries:
     """[P + 1]"""
 
 
-def entries_of(targets: SequenceTargets, *, tau: float | None, draw: int = 0, temperature: float = 1.0) -> Entries:
+def entries_of(
+    targets: SequenceTargets,
+    *,
+    tau: float | None,
+    draw: int = 0,
+    temperature: float = 1.0,
+    labels: NDArray[np.int32] | None = None,
+    alpha: float = 0.0,
+) -> Entries:
     """Entries whose weights sum, in expectation, to 1 (threshold), or to 1 - tail_mass (the other kinds).
 
     Args:
@@ -37,13 +47,32 @@ def entries_of(targets: SequenceTargets, *, tau: float | None, draw: int = 0, te
         draw: which of the independent tails; counted from 0, and from 0 again after the last, so an epoch will do.
         temperature: the head becomes p^(1 / temperature), of the same mass. That is the target at that temperature
             where the head is the whole vocabulary, or where what is left out is to be renormalised away.
+        labels: [P] ids of the labels. With them, each label has an entry of weight `alpha` for its own token before all
+            others, which then weigh (1 - alpha) of what they would.
+        alpha: weight of the label's own token.
     """
     targets = targets.of_draw(draw)
-    heads = head_weights(targets.head_logprobs / temperature, targets.head_count, 1 - targets.tail_mass)
-    counts = np.stack([targets.head_count, targets.tail_count], axis=1)
-    in_head = np.repeat(np.tile([True, False], len(counts)), counts.reshape(-1))
-    ids = np.empty(len(in_head), dtype=np.int32)
-    weights = np.full(len(in_head), 0.0 if tau is None else tau, dtype=np.float32)
-    ids[in_head], weights[in_head] = targets.head_ids, heads
-    ids[~in_head] = targets.tail_ids
-    return Entries(ids=ids, weights=weights, offsets=offsets_of(counts.sum(1, dtype=np.int32)))
+    logprobs = targets.head_logprobs if temperature == 1 else targets.head_logprobs / temperature
+    heads = head_weights(logprobs, targets.head_count, (1 - alpha) * (1 - targets.tail_mass))
+    extra = 0 if labels is None else 1
+    counts = targets.head_count + targets.tail_count + extra
+    offsets = offsets_of(counts)
+    ids = np.empty(offsets[-1], dtype=np.int32)
+    weights = np.full(len(ids), 0.0 if tau is None else (1 - alpha) * tau, dtype=np.float32)
+    if labels is not None:
+        ids[offsets[:-1]], weights[offsets[:-1]] = labels, alpha
+    head_places = places_of(offsets[:-1] + extra, targets.head_count)
+    ids[head_places], weights[head_places] = targets.head_ids, heads
+    ids[places_of(offsets[1:] - targets.tail_count, targets.tail_count)] = targets.tail_ids
+    return Entries(ids=ids, weights=weights, offsets=offsets)
+
+
+def places_of(starts: NDArray[np.int64], counts: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Whole numbers from starts[j] on, counts[j] of them, run after run: where the entries of each label go."""
+    filled = np.flatnonzero(counts)
+    starts, counts = starts[filled], counts[filled]
+    places = np.ones(int(counts.sum()), dtype=np.int64)
+    if len(places):
+        places[0] = starts[0]
+        places[np.cumsum(counts[:-1], dtype=np.int64)] = starts[1:] - (starts[:-1] + counts[:-1] - 1)
+    return np.cumsum(places, out=places)

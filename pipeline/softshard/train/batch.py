@@ -1,8 +1,8 @@
 """Rows of parts, or plain sequences, to the tensors of a training step.
 
 In: sequences with their stored targets, or sequences alone. Out: a `Batch`, in which the label's own token is mixed
-into the stored target: P_hat = alpha * delta(label) + (1 - alpha) * sketch. Nothing is recomputed for another alpha;
-alpha = 1 is cross-entropy on the corpus's own tokens, and the sketch is not looked at.
+into the stored target, padded or packed. Packed, the sequences are one row, `position_ids` begin again with each, and
+`cu_seq_lens` says where: no attention and no target crosses from one to the next.
 """
 
 from __future__ import annotations
@@ -16,24 +16,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softshard.shard.decode import Block
 from softshard.shard.read import Row
 from softshard.shard.schema import PartMetadata
 from softshard.target.codec import offsets_of
-from softshard.target.entries import Entries, entries_of
+from softshard.target.entries import places_of
 from softshard.target.join import concatenate
 from softshard.target.types import TokenSequence
+from softshard.train.mixed import LabelWeights, MixedRow, Mixing, mixed_rows, text_row
 
-__all__ = ["Batch", "collate", "collate_text"]
+__all__ = ["Batch", "collate", "collate_mixed", "collate_text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """B sequences padded to L tokens, and the targets of their N labels, in the order of the sequences."""
+    """S sequences, padded to B = S rows of L tokens or packed in B = 1, and the targets of their N labels, in order."""
 
     input_ids: Tensor
     """[B, L] int64, padded on the right with 0."""
-    attention_mask: Tensor
-    """[B, L] int64, 0 on padding."""
+    attention_mask: Tensor | None
+    """[B, L] int64, 0 on padding; None when packed."""
+    position_ids: Tensor | None
+    """[1, L] int64 place of each token in its own sequence, when packed; else None."""
+    cu_seq_lens: Tensor | None
+    """[S + 1] int32 where each sequence begins and the last one ends, when packed; else None."""
+    max_length: int
+    """Tokens of the longest sequence."""
     positions: Tensor
     """[N] int64, b * L + t of the position before each label, whose logits are compared with the target."""
     labels: Tensor
@@ -52,16 +60,43 @@ class Batch:
     """[N] float32."""
     num_tokens: int
     """Tokens without padding; 0 in a batch of weight zero."""
+    cursor: tuple[int, int] | None = None
+    """Epoch, and batches of it that all ranks together have had with this round; None outside a data set."""
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Arguments for a model of transformers, its flash attention's among them.
+
+        Where attention is not flash attention, transformers builds a block-diagonal mask from `position_ids`, which it
+        does only without a cache and without an attention mask.
+        """
+        if self.cu_seq_lens is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "use_cache": False,
+            "cu_seq_lens_q": self.cu_seq_lens,
+            "cu_seq_lens_k": self.cu_seq_lens,
+            "max_length_q": self.max_length,
+            "max_length_k": self.max_length,
+        }
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch on a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: item.to(device) for name, item in values.items() if isinstance(item, Tensor)}
-        return replace(self, **moved)
+        return self._with_tensors(lambda tensor: tensor.to(device))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; a DataLoader with `pin_memory=True` calls it."""
+        return self._with_tensors(Tensor.pin_memory)
 
     def without_weight(self) -> Batch:
         """The same batch with weights of zero, for a rank that has none of its own in the last round of an epoch."""
         return replace(self, position_weights=torch.zeros_like(self.position_weights), num_tokens=0)
+
+    def _with_tensors(self, change: Any) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(item) for name, item in values.items() if isinstance(item, Tensor)}
+        return replace(self, **changed)
 
 
 def collate(
@@ -72,79 +107,72 @@ def collate(
     truncated: Literal["ghost", "renormalise"],
     draw: int = 0,
     temperature: float = 1.0,
+    weights: LabelWeights | None = None,
+    packing: bool = False,
 ) -> Batch:
     """Sequences with the targets alpha * delta(label) + (1 - alpha) * sketch.
 
     `metadata` is that of any part of the rows' manifest. Where the kind leaves tokens out (`topk`, `nucleus`),
     `ghost` keeps the weights and gives (1 - alpha) of the stored tail mass to a ghost token, and `renormalise`
     scales the weights of a label to 1 before mixing. A `threshold` sketch is never scaled: its sum is random, and
-    scaling it would bias it. `draw` and `temperature` are as in `entries_of`.
+    scaling it would bias it. `draw` and `temperature` are as in `entries_of`; without `weights` each label's is 1.
     """
     sequences = [sequence for sequence, _ in rows]
-    if alpha == 1:
-        return collate_text(sequences)
-    targets, tail = concatenate([target.of_draw(draw) for _, target in rows]), None
-    if metadata.kind in ("topk", "nucleus"):
-        if truncated == "ghost":
-            tail = (1 - alpha) * targets.tail_mass
-        else:
-            targets = replace(targets, tail_mass=np.zeros_like(targets.tail_mass))
-    entries = entries_of(targets, tau=metadata.tau, temperature=temperature)
-    labels = np.concatenate([sequence.labels for sequence in sequences])
-    mixed, in_head = _with_labels(entries, labels=labels, alpha=alpha)
-    return _batch(sequences, mixed, in_head=None if tail is None else in_head, tail=tail)
-
-
-def collate_text(sequences: Sequence[TokenSequence]) -> Batch:
-    """Sequences with their own tokens as targets (alpha = 1): the loss is cross-entropy."""
-    labels = np.concatenate([sequence.labels for sequence in sequences])
-    ones = np.ones(len(labels), dtype=np.float32)
-    own = Entries(ids=labels, weights=ones, offsets=np.arange(len(labels) + 1, dtype=np.int64))
-    return _batch(sequences, own, in_head=None, tail=None)
-
-
-def _with_labels(entries: Entries, *, labels: NDArray[np.int32], alpha: float) -> tuple[Entries, NDArray[np.bool_]]:
-    """(1 - alpha) of the entries, with alpha of each label's own token before them; and which are not that token."""
-    if alpha == 0:
-        return entries, np.ones(len(entries.ids), dtype=np.bool_)
-    counts = np.diff(entries.offsets) + 1
-    offsets = offsets_of(counts.astype(np.int32))
-    others = np.ones(offsets[-1], dtype=np.bool_)
-    others[offsets[:-1]] = False
-    ids = np.empty(offsets[-1], dtype=np.int32)
-    weights = np.empty(offsets[-1], dtype=np.float32)
-    ids[others], weights[others] = entries.ids, (1 - alpha) * entries.weights
-    ids[~others], weights[~others] = labels, alpha
-    return Entries(ids=ids, weights=weights, offsets=offsets), others
-
-
-def _batch(
-    sequences: Sequence[TokenSequence],
-    entries: Entries,
-    *,
-    in_head: NDArray[np.bool_] | None,
-    tail: NDArray[np.float32] | None,
-) -> Batch:
-    longest = max(len(sequence.token_ids) for sequence in sequences)
-    ids = np.zeros((len(sequences), longest), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    positions = []
-    for index, sequence in enumerate(sequences):
-        length = len(sequence.token_ids)
-        ids[index, :length] = sequence.token_ids
-        mask[index, :length] = 1
-        positions.append(index * longest + np.arange(sequence.first_label - 1, length - 1))
-    labels = np.concatenate([sequence.labels for sequence in sequences])
-    return Batch(
-        input_ids=torch.from_numpy(ids),
-        attention_mask=torch.from_numpy(mask),
-        positions=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
-        labels=torch.from_numpy(labels.astype(np.int64)),
-        entry_ids=torch.from_numpy(entries.ids.astype(np.int64)),
-        entry_weights=torch.from_numpy(entries.weights),
-        entry_offsets=torch.from_numpy(entries.offsets),
-        entry_in_head=None if in_head is None else torch.from_numpy(in_head),
-        tail_mass=None if tail is None else torch.from_numpy(tail.astype(np.float32)),
-        position_weights=torch.ones(len(labels)),
-        num_tokens=int(mask.sum()),
+    block = Block(
+        token_ids=np.concatenate([sequence.token_ids for sequence in sequences]),
+        lengths=np.array([len(sequence.token_ids) for sequence in sequences]),
+        first_labels=np.array([sequence.first_label for sequence in sequences]),
+        targets=concatenate([targets.of_draw(draw) for _, targets in rows]),
     )
+    mixing = Mixing(alpha=alpha, truncated=truncated, temperature=temperature, weights=weights or LabelWeights())
+    mixed = mixed_rows(block, range(len(rows)), metadata=metadata, mixing=mixing)
+    return collate_mixed([row for _, row in mixed], packing=packing, own_token=alpha > 0)
+
+
+def collate_text(sequences: Sequence[TokenSequence], *, packing: bool = False) -> Batch:
+    """Sequences with their own tokens as targets (alpha = 1): the loss is cross-entropy."""
+    return collate_mixed([text_row(sequence) for sequence in sequences], packing=packing)
+
+
+def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token: bool = True) -> Batch:
+    """The batch of some rows. `own_token`: the first entry of each label is its own token, mixed in."""
+    lengths = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
+    firsts = np.array([row.first_label for row in rows], dtype=np.int64)
+    longest, total = int(lengths.max()), int(lengths.sum())
+    starts = offsets_of(lengths)[:-1] if packing else np.arange(len(rows)) * longest
+    ids = np.zeros(total if packing else len(rows) * longest, dtype=np.int64)
+    for start, row in zip(starts.tolist(), rows, strict=True):
+        ids[start : start + len(row.token_ids)] = row.token_ids
+    within = np.arange(total) - np.repeat(offsets_of(lengths)[:-1], lengths)
+    positions = places_of(starts + firsts - 1, lengths - firsts)
+    offsets = offsets_of(np.concatenate([row.counts for row in rows]))
+    tail = None if rows[0].tail_mass is None else np.concatenate([row.tail_mass for row in rows])
+    return Batch(
+        input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
+        attention_mask=None if packing else torch.from_numpy(np.arange(longest) < lengths[:, None]).long(),
+        position_ids=torch.from_numpy(within)[None] if packing else None,
+        cu_seq_lens=torch.from_numpy(offsets_of(lengths)).int() if packing else None,
+        max_length=longest,
+        positions=torch.from_numpy(positions),
+        labels=torch.from_numpy(ids[positions + 1]),
+        entry_ids=torch.from_numpy(np.concatenate([row.entry_ids for row in rows], dtype=np.int64)),
+        entry_weights=torch.from_numpy(np.concatenate([row.entry_weights for row in rows])),
+        entry_offsets=torch.from_numpy(offsets),
+        entry_in_head=None if tail is None else _in_head(offsets, own_token=own_token),
+        tail_mass=None if tail is None else torch.from_numpy(tail),
+        position_weights=_position_weights(rows, len(positions)),
+        num_tokens=total,
+    )
+
+
+def _in_head(offsets: NDArray[np.int64], *, own_token: bool) -> Tensor:
+    in_head = torch.ones(int(offsets[-1]), dtype=torch.bool)
+    if own_token:
+        in_head[offsets[:-1]] = False
+    return in_head
+
+
+def _position_weights(rows: Sequence[MixedRow], num_labels: int) -> Tensor:
+    if rows[0].position_weights is None:
+        return torch.ones(num_labels)
+    return torch.from_numpy(np.concatenate([row.position_weights for row in rows]))

@@ -20,10 +20,10 @@ from softshard.decoder import Decoder
 from softshard.errors import TrainingDiverged
 from softshard.train.checkpoint import Checkpoint
 from softshard.train.lora import attach_lora
-from softshard.train.objective import cross_entropy
+from softshard.train.objective import CROSS_ENTROPY, Objective
 from softshard.train.order import seed_of
 from softshard.train.retention import Retention
-from softshard.train.stream import BatchSource
+from softshard.train.stream import BatchSource, endless
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,7 +42,7 @@ class Step:
     total_steps: int
     learning_rate: float
     loss: float
-    """Cross-entropy to the target: the KL, plus the target's entropy, which no model can change."""
+    """Of the objective: by default cross-entropy to the target, which is the KL plus the target's own entropy."""
     retention_loss: float | None
     """Without its weight; None where there is no retention."""
     grad_norm: float
@@ -79,6 +79,7 @@ def fine_tune(
     chunk_positions: int,
     checkpoint: Checkpoint | None,
     identity: str,
+    objective: Objective = CROSS_ENTROPY,
     on_step: Callable[[Step], None] = _ignore,
 ) -> FineTuned:
     """Train a new adapter on a frozen model, in place.
@@ -94,6 +95,7 @@ def fine_tune(
         seed: of the adapter's first weights and of its dropout.
         num_valid: vocabulary of the data.
         identity: names what the arguments do not: the base model's weights above all.
+        objective: how the model is compared with the targets.
         on_step: called after each step, when it is complete.
 
     Raises:
@@ -105,7 +107,8 @@ def fine_tune(
     kept = retention if retention is not None and retention.weight > 0 else None
     decoder = Decoder.of(model.eval())
     plain = optimizer.model_dump(exclude={"checkpoint_steps"})
-    settings = [lora, plain, seed, num_valid, chunk_positions, batches.digest, batches.state_dict(), total_steps]
+    settings = [lora, plain, asdict(objective), seed, num_valid, chunk_positions]
+    settings += [batches.digest, batches.state_dict(), total_steps]
     other = None if kept is None else [kept.weight, kept.objective, kept.batches.digest, kept.batches.state_dict()]
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed_of("softshard.dropout", seed))
@@ -117,6 +120,7 @@ def fine_tune(
             batches=batches,
             settings=optimizer,
             retention=kept,
+            objective=objective,
             num_valid=num_valid,
             chunk_positions=chunk_positions,
             total_steps=total_steps,
@@ -148,6 +152,7 @@ class _Training:
         batches: BatchSource,
         settings: OptimizerSettings,
         retention: Retention | None,
+        objective: Objective,
         num_valid: int,
         chunk_positions: int,
         total_steps: int,
@@ -156,6 +161,7 @@ class _Training:
     ) -> None:
         self._model, self._decoder = model, decoder
         self._batches, self._retention, self._settings = batches, retention, settings
+        self._objective = objective
         self._num_valid, self._chunk_positions, self._total_steps = num_valid, chunk_positions, total_steps
         self._checkpoint, self._identity = checkpoint, identity
         self._adapter = {name: item for name, item in model.named_parameters() if item.requires_grad}
@@ -172,7 +178,7 @@ class _Training:
         """Take up the checkpoint, if there is one of this training, and take the steps that are left."""
         if self._checkpoint is not None and (saved := self._checkpoint.read(identity=self._identity)):
             self._restore(saved)
-        streams = [iter(source) for source in self._sources]
+        streams = [endless(source) for source in self._sources]
         try:
             while len(self.log) < self._total_steps:
                 batches = [next(stream).to(self._decoder.weight.device) for stream in streams]
@@ -191,7 +197,7 @@ class _Training:
         rate = learning_rate_at(number, total_steps=self._total_steps, settings=self._settings)
         self._optimizer.zero_grad()
         sizes = {"num_valid": self._num_valid, "chunk_positions": self._chunk_positions}
-        loss = cross_entropy(self._decoder, batches[0], **sizes)
+        loss = self._objective.loss(self._decoder, batches[0], **sizes)
         torch.autograd.backward(loss)
         kept = None
         if self._retention is not None:

@@ -7,47 +7,97 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from softshard.decoder import Decoder
+from softshard.target.codec import MASS_GRID
 from softshard.train.batch import Batch
-from softshard.train.loss import sparse_kl
+from softshard.train.loss import sparse_divergence, sparse_kl
 
-__all__ = ["cross_entropy", "hidden_states"]
+__all__ = ["CROSS_ENTROPY", "Objective", "hidden_states"]
 
 
 def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
     """[N, d] hidden states at the batch's positions, in the order of its labels."""
     with _mixed_precision(decoder):
-        states = decoder.body(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
+        states = decoder.body(**batch.model_inputs()).last_hidden_state
     chosen: Tensor = states.flatten(0, 1)[batch.positions]
     return chosen
 
 
-def cross_entropy(decoder: Decoder, batch: Batch, *, num_valid: int, chunk_positions: int) -> Tensor:
-    """Cross-entropy to the batch's targets, in nats: the mean over labels by their weights, 0 where all are 0.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """How a student is compared with a batch's targets. As it is by default: cross-entropy to them."""
 
-    It is the KL to the target plus the target's entropy, which no model can change, and so has the KL's gradient.
-    """
-    total = sparse_kl(
-        hidden_states(decoder, batch),
-        decoder.weight,
-        entry_ids=batch.entry_ids,
-        entry_weights=batch.entry_weights,
-        entry_offsets=batch.entry_offsets,
-        tail_mass=batch.tail_mass,
-        position_weights=batch.position_weights,
-        num_valid=num_valid,
-        chunk_positions=chunk_positions,
-        bias=decoder.bias,
-        entry_in_head=batch.entry_in_head,
-    )
+    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
+    """The last two are biased for a `threshold` sketch, and wrong for a head that was renormalised."""
+    jsd_beta: float = 0.5
+    """Beta of the Jensen-Shannon divergence."""
+    temperature: float = 1.0
+    """T of the student: its logits are divided by it, and the loss is T^2 times as large. The batch's targets are taken
+    as they are, so they should have been captured, or loaded, with that temperature."""
+
+    def loss(
+        self,
+        decoder: Decoder,
+        batch: Batch,
+        *,
+        num_valid: int,
+        chunk_positions: int,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:
+        """Mean loss over labels by their weights, in nats, 0 where all are 0.
+
+        The forward one is the KL to the target plus the target's entropy, which no model can change, and so has the
+        KL's gradient; the others are the divergences themselves.
+
+        Args:
+            decoder: of the model.
+            batch: on the model's device.
+            num_valid: vocabulary of the data.
+            chunk_positions: positions whose logits exist at one time.
+            num_items_in_batch: what the sum is divided by in place of this batch's own weights: the weights of all
+                batches of a step, over gradient accumulation and ranks, as transformers counts labels. Where gradients
+                are averaged over ranks, as by DDP, multiply the loss by the number of ranks.
+        """
+        hidden = hidden_states(decoder, batch)
+        target: dict[str, Any] = {
+            "entry_ids": batch.entry_ids,
+            "entry_weights": batch.entry_weights,
+            "entry_offsets": batch.entry_offsets,
+            "entry_in_head": batch.entry_in_head,
+            "tail_mass": batch.tail_mass,
+            "position_weights": batch.position_weights,
+            "bias": decoder.bias,
+            "transform": decoder.transform,
+            "temperature": self.temperature,
+            "num_valid": num_valid,
+            "chunk_positions": chunk_positions,
+        }
+        if self.divergence == "forward":
+            total = sparse_kl(hidden, decoder.weight, **target)
+        else:
+            if batch.tail_mass is not None:
+                # A mass that the grid took for 0 lies between 0 and half a step: the middle of that, for 0 is infinite.
+                target["tail_mass"] = batch.tail_mass.clamp(min=MASS_GRID / 4)
+            kind, beta = self.divergence, self.jsd_beta
+            total = sparse_divergence(hidden, decoder.weight, divergence=kind, jsd_beta=beta, **target)
+        return total / _divisor(batch, num_items_in_batch)
+
+
+CROSS_ENTROPY = Objective()
+"""To the batch's targets, whatever they are."""
+
+
+def _divisor(batch: Batch, num_items_in_batch: float | Tensor | None) -> float | Tensor:
+    if num_items_in_batch is not None:
+        return num_items_in_batch
     weight = batch.position_weights.sum()
-    return total / torch.where(weight > 0, weight, 1.0)
+    return torch.where(weight > 0, weight, 1.0)
 
 
 @contextlib.contextmanager

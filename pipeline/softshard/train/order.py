@@ -46,18 +46,19 @@ def through_buffer(rows: NDArray[np.int64], *, size: int, generator: np.random.G
     return np.concatenate([np.array(shuffled, dtype=np.int64), last])
 
 
-def batch_bounds(lengths: NDArray[np.int64], *, batch_tokens: int) -> NDArray[np.int64]:
+def batch_bounds(lengths: NDArray[np.int64], *, batch_tokens: int, packing: bool = False) -> NDArray[np.int64]:
     """[num_batches + 1] bounds of batches of consecutive sequences: batch i is bounds[i]:bounds[i + 1].
 
-    A batch takes sequences while its padded size, their number times the longest of them, is at most `batch_tokens`;
-    a longer sequence is a batch of its own.
+    A batch takes sequences while its size is at most `batch_tokens`: packed, the sum of their lengths, else their
+    number times the longest of them. A longer sequence is a batch of its own.
     """
-    bounds, start, longest = [0], 0, 0
+    bounds, start, longest, total = [0], 0, 0, 0
     for index, length in enumerate(lengths.tolist()):
-        longest = max(longest, length)
-        if index > start and (index + 1 - start) * longest > batch_tokens:
+        longest, total = max(longest, length), total + length
+        size = total if packing else (index + 1 - start) * longest
+        if index > start and size > batch_tokens:
             bounds.append(index)
-            start, longest = index, length
+            start, longest, total = index, length, length
     if len(lengths):
         bounds.append(len(lengths))
     return np.array(bounds, dtype=np.int64)

@@ -16,7 +16,7 @@ from torch import Tensor
 from softshard.decoder import Decoder
 from softshard.train.batch import Batch
 from softshard.train.loss import dense_kl
-from softshard.train.objective import cross_entropy, hidden_states
+from softshard.train.objective import CROSS_ENTROPY, hidden_states
 from softshard.train.stream import BatchSource
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Retention:
     def loss(self, model: PeftModel, decoder: Decoder, batch: Batch, *, num_valid: int, chunk_positions: int) -> Tensor:
         """Mean loss per label, in nats, lambda left out; `batch` is on the model's device, `decoder` is the model's."""
         if self.objective == "ce":
-            return cross_entropy(decoder, batch, num_valid=num_valid, chunk_positions=chunk_positions)
+            return CROSS_ENTROPY.loss(decoder, batch, num_valid=num_valid, chunk_positions=chunk_positions)
         with torch.no_grad(), model.disable_adapter():
             base = hidden_states(decoder, batch)
         total = dense_kl(
@@ -51,5 +51,6 @@ class Retention:
             chunk_positions=chunk_positions,
             bias=decoder.bias,
             position_weights=batch.position_weights,
+            transform=decoder.transform,
         )
         return total / batch.position_weights.sum()

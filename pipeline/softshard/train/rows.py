@@ -1,23 +1,27 @@
-"""The rows of a split's parts: how many, how long, in which row group.
+"""The rows of a split's parts: how many, how long, in which row group, and which of them pass a filter.
 
-In: receipts and the store that their parts lie in. Out: what an order is made of, read from one small column of each
-part. The bytes are checked against the receipt when rows are read, not here.
+In: receipts and the store that their parts lie in. Out: what an order is made of, read from the small columns of each
+part; row groups whose statistics rule out every row are not read. Sizes are checked against the receipts here, hashes
+when rows are first read.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from softshard.errors import PartCorrupt
-from softshard.shard.encode import open_part
+from softshard.shard.decode import open_part
 from softshard.shard.manifest import Receipt
 from softshard.shard.schema import PartMetadata
 from softshard.storage import Store
+from softshard.train.filters import RowFilter
 
 __all__ = ["RowIndex", "index_rows"]
 
@@ -29,52 +33,83 @@ class RowIndex:
     """Rows of several parts, numbered through all of them in their order."""
 
     lengths: NDArray[np.int64]
-    """[R] tokens of each row."""
+    """[R] tokens of each row; 0 where its row group was not read."""
+    passing: NDArray[np.bool_]
+    """[R] rows that pass the filter."""
     groups: list[list[tuple[int, int]]]
     """Numbers of the first row and past the last one, by part and row group."""
+    names: NDArray[np.bytes_] | None
+    """[R] sequence ids, where they were asked for; then no row group is left out."""
     metadata: PartMetadata
     """Of the first part; the others have the same sketch settings."""
 
 
-def index_rows(store: Store, receipts: Sequence[Receipt]) -> RowIndex:
+def index_rows(
+    store: Store, receipts: Sequence[Receipt], *, where: RowFilter | None = None, with_names: bool = False
+) -> RowIndex:
     """Number the rows of some parts.
 
     Raises:
-        PartCorrupt: a part is missing or unreadable, has not the sequences that its receipt names, or has other sketch
-            settings than the first.
+        PartCorrupt: a part is missing or unreadable, has not the size or the sequences that its receipt names, or has
+            other sketch settings than the first.
     """
-    lengths: list[NDArray[np.int64]] = []
-    groups: list[list[tuple[int, int]]] = []
-    row, shared = 0, None
-    for receipt in receipts:
-        tokens, sizes, metadata = _lengths_of(store, receipt)
-        shared = shared or metadata
+    where = where or RowFilter()
+    parts = [_part_index(store, receipt, where, with_names) for receipt in receipts]
+    shared = parts[0].metadata
+    for receipt, part in zip(receipts, parts, strict=True):
         for name in _SETTINGS:
-            if getattr(metadata, name) != getattr(shared, name):
-                problem = f"has {name} {getattr(metadata, name)}, the other parts have {getattr(shared, name)}"
+            if (own := getattr(part.metadata, name)) != (other := getattr(shared, name)):
+                problem = f"has {name} {own}, the other parts have {other}"
                 raise PartCorrupt(uri=f"{store.uri}/{receipt.path}", problem=problem)
-        ends = row + np.cumsum(sizes)
-        groups.append([(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True)])
-        lengths.append(tokens)
-        row += len(tokens)
-    assert shared is not None
-    return RowIndex(lengths=np.concatenate(lengths), groups=groups, metadata=shared)
+    firsts = np.cumsum([0, *(len(part.lengths) for part in parts)]).tolist()
+    names = [part.names for part in parts if part.names is not None]
+    return RowIndex(
+        lengths=np.concatenate([part.lengths for part in parts]),
+        passing=np.concatenate([part.passing for part in parts]),
+        groups=[
+            [(first + start, first + stop) for start, stop in part.groups[0]]
+            for first, part in zip(firsts, parts, strict=False)
+        ],
+        names=np.concatenate(names) if names else None,
+        metadata=shared,
+    )
 
 
-def _lengths_of(store: Store, receipt: Receipt) -> tuple[NDArray[np.int64], list[int], PartMetadata]:
-    """Tokens of each row, rows of each row group, metadata; of the file, only one small column is read."""
+def _part_index(store: Store, receipt: Receipt, where: RowFilter, with_names: bool) -> RowIndex:
+    """The index of one part alone; of the file, only its footer and small columns are read."""
     uri = f"{store.uri}/{receipt.path}"
     try:
         with store.open(receipt.path) as stream:
-            file, metadata = open_part(stream, uri=uri)
-            table = file.read(columns=["first_label", "entropy"])
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            if (size := stream.seek(0, os.SEEK_END)) != receipt.num_bytes:
+                raise PartCorrupt(uri=uri, problem=f"has {size} bytes, its receipt names {receipt.num_bytes}")
+            index = _indexed(stream, where, with_names, uri=uri)
     except FileNotFoundError as error:
         raise PartCorrupt(uri=uri, problem="the part is missing") from error
     except (pa.ArrowException, OSError) as error:
         raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
-    if table.num_rows != receipt.num_sequences:
-        problem = f"has {table.num_rows} sequences, its receipt names {receipt.num_sequences}"
+    if len(index.lengths) != receipt.num_sequences:
+        problem = f"has {len(index.lengths)} sequences, its receipt names {receipt.num_sequences}"
         raise PartCorrupt(uri=uri, problem=problem)
-    labels = table["entropy"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-    return labels.astype(np.int64) + table["first_label"].to_numpy(), sizes, metadata
+    return index
+
+
+def _indexed(stream: BinaryIO, where: RowFilter, with_names: bool, *, uri: str) -> RowIndex:
+    stream.seek(0)
+    file, metadata = open_part(stream, uri=uri)
+    footers = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    stops = np.cumsum([0, *(footer.num_rows for footer in footers)]).tolist()
+    lengths = np.zeros(stops[-1], dtype=np.int64)
+    passing = np.zeros(stops[-1], dtype=np.bool_)
+    names = np.zeros(stops[-1], dtype="S32") if with_names else None
+    columns = list(dict.fromkeys(["first_label", "entropy", *where.conditions, *(["sequence_id"] * with_names)]))
+    groups = [group for group, footer in enumerate(footers) if with_names or where.may_pass(footer)]
+    if groups:
+        table = file.read_row_groups(groups, columns=columns)
+        rows = np.concatenate([np.arange(stops[group], stops[group + 1]) for group in groups])
+        labels = table["entropy"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        lengths[rows] = labels.astype(np.int64) + table["first_label"].to_numpy()
+        passing[rows] = where.passes(table)
+        if names is not None:
+            names[rows] = np.array(table["sequence_id"].to_pylist(), dtype="S32")
+    spans = [(stops[group], stops[group + 1]) for group in range(len(footers))]
+    return RowIndex(lengths=lengths, passing=passing, groups=[spans], names=names, metadata=metadata)

@@ -1,154 +1,33 @@
-"""The named errors of softshard and the exit code that each one ends the command with.
-
-Every error carries its values, says on one line what is wrong, where, and the way out. Exit codes: 0 done, 1 a bug,
-2 the job file or the arguments are wrong, 3 data is not what it claims (do not retry), 75 try again.
-"""
+"""Errors that end the command with 3: data is not what it claims to be, and trying again cannot help."""
 
 from __future__ import annotations
+
+from softshard.errors.base import DataInvalid
 
 __all__ = [
     "AdapterMissing",
     "AdapterNotInForce",
     "ArchitectureUnsupported",
+    "BlendIncomplete",
+    "BlendInvalid",
     "CorpusEmpty",
-    "DataInvalid",
     "EngineDiffers",
-    "EngineFailed",
-    "EngineMissing",
-    "ExtraMissing",
     "FoldEmpty",
     "HoldoutEmpty",
-    "JobInvalid",
-    "LeaseLost",
     "LogitsInvalid",
-    "ManifestMissing",
     "ModelInvalid",
     "NotMendable",
-    "OutputBusy",
-    "OutputForeign",
-    "OutputUnusable",
+    "NothingPasses",
     "PartConflict",
     "PartCorrupt",
     "PartsFailed",
     "ResumeMismatch",
     "SequenceUnknown",
-    "SoftshardError",
     "SourceUnreadable",
-    "Stopped",
-    "StorageFull",
-    "StoreUnavailable",
-    "StoreUnusable",
     "TokenizerMismatch",
     "TrainingDiverged",
-    "TryAgain",
     "VocabularyMismatch",
-    "exit_code_of",
 ]
-
-EXIT_BUG = 1
-EXIT_JOB = 2
-EXIT_DATA = 3
-EXIT_TRY_AGAIN = 75
-
-
-class SoftshardError(Exception):
-    """Base of every error that softshard raises on purpose; `exit_code` is what the command ends with.
-
-    Pickles by its message, so that an error raised on a worker reaches the client whole.
-    """
-
-    exit_code = EXIT_BUG
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-
-    def __reduce__(self) -> tuple[object, tuple[type[SoftshardError], str, dict[str, object]]]:
-        return _rebuild, (type(self), str(self), self.__dict__)
-
-
-def _rebuild(kind: type[SoftshardError], message: str, values: dict[str, object]) -> SoftshardError:
-    error = kind.__new__(kind, message)
-    SoftshardError.__init__(error, message)
-    error.__dict__.update(values)
-    return error
-
-
-def exit_code_of(error: BaseException) -> int:
-    """What the command ends with on an error; an interruption may be tried again, what nothing named is a bug."""
-    if isinstance(error, SoftshardError):
-        return error.exit_code
-    return EXIT_TRY_AGAIN if isinstance(error, KeyboardInterrupt) else EXIT_BUG
-
-
-class JobInvalid(SoftshardError):
-    """The job file or an argument is wrong."""
-
-    exit_code = EXIT_JOB
-
-    def __init__(self, *, file: str, place: str, problem: str) -> None:
-        self.file, self.place, self.problem = file, place, problem
-        super().__init__(f"{file}: {place}: {problem}" if place else f"{file}: {problem}")
-
-
-class EngineMissing(SoftshardError):
-    """The job names an engine that is not installed."""
-
-    exit_code = EXIT_JOB
-
-    def __init__(self, *, engine: str) -> None:
-        self.engine = engine
-        super().__init__(
-            f"teacher.engine: {engine} is not installed here; install softshard[{engine}],"
-            " or use `engine: transformers`"
-        )
-
-
-class ExtraMissing(SoftshardError):
-    """Something was asked for that an optional package does, and the package is not installed."""
-
-    exit_code = EXIT_JOB
-
-    def __init__(self, *, what: str, package: str, extra: str, remedy: str = "") -> None:
-        self.what, self.package, self.extra = what, package, extra
-        way_out = f", or {remedy}" if remedy else ""
-        super().__init__(f"{what}: {package} is not installed here; install softshard[{extra}]{way_out}")
-
-
-class OutputForeign(SoftshardError):
-    """The output folder belongs to another job, or to something else altogether."""
-
-    exit_code = EXIT_JOB
-
-    def __init__(self, *, out: str, owner: str | None, job: str) -> None:
-        self.out, self.owner, self.job = out, owner, job
-        whose = f"belongs to job {owner!r}" if owner else "is not empty and holds no job.yaml of softshard"
-        super().__init__(f"{out}: this folder {whose}, not to job {job!r}; give `out` another folder")
-
-
-class OutputUnusable(SoftshardError):
-    """The output folder cannot be written."""
-
-    exit_code = EXIT_JOB
-
-    def __init__(self, *, uri: str, problem: str) -> None:
-        self.uri, self.problem = uri, problem
-        super().__init__(f"{uri}: cannot be written: {problem}; give `out` a folder on a disk that can be")
-
-
-class StoreUnusable(SoftshardError):
-    """An object store refuses what is asked of it, or does not do it."""
-
-    exit_code = EXIT_JOB
-
-    def __init__(self, *, uri: str, problem: str) -> None:
-        self.uri, self.problem = uri, problem
-        super().__init__(f"{uri}: the object store cannot be used: {problem}")
-
-
-class DataInvalid(SoftshardError):
-    """Data is not what it claims to be; trying again cannot help."""
-
-    exit_code = EXIT_DATA
 
 
 class SourceUnreadable(DataInvalid):
@@ -312,17 +191,6 @@ class PartsFailed(DataInvalid):
         )
 
 
-class ManifestMissing(SoftshardError):
-    """A stage was asked for whose input is not complete, or was made with other settings."""
-
-    exit_code = EXIT_JOB
-
-    def __init__(self, *, uri: str, stage: str) -> None:
-        self.uri, self.stage = uri, stage
-        problem = f"not there, or made with other settings, so the {stage} stage is not complete"
-        super().__init__(f"{uri}: {problem}; run `softshard {stage} JOB.yaml`")
-
-
 class AdapterMissing(DataInvalid):
     """An adapter that a stage needs is not there."""
 
@@ -352,6 +220,34 @@ class ResumeMismatch(DataInvalid):
         )
 
 
+class NothingPasses(DataInvalid):
+    """No sequence of a split passes the filter."""
+
+    def __init__(self, *, uri: str, split: str, where: str) -> None:
+        self.uri, self.split, self.where = uri, split, where
+        super().__init__(f"{uri}: no sequence of the {split} split passes the filter ({where}); widen it")
+
+
+class BlendIncomplete(DataInvalid):
+    """Target sets that are to be blended do not hold the same sequences."""
+
+    def __init__(self, *, missing: dict[str, tuple[int, list[str]]], num_sequences: int) -> None:
+        self.missing, self.num_sequences = missing, num_sequences
+        listed = "; ".join(
+            f"{uri} lacks {count} of {num_sequences} ({', '.join(some)}{', ...' if count > len(some) else ''})"
+            for uri, (count, some) in missing.items()
+        )
+        super().__init__(f"target sets of a blend must hold the same sequences: {listed}; score them all, or filter")
+
+
+class BlendInvalid(DataInvalid):
+    """Target sets that cannot be mixed or blended with each other."""
+
+    def __init__(self, *, uri: str, problem: str) -> None:
+        self.uri, self.problem = uri, problem
+        super().__init__(f"{uri}: {problem}")
+
+
 class TrainingDiverged(DataInvalid):
     """A training step gave a loss or a gradient that is not finite."""
 
@@ -360,68 +256,4 @@ class TrainingDiverged(DataInvalid):
         super().__init__(
             f"training step {step}: the loss or its gradient is not finite (loss {loss});"
             " lower the `learning_rate`, or set `dtype: float32`"
-        )
-
-
-class TryAgain(SoftshardError):
-    """Something passed away that may be there again later."""
-
-    exit_code = EXIT_TRY_AGAIN
-
-
-class OutputBusy(TryAgain):
-    """Another run works on the same output."""
-
-    def __init__(self, *, out: str, holder: str) -> None:
-        self.out, self.holder = out, holder
-        super().__init__(f"{out}: {holder} works here; wait for its end, or stop it, and start again")
-
-
-class LeaseLost(TryAgain):
-    """This run was taken for dead, and another works on its output now."""
-
-    def __init__(self, *, out: str, other: str | None) -> None:
-        self.out, self.other = out, other
-        super().__init__(
-            f"{out}: this run stood still, or was cut off from its output, so {other or 'another run'} has taken over;"
-            " what both have committed is kept, and never mixed"
-        )
-
-
-class EngineFailed(TryAgain):
-    """An engine ended in the middle of its work."""
-
-    def __init__(self, *, engine: str, problem: str) -> None:
-        self.engine, self.problem = engine, problem
-        super().__init__(f"the {engine} engine failed: {problem}; what is committed is kept, run the job again")
-
-
-class Stopped(TryAgain):
-    """A signal asked the run to stop; `finished` tasks were ended in the time it had, `dropped` ones were cut off."""
-
-    def __init__(self, *, signal: str, finished: int, dropped: int) -> None:
-        self.signal, self.finished, self.dropped = signal, finished, dropped
-        super().__init__(
-            f"stopped by {signal}: of the tasks in hand {finished} finished and {dropped} dropped; what is committed"
-            " is kept, and the same command goes on from there"
-        )
-
-
-class StoreUnavailable(TryAgain):
-    """An object store has not answered, or asks for patience, in all attempts."""
-
-    def __init__(self, *, uri: str, reason: str) -> None:
-        self.uri, self.reason = uri, reason
-        super().__init__(
-            f"{uri}: the object store does not answer ({reason}); what is committed is kept, run the job again"
-        )
-
-
-class StorageFull(TryAgain):
-    """The disk is full."""
-
-    def __init__(self, *, uri: str) -> None:
-        self.uri = uri
-        super().__init__(
-            f"{uri}: no space left on the device; free some and run the job again, nothing written is lost"
         )

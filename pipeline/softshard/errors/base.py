@@ -1,0 +1,60 @@
+"""What all named errors have in common: their exit code, one line, and that they can be sent to another process."""
+
+from __future__ import annotations
+
+__all__ = [
+    "EXIT_BUG",
+    "EXIT_DATA",
+    "EXIT_JOB",
+    "EXIT_TRY_AGAIN",
+    "DataInvalid",
+    "SoftshardError",
+    "TryAgain",
+    "exit_code_of",
+]
+
+EXIT_BUG = 1
+EXIT_JOB = 2
+EXIT_DATA = 3
+EXIT_TRY_AGAIN = 75
+
+
+class SoftshardError(Exception):
+    """Base of every error that softshard raises on purpose; `exit_code` is what the command ends with.
+
+    Pickles by its message, so that an error raised on a worker reaches the client whole.
+    """
+
+    exit_code = EXIT_BUG
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+    def __reduce__(self) -> tuple[object, tuple[type[SoftshardError], str, dict[str, object]]]:
+        return _rebuild, (type(self), str(self), self.__dict__)
+
+
+def _rebuild(kind: type[SoftshardError], message: str, values: dict[str, object]) -> SoftshardError:
+    error = kind.__new__(kind, message)
+    SoftshardError.__init__(error, message)
+    error.__dict__.update(values)
+    return error
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What the command ends with on an error; an interruption may be tried again, what nothing named is a bug."""
+    if isinstance(error, SoftshardError):
+        return error.exit_code
+    return EXIT_TRY_AGAIN if isinstance(error, KeyboardInterrupt) else EXIT_BUG
+
+
+class DataInvalid(SoftshardError):
+    """Data is not what it claims to be; trying again cannot help."""
+
+    exit_code = EXIT_DATA
+
+
+class TryAgain(SoftshardError):
+    """Something passed away that may be there again later."""
+
+    exit_code = EXIT_TRY_AGAIN

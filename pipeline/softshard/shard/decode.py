@@ -1,0 +1,212 @@
+"""The bytes of a part to sequences and their targets, row by row or a record batch at once.
+
+Whatever the bytes hold, what comes out fits together: lists as long as they must be, tokens of the vocabulary, no token
+twice in a tail. Anything else is a PartCorrupt that names the part and, where one row is to blame, its sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from softshard.errors import PartCorrupt
+from softshard.shard.schema import PART_SCHEMA, PartMetadata, metadata_of
+from softshard.target.codec import decode_head, decode_tail, ids_by_rank, offsets_of
+from softshard.target.entries import places_of
+from softshard.target.types import SequenceTargets, TokenSequence
+
+__all__ = ["Block", "Decoder", "decode_batch", "decode_part", "open_part"]
+
+_LISTS = tuple(PART_SCHEMA.names[10:])
+_PER_LABEL = ("label_logprob", "entropy", "tail_mass", "head_count")
+_SEQUENCE = ("sequence_id", "document_id", "source", "style", "group", "start", "first_label")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """R rows decoded together, with L tokens and P labels in all and one draw of the tails, row after row."""
+
+    token_ids: NDArray[np.int32]
+    """[L]"""
+    lengths: NDArray[np.int64]
+    """[R] tokens of each row."""
+    first_labels: NDArray[np.int64]
+    """[R] index of the first label among a row's tokens."""
+    targets: SequenceTargets
+    """Of P labels. Log-probabilities of labels and entropies are NaN where they were not asked for."""
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """[P] ids of the labels."""
+        starts = offsets_of(self.lengths)[:-1]
+        return self.token_ids[places_of(starts + self.first_labels, self.lengths - self.first_labels)]
+
+
+class Decoder:
+    """Decodes the record batches of one part."""
+
+    def __init__(self, metadata: PartMetadata, *, uri: str) -> None:
+        self.metadata, self._uri = metadata, uri
+        frequent = np.array(metadata.frequent_ids, dtype=np.int32)
+        self._by_rank = ids_by_rank(frequent, vocab_size=metadata.vocab_size)
+
+    @staticmethod
+    def columns(*, with_scores: bool) -> list[str]:
+        """Columns that a block is decoded from; `with_scores`: log-probabilities of labels and entropies too."""
+        scores = () if with_scores else ("label_logprob", "entropy")
+        return ["first_label", *(name for name in _LISTS if name not in scores)]
+
+    def block(self, batch: pa.RecordBatch, *, draw: int = 0) -> Block:
+        """All rows of a record batch, which has `columns`. `draw` counts from 0 and starts again after the last.
+
+        Raises:
+            PartCorrupt: the lists of a row do not fit together.
+        """
+        lists = _Lists.of(batch, draws=self.metadata.draws, uri=self._uri)
+        counts, gaps = lists.of_draw(draw % self.metadata.draws)
+        unknown = np.broadcast_to(np.float32(np.nan), lists.flat["head_count"].shape)
+        targets = SequenceTargets(
+            label_logprob=lists.flat.get("label_logprob", unknown),
+            entropy=lists.flat.get("entropy", unknown),
+            tail_mass=lists.flat["tail_mass"],
+            head_count=lists.flat["head_count"],
+            tail_count=counts,
+            head_ids=self._ids(lists.flat["head_ranks"]),
+            head_logprobs=self._logprobs(lists),
+            tail_ids=self._ids(decode_tail(gaps, counts)),
+        )
+        lengths = lists.lengths["token_ids"].astype(np.int64)
+        firsts = lists.first_labels.astype(np.int64)
+        return Block(token_ids=lists.flat["token_ids"], lengths=lengths, first_labels=firsts, targets=targets)
+
+    def rows(self, batch: pa.RecordBatch) -> list[tuple[TokenSequence, SequenceTargets]]:
+        """Each row of a record batch that has all columns, with all draws. Raises PartCorrupt."""
+        lists = _Lists.of(batch, draws=self.metadata.draws, uri=self._uri)
+        decoded = {
+            **{name: lists.flat[name] for name in ("token_ids", *_PER_LABEL, "tail_count")},
+            "head_ids": self._ids(lists.flat["head_ranks"]),
+            "head_logprobs": self._logprobs(lists),
+            "tail_ids": self._ids(decode_tail(lists.flat["tail_gaps"], lists.flat["tail_count"])),
+        }
+        stored = {"head_ids": "head_ranks", "head_logprobs": "head_ranks", "tail_ids": "tail_gaps"}
+        bounds = {name: offsets_of(lists.lengths[stored.get(name, name)]).tolist() for name in decoded}
+        plain = {name: batch.column(name).to_pylist() for name in _SEQUENCE}
+        rows = []
+        for index in range(batch.num_rows):
+            row = {name: values[bounds[name][index] : bounds[name][index + 1]] for name, values in decoded.items()}
+            own: dict[str, Any] = {name: plain[name][index] for name in _SEQUENCE}
+            rows.append((TokenSequence(**own, token_ids=row.pop("token_ids")), SequenceTargets(**row)))
+        return rows
+
+    def _logprobs(self, lists: _Lists) -> NDArray[np.float32]:
+        steps = decode_head(lists.flat["head_steps"], lists.flat["head_count"])
+        logprobs: NDArray[np.float32] = (steps * -self.metadata.step).astype(np.float32)
+        return logprobs
+
+    def _ids(self, ranks: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Ids of ranks. A sum that left int32 has passed a rank outside the vocabulary, so the bounds see it."""
+        if len(ranks) and not 0 <= int(ranks.min()) <= int(ranks.max()) < len(self._by_rank):
+            problem = f"a token lies outside the vocabulary of {len(self._by_rank)}"
+            raise PartCorrupt(uri=self._uri, problem=problem)
+        # Clipping does nothing to ranks in bounds, and spares them a second check.
+        return np.take(self._by_rank, ranks, mode="clip")
+
+
+def open_part(content: bytes | pa.Buffer | BinaryIO, *, uri: str) -> tuple[pq.ParquetFile, PartMetadata]:
+    """A part's file and metadata, nothing decoded yet. Raises PartCorrupt."""
+    try:
+        source = pa.BufferReader(content) if isinstance(content, bytes | pa.Buffer) else content
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise PartCorrupt(uri=uri, problem=f"is not readable as Parquet: {error}") from error
+    return file, metadata_of(file.schema_arrow, uri=uri)
+
+
+def decode_part(
+    content: bytes | pa.Buffer, *, uri: str
+) -> tuple[list[tuple[TokenSequence, SequenceTargets]], PartMetadata]:
+    """All rows of a part, with what the file holds of the targets. Raises PartCorrupt."""
+    file, metadata = open_part(content, uri=uri)
+    try:
+        table = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
+    decoder = Decoder(metadata, uri=uri)
+    return [row for batch in table.to_batches() for row in decoder.rows(batch)], metadata
+
+
+def decode_batch(
+    batch: pa.RecordBatch, *, metadata: PartMetadata, uri: str
+) -> list[tuple[TokenSequence, SequenceTargets]]:
+    """Rows of a record batch that has all columns. Raises PartCorrupt when the lists of a row do not fit together."""
+    return Decoder(metadata, uri=uri).rows(batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lists:
+    """The lists of a record batch as they are stored, end to end; they are known to fit together."""
+
+    flat: dict[str, NDArray[Any]]
+    lengths: dict[str, NDArray[np.int32]]
+    """[R] by name."""
+    first_labels: NDArray[np.int32]
+    """[R]"""
+    draws: int
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch, *, draws: int, uri: str) -> _Lists:
+        names = [name for name in _LISTS if name in batch.schema.names]
+        columns = {name: batch.column(name) for name in names}
+        lists = cls(
+            flat={name: column.flatten().to_numpy(zero_copy_only=False) for name, column in columns.items()},
+            lengths={name: column.value_lengths().to_numpy(zero_copy_only=False) for name, column in columns.items()},
+            first_labels=batch.column("first_label").to_numpy(zero_copy_only=False),
+            draws=draws,
+        )
+        if (problem := lists._problem()) is not None:
+            row, what = problem
+            known = "sequence_id" in batch.schema.names
+            who = f"sequence {batch.column('sequence_id')[row].as_py()}: " if known and row is not None else ""
+            raise PartCorrupt(uri=uri, problem=who + what)
+        return lists
+
+    def _problem(self) -> tuple[int | None, str] | None:
+        """The first row whose lists do not fit together, and what is wrong; no row where none is to blame."""
+        flat, lengths = self.flat, self.lengths
+        labels = lengths["token_ids"] - self.first_labels
+        for name in (*_PER_LABEL, "tail_count"):
+            if name in lengths:
+                wanted = labels * self.draws if name == "tail_count" else labels
+                bad = (lengths[name] != wanted) | (labels < 1) | (self.first_labels < 1)
+                if bad.any():
+                    return int(np.argmax(bad)), f"{name} does not fit its tokens"
+        heads, tails = flat["head_count"], flat["tail_count"]
+        entries = {
+            "head_ranks": (heads, "head_count"),
+            "head_steps": (np.maximum(heads - 1, 0), "head_count"),
+            "tail_gaps": (tails, "tail_count"),
+        }
+        for name, (counts, owner) in entries.items():
+            bad = np.diff(offsets_of(counts)[offsets_of(lengths[owner])]) != lengths[name]
+            if (bad := bad | (counts.min(initial=0) < 0)).any():
+                return int(np.argmax(bad)), "entries and counts do not fit together"
+        if flat["head_steps"].min(initial=0) < 0:
+            return None, "the steps of a head do not fall"
+        gaps, firsts = flat["tail_gaps"], flat["tail_gaps"][offsets_of(tails)[:-1][tails > 0]]
+        if gaps.min(initial=0) < 0 or np.count_nonzero(gaps) - np.count_nonzero(firsts) < len(gaps) - len(firsts):
+            return None, "a tail holds a token twice"
+        return None
+
+    def of_draw(self, draw: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Counts [P] and gaps of the tails in one draw."""
+        counts, gaps = self.flat["tail_count"], self.flat["tail_gaps"]
+        if self.draws == 1:
+            return counts, gaps
+        labels = self.lengths["head_count"]
+        taken = places_of(offsets_of(self.lengths["tail_count"])[:-1] + draw * labels, labels)
+        return counts[taken], gaps[places_of(offsets_of(counts)[taken], counts[taken])]

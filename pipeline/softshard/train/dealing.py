@@ -1,0 +1,189 @@
+"""Batches in one global order, dealt to ranks and to the workers of their loaders.
+
+In: batches by their number in an epoch. Out: this rank's, for torch's DataLoader or a plain loop. All ranks get the
+same number of them, whatever the number of ranks and workers, and a state that was saved with one number of either is
+taken up with any other. What is dealt here must not be dealt again: under accelerate's wrappers that is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from softshard.errors import ResumeMismatch, ShardedTwice
+from softshard.train.batch import Batch
+from softshard.train.prefetch import prefetched
+from softshard.train.stream import StreamState, check_order
+
+__all__ = ["DealtBatches"]
+
+_WRAPPERS = {"IterableDatasetShard", "DataLoaderDispatcher", "prepare_data_loader"}
+
+
+class DealtBatches(IterableDataset[Batch]):
+    """One epoch of this rank's batches after another: each `iter` gives what is left of the current epoch.
+
+    Batch i of a round goes to rank i, and in the last round a rank without one gets a copy of the epoch's last batch
+    with weight zero. With a DataLoader (`batch_size=None`, any number of workers) batches come in the same order; the
+    epochs then are told by `set_epoch`, and `state_after(batch)` is the state, for the workers' own copies of this data
+    set are the ones that move. torchdata's StatefulDataLoader keeps the states of its workers by itself.
+
+    Args:
+        order: plain values that the order hangs on, by name; they are part of the state.
+        content: digest of all that batches hold.
+        rank: of this process; None: torch.distributed's, or the environment's that torchrun sets, or 0.
+        world_size: number of ranks; None as above, or 1.
+        prefetch: batches that a thread makes ahead; 0: none.
+    """
+
+    def __init__(
+        self, *, order: StreamState, content: str, rank: int | None, world_size: int | None, prefetch: int
+    ) -> None:
+        super().__init__()
+        self._rank, self._world_size = _place(rank, world_size)
+        if prefetch < 0:
+            raise ValueError(f"prefetch is {prefetch}, it must not be negative")
+        self.order = order
+        """What the order hangs on, by name."""
+        self._content, self._prefetch = content, prefetch
+        self._epoch = self._consumed = self._given = 0
+        self._worker: list[int] | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the data and of what is made of it: all that batches hold, whatever their order."""
+        return self._content
+
+    @property
+    def generator(self) -> None:
+        """None: no generator of torch moves the order. accelerate looks here when it is about to deal a data set."""
+        _refuse_second_deal()
+
+    @abstractmethod
+    def num_batches(self, epoch: int) -> int:
+        """Batches of an epoch, of all ranks together."""
+
+    @abstractmethod
+    def read(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Some batches of an epoch, by rising number."""
+
+    def batches_per_epoch(self, epoch: int) -> int:
+        """Batches that each rank gets in an epoch, those of weight zero counted."""
+        return -(-self.num_batches(epoch) // self._world_size)
+
+    def __len__(self) -> int:
+        """Batches that each rank gets in the current epoch, from its beginning."""
+        return self.batches_per_epoch(self._epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """What is left of the current epoch; when it is over, the state is that of the next."""
+        _refuse_second_deal()
+        _keep_freed_memory()
+        if self._consumed >= self.num_batches(self._epoch):
+            self.set_epoch(self._epoch + 1)
+        epoch, total, world = self._epoch, self.num_batches(self._epoch), self._world_size
+        rounds = self._rounds(total)
+        numbers = [min(start + self._rank, total - 1) for start in rounds]
+        with contextlib.closing(prefetched(self.read(epoch, numbers), ahead=self._prefetch)) as batches:
+            for start, number, batch in zip(rounds, numbers, batches, strict=True):
+                consumed = min(start + world, total)
+                if self._worker is None:
+                    self._consumed = consumed
+                else:
+                    self._given += 1
+                own = batch if number == start + self._rank else batch.without_weight()
+                yield replace(own, cursor=(epoch, consumed))
+        self.set_epoch(epoch + 1)
+
+    def _rounds(self, total: int) -> Sequence[int]:
+        """First batches of the rounds that are left, of those that the worker has to read if this is one."""
+        info, world = get_worker_info(), self._world_size
+        place = None if info is None else [info.id, info.num_workers, world]
+        if self._given and self._worker != place:
+            raise ResumeMismatch(saved=str(self._worker), current=str(place), what="worker, workers and ranks")
+        self._worker = place
+        rounds = range(self._consumed, total, world)
+        return rounds if info is None else rounds[info.id :: info.num_workers][self._given :]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; nothing, if it is the current one."""
+        if epoch != self._epoch:
+            self._epoch, self._consumed, self._given = epoch, 0, 0
+
+    def state_dict(self) -> StreamState:
+        """What the order hangs on, the epoch, and how many of its batches all ranks together had.
+
+        A loader's worker adds its own place, and its state is for the same worker of as many again.
+        """
+        state = {**self.order, "epoch": self._epoch, "consumed": self._consumed}
+        return state if self._worker is None else {**state, "worker": self._worker, "given": self._given}
+
+    def state_after(self, batch: Batch) -> StreamState:
+        """State after a batch of this data set was trained on, however many the loader has made ahead."""
+        assert batch.cursor is not None, "a batch of a data set has a cursor"
+        epoch, consumed = batch.cursor
+        return {**self.order, "epoch": epoch, "consumed": consumed}
+
+    def load_state_dict(self, state: StreamState) -> None:
+        """Take up a state, saved with any number of ranks; iterators that run already do not see it.
+
+        Raises:
+            ResumeMismatch: it belongs to other data, or to another order of the same.
+        """
+        check_order(state, self.order)
+        self._epoch, self._consumed = state["epoch"], state["consumed"]
+        self._worker, self._given = state.get("worker"), state.get("given", 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is spawned gets a pickled copy, and no longer sees who wraps its loader.
+        _refuse_second_deal()
+        return self.__dict__.copy()
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise ValueError("give both rank and world_size, or neither")
+    if rank is None or world_size is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}, it must be from 0 to below world_size {world_size}")
+    return rank, world_size
+
+
+def _refuse_second_deal() -> None:
+    """Raise ShardedTwice where accelerate is about to deal this data set's batches to its processes.
+
+    Its wrappers tell what they wrap nothing, but they are on the stack of whoever takes a batch from them, and a worker
+    that is forked keeps the stack of its parent.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        wrapper = frame.f_code.co_qualname.partition(".")[0]
+        if wrapper in _WRAPPERS and frame.f_globals.get("__name__") == "accelerate.data_loader":
+            owner = frame.f_locals.get("self")
+            # Asked of the wrapper itself: a PartialState that is not there yet would join a process group.
+            state = frame.f_locals if owner is None else {**vars(owner.__dict__.get("state", owner)), **vars(owner)}
+            if (num_processes := state["num_processes"]) > 1:
+                raise ShardedTwice(wrapper=wrapper, num_processes=num_processes)
+        frame = frame.f_back
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed, up to 64 MiB, and not give it back to the system after each batch.
+
+    Freeing a large block raises the size from which it maps memory afresh, to at most 32 MiB. Measured, decoding
+    takes two fifths of the time without the page faults of fresh memory. Elsewhere it does nothing.
+    """
+    np.empty(2**25 - 2**16, dtype=np.uint8)

@@ -1,0 +1,72 @@
+"""Which sequences of a split take part: conditions on columns that a part holds once a sequence.
+
+In: a row group's statistics, or its small columns. Out: whether any row can pass, and which rows do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+__all__ = ["RowFilter"]
+
+_Range = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFilter:
+    """Conditions that all must hold; None: no condition."""
+
+    source: tuple[str, ...] | None = None
+    style: tuple[str, ...] | None = None
+    group: tuple[str, ...] | None = None
+    fold: tuple[int, ...] | None = None
+    mean_entropy: _Range | None = None
+    """Least and most, in nats, both allowed."""
+    mean_label_logprob: _Range | None = None
+    """Least and most, in nats, both allowed."""
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """The conditions that there are, by column."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def may_pass(self, group: Any) -> bool:
+        """Whether the statistics of a row group, as pyarrow's metadata has it, leave room for a row that passes."""
+        columns = (group.column(index) for index in range(group.num_columns))
+        statistics = {column.path_in_schema: column.statistics for column in columns}
+        return all(
+            _overlaps(name, wanted, statistics[name].min, statistics[name].max)
+            for name, wanted in self.conditions.items()
+            if statistics[name] is not None and statistics[name].has_min_max
+        )
+
+    def passes(self, table: pa.Table) -> NDArray[np.bool_]:
+        """[R] which rows of a table, which has the columns of all conditions, pass."""
+        passing = np.ones(table.num_rows, dtype=np.bool_)
+        for name, wanted in self.conditions.items():
+            column = table[name]
+            if _is_range(name):
+                holds = pc.and_(pc.greater_equal(column, wanted[0]), pc.less_equal(column, wanted[1]))
+            else:
+                holds = pc.is_in(column, value_set=pa.array(wanted, column.type))
+            passing &= holds.to_numpy()
+        return passing
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.conditions.items()) or "none"
+
+
+def _is_range(name: str) -> bool:
+    return name.startswith("mean_")
+
+
+def _overlaps(name: str, wanted: Any, least: Any, most: Any) -> bool:
+    if _is_range(name):
+        return bool(wanted[0] <= most and least <= wanted[1])
+    return any(least <= value <= most for value in wanted)

@@ -1,0 +1,149 @@
+"""Decoded rows to rows as a batch takes them: the label's own token mixed in, weights of positions worked out.
+
+In: blocks of a part. Out: rows with arrays of their own, so that none keeps its neighbours in memory. Nothing is
+recomputed for another alpha: P_hat = alpha * delta(label) + (1 - alpha) * sketch, and alpha = 1 is cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softshard.shard.decode import Block
+from softshard.shard.schema import PartMetadata
+from softshard.target.codec import offsets_of
+from softshard.target.entries import Entries, entries_of
+from softshard.target.types import TokenSequence
+
+__all__ = ["LabelWeights", "MixedRow", "Mixing", "mixed_rows", "text_row"]
+
+
+class MixedRow(NamedTuple):
+    """One sequence of L tokens, P labels and E entries."""
+
+    first_label: int
+    token_ids: NDArray[np.int32]
+    """[L]"""
+    counts: NDArray[np.int64]
+    """[P] entries of each label; with alpha above 0 the first is the label's own token."""
+    entry_ids: NDArray[np.int32]
+    """[E]"""
+    entry_weights: NDArray[np.float32]
+    """[E]"""
+    tail_mass: NDArray[np.float32] | None
+    """[P] mass of the ghost token; None without one."""
+    position_weights: NDArray[np.float32] | None
+    """[P]; None: all 1."""
+
+
+_Points = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelWeights:
+    """The weight of a label in the loss, from what its part says of it: the product of two functions.
+
+    Each is given as points (value, weight) by rising value, with straight lines between them, and flat before the first
+    and after the last; none: 1. `((-9, 0.0), (-6, 1.0))` for the label's log-probability fades out what the teacher
+    finds all but impossible, such as a misprint.
+    """
+
+    entropy: _Points = ()
+    """Of the target's entropy, in nats."""
+    label_logprob: _Points = ()
+    """Of the label's log-probability, in nats."""
+
+    def __post_init__(self) -> None:
+        for name, points in asdict(self).items():
+            values = [value for value, _ in points]
+            if values != sorted(set(values)) or not all(0 <= weight < np.inf for _, weight in points):
+                raise ValueError(f"{name} is {points}: values must rise, and weights must not be negative")
+
+    def __call__(
+        self, *, entropy: NDArray[np.float32], label_logprob: NDArray[np.float32]
+    ) -> NDArray[np.float32] | None:
+        """[P] weights of P labels; None where all are 1."""
+        given = [(self.entropy, entropy), (self.label_logprob, label_logprob)]
+        weights = [np.interp(at, *np.array(points).T) for points, at in given if points]
+        return np.prod(weights, axis=0).astype(np.float32) if weights else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixing:
+    """What is made of a stored target."""
+
+    alpha: float
+    """Weight of the label's own token."""
+    truncated: Literal["ghost", "renormalise"]
+    """Of `topk` and `nucleus`: a ghost token for what they leave out, or nothing; the head then sums to 1."""
+    temperature: float = 1.0
+    """As in `entries_of`."""
+    weights: LabelWeights = field(default_factory=LabelWeights)
+
+    @property
+    def with_scores(self) -> bool:
+        """Whether weights are worked out from entropies and log-probabilities of labels."""
+        return bool(self.weights.entropy or self.weights.label_logprob)
+
+    def digest_parts(self) -> list[Any]:
+        """All of it, as plain values."""
+        return list(asdict(self).values())
+
+
+def mixed_rows(
+    block: Block, wanted: Iterable[int], *, metadata: PartMetadata, mixing: Mixing
+) -> Iterator[tuple[int, MixedRow]]:
+    """Some rows of a block, by their place in it, with arrays of their own."""
+    entries, tail = _entries(block, metadata, mixing)
+    targets = block.targets
+    weights = mixing.weights(entropy=targets.entropy, label_logprob=targets.label_logprob)
+    counts = np.diff(entries.offsets)
+    tokens, labels = offsets_of(block.lengths), offsets_of(block.lengths - block.first_labels)
+    bounds = tokens.tolist(), labels.tolist(), entries.offsets[labels].tolist()
+    firsts = block.first_labels.tolist()
+    for row in wanted:
+        t, p, e = (slice(bound[row], bound[row + 1]) for bound in bounds)
+        yield (
+            row,
+            MixedRow(
+                firsts[row],
+                block.token_ids[t].copy(),
+                counts[p].copy(),
+                entries.ids[e].copy(),
+                entries.weights[e].copy(),
+                None if tail is None else tail[p].copy(),
+                None if weights is None else weights[p].copy(),
+            ),
+        )
+
+
+def _entries(block: Block, metadata: PartMetadata, mixing: Mixing) -> tuple[Entries, NDArray[np.float32] | None]:
+    """Entries of a block's labels, and the mass of the ghost token where there is one."""
+    targets, alpha = block.targets, mixing.alpha
+    if alpha == 1:
+        return _own_tokens(block.labels), None
+    tail = None
+    if metadata.kind in ("topk", "nucleus"):
+        if mixing.truncated == "ghost":
+            tail = ((1 - alpha) * targets.tail_mass).astype(np.float32)
+        else:
+            targets = replace(targets, tail_mass=np.zeros_like(targets.tail_mass))
+    labels = block.labels if alpha > 0 else None
+    entries = entries_of(targets, tau=metadata.tau, temperature=mixing.temperature, labels=labels, alpha=alpha)
+    return entries, tail
+
+
+def _own_tokens(labels: NDArray[np.int32]) -> Entries:
+    """Each label's own token alone."""
+    offsets = np.arange(len(labels) + 1, dtype=np.int64)
+    return Entries(ids=labels, weights=np.ones(len(labels), dtype=np.float32), offsets=offsets)
+
+
+def text_row(sequence: TokenSequence) -> MixedRow:
+    """A sequence with its own tokens as targets (alpha = 1): the loss is cross-entropy."""
+    own = _own_tokens(sequence.labels)
+    return MixedRow(sequence.first_label, sequence.token_ids, np.diff(own.offsets), own.ids, own.weights, None, None)

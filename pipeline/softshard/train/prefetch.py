@@ -1,0 +1,55 @@
+"""Work ahead of whoever takes its results, in a thread.
+
+In: an iterator. Out: the same items in the same order, or the same error at the same place.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator
+from typing import TypeVar
+
+__all__ = ["prefetched"]
+
+_Item = TypeVar("_Item")
+
+
+def prefetched(items: Iterator[_Item], *, ahead: int) -> Generator[_Item]:
+    """The items, of which at most `ahead` are made before they are asked for; 0: none, and no thread.
+
+    Closing the generator ends the thread once the item in hand is made.
+    """
+    if not ahead:
+        yield from items
+        return
+    made: queue.SimpleQueue[tuple[_Item | None, BaseException | None]] = queue.SimpleQueue()
+    room, closed = threading.Semaphore(ahead), threading.Event()
+
+    def work() -> None:
+        try:
+            for item in items:
+                made.put((item, None))
+                room.acquire()
+                if closed.is_set():
+                    return
+            made.put((None, StopIteration()))
+        except BaseException as error:  # noqa: BLE001 - raised again where the item is taken
+            made.put((None, error))
+
+    thread = threading.Thread(target=work, name="softshard-prefetch", daemon=True)
+    room.acquire()
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            room.release()
+            yield item  # type: ignore[misc]  # an item without an error is one
+    finally:
+        closed.set()
+        room.release()
+        thread.join()
