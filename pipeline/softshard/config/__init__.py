@@ -1,0 +1,38 @@
+"""The settings of a job: what a run reads, computes and trains, frozen and checked one by one and against each other.
+
+The core takes plain typed values from here. `softshard.jobfile` reads them from a file and names what is wrong there.
+"""
+
+from __future__ import annotations
+
+from softshard.config.adapter import DataType, LoraSettings, OptimizerSettings
+from softshard.config.cluster import AdaptiveSettings, ClusterSettings
+from softshard.config.corpus import CorpusSettings, SourceSettings
+from softshard.config.digest import digest_of
+from softshard.config.job import EvaluateSettings, Job
+from softshard.config.teacher import TeacherSettings, VllmSettings
+from softshard.config.train import BaselineSettings, RetentionSettings, TrainSettings
+from softshard.sketches import FullSketch, NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
+
+__all__ = [
+    "AdaptiveSettings",
+    "BaselineSettings",
+    "ClusterSettings",
+    "CorpusSettings",
+    "DataType",
+    "EvaluateSettings",
+    "FullSketch",
+    "Job",
+    "LoraSettings",
+    "NucleusSketch",
+    "OptimizerSettings",
+    "RetentionSettings",
+    "SketchSettings",
+    "SourceSettings",
+    "TeacherSettings",
+    "ThresholdSketch",
+    "TopkSketch",
+    "TrainSettings",
+    "VllmSettings",
+    "digest_of",
+]

@@ -1,0 +1,54 @@
+"""The shape of an adapter and how it is trained, for the style teacher and for the student."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from softshard.sketches import Settings
+
+__all__ = [
+    "DataType",
+    "Device",
+    "LoraSettings",
+    "OptimizerSettings",
+]
+
+
+DataType = Literal["auto", "float32", "bfloat16"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
+
+
+class LoraSettings(Settings):
+    """A low-rank adapter (LoRA) on the linear layers of the decoder."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the update."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an update."""
+    last_layers: int | None = Field(default=None, ge=1)
+    """Adapt only this many of the last layers; the backward pass then ends there. Without it, all."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW with linear warm-up and a cosine down to a tenth."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Highest learning rate."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data; fractions are allowed."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Token budget of a batch, padding included; a longer sequence is a batch of its own."""
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    checkpoint_steps: int = Field(default=50, ge=1)
+    """A stopped training goes on from the last multiple of this many steps."""

@@ -1,0 +1,103 @@
+"""What a corpus is read from, and how it is screened and cut."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from softshard.sketches import Settings
+from softshard.storage.location import problem_of_uri
+
+__all__ = [
+    "CorpusSettings",
+    "SourceSettings",
+    "plain_uri",
+    "refuse_equal_names",
+]
+
+
+class SourceSettings(Settings):
+    """One source of documents. A source without a licence and a rights basis is refused."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the source, a value to filter and join by."""
+    uri: str = Field(min_length=1)
+    """File, folder, glob or fsspec URI; with `format: datasets`, a data set's name or local folder."""
+    format: Literal["auto", "text", "jsonl", "parquet", "datasets"] = "auto"
+    """`auto` goes by the ending: .txt .text .md .markdown are text, .jsonl .ndjson JSON Lines, .parquet Parquet;
+    `.zst` and `.gz` may follow any of them."""
+    style: str = Field(min_length=1)
+    """Style of the writing, for example academic, conversational, literary, technical."""
+    license: str
+    """SPDX licence expression, for example CC0-1.0, MIT, CC-BY-4.0, LicenseRef-Owned."""
+    rights_basis: Literal["public-domain", "owned", "licensed", "consented"]
+    """By what right the text is used."""
+    text_field: str = "text"
+    """Field or column that holds the text (JSON Lines, Parquet, datasets)."""
+    group_field: str | None = None
+    """Field or column that names the author or any other group; without it the group is the source's name."""
+    split: str = "train"
+    """Split to read (`format: datasets` alone)."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Read at most this many documents, the first ones."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_credential(cls, value: str) -> str:
+        return plain_uri(value)
+
+    @field_validator("license")
+    @classmethod
+    def _spdx(cls, value: str) -> str:
+        from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+        try:
+            return str(canonicalize_license_expression(value))
+        except InvalidLicenseExpression as error:
+            problem = f"{value!r} is not an SPDX licence expression, such as CC0-1.0, MIT or LicenseRef-Owned"
+            raise ValueError(problem) from error
+
+
+class CorpusSettings(Settings):
+    """How documents become sequences."""
+
+    sources: tuple[SourceSettings, ...] = Field(min_length=1)
+    """Where the documents come from."""
+    holdout_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the documents, chosen by a hash of each, that no teacher and no student trains on; the report needs one
+    above 0."""
+    context_tokens: int = Field(default=512, ge=2)
+    """Most tokens of a sequence."""
+    overlap_tokens: int = Field(default=64, ge=1)
+    """Tokens that a window shares with the one before it: context that is not scored again."""
+    normalisation: Literal["NFC", "NFKC", "none"] = "NFC"
+    """Unicode normalisation."""
+    max_document_bytes: int = Field(default=64 * 2**20, ge=1)
+    """A longer document is counted, reported and left out; it is never held in memory."""
+    sequences_per_part: int = Field(default=256, ge=1)
+    """Most sequences of one slice of the corpus, and so of one part; a slice ends by what it holds, at half of this or
+    more, so that a change of the corpus moves the cuts beside it alone."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CorpusSettings:
+        if self.overlap_tokens >= self.context_tokens:
+            raise ValueError(
+                f"overlap_tokens ({self.overlap_tokens}) must be less than context_tokens ({self.context_tokens})"
+            )
+        refuse_equal_names(self.sources)
+        return self
+
+
+def refuse_equal_names(sources: tuple[SourceSettings, ...]) -> None:
+    """Raise ValueError where two sources have one name."""
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"source names must differ: {', '.join(twice)} is given more than once")
+
+
+def plain_uri(value: str) -> str:
+    """The URI, if it is fit to be written into an output; else ValueError."""
+    if (problem := problem_of_uri(value)) is not None:
+        raise ValueError(problem)
+    return value

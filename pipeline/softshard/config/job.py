@@ -1,0 +1,84 @@
+"""A whole job, and what its parts have to agree on."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator, model_validator
+
+from softshard.config.cluster import ClusterSettings
+from softshard.config.corpus import CorpusSettings, plain_uri
+from softshard.config.teacher import TeacherSettings
+from softshard.config.train import TrainSettings
+from softshard.sketches import Settings, SketchSettings, ThresholdSketch
+
+__all__ = [
+    "EvaluateSettings",
+    "Job",
+]
+
+
+class EvaluateSettings(Settings):
+    """What the report measures."""
+
+    num_samples: int = Field(default=24, ge=1)
+    """Held-out beginnings that each model continues."""
+    prompt_tokens: int = Field(default=24, ge=1)
+    """Tokens of a beginning."""
+    sample_tokens: int = Field(default=96, ge=8)
+    """Most tokens of a continuation."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the whole distribution is sampled, nothing is cut."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Token budget of a scoring batch."""
+    calibration_bins: int = Field(default=15, ge=2)
+    """Bins of equal width of the calibration error."""
+
+
+class Job(Settings):
+    """A whole run, from human writing to an adapter and its report."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the job; an output folder belongs to one name."""
+    out: str = Field(min_length=1)
+    """Where the output goes: a folder, or `s3://bucket/prefix`."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the hold-out, the folds, the sketches, the order and the samples."""
+    corpus: CorpusSettings
+    teacher: TeacherSettings
+    target: SketchSettings = ThresholdSketch()
+    cluster: ClusterSettings = ClusterSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _exact_temperature(self) -> Job:
+        kind, renormalised = self.target.kind, self.train.truncated == "renormalise"
+        if self.train.temperature != 1 and kind != "full" and not (kind == "topk" and renormalised):
+            raise ValueError(
+                f"train.temperature {self.train.temperature:g} cannot be applied at load to targets of kind {kind};"
+                " set target.temperature, which is applied at capture"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _unbiased_divergence(self) -> Job:
+        kind, train = self.target.kind, self.train
+        human = train.objective == "ce" or train.alpha > 0
+        if train.match_temperature and human:
+            raise ValueError("train.match_temperature needs `objective: kl` and alpha 0: a label has no temperature")
+        if train.divergence == "forward":
+            return self
+        problem = None
+        if train.objective == "ce" or train.alpha == 1:
+            problem = "is infinite against a label alone; use `objective: kl` and an alpha below 1"
+        elif kind == "threshold":
+            problem = "is biased for targets of kind threshold, whose tail is sampled; use topk or full, or forward"
+        elif kind != "full" and train.truncated != "ghost":
+            problem = f"needs the mass that {kind} leaves out; set `train.truncated: ghost`"
+        if problem is not None:
+            raise ValueError(f"train.divergence {train.divergence} {problem}")
+        return self
+
+    @field_validator("out")
+    @classmethod
+    def _plain_path(cls, value: str) -> str:
+        return plain_uri(value.removeprefix("file://"))

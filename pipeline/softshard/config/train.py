@@ -1,0 +1,92 @@
+"""How the student is trained, on what besides the targets, and what it is compared with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from softshard.config.adapter import DataType, Device, LoraSettings, OptimizerSettings
+from softshard.config.corpus import SourceSettings, refuse_equal_names
+from softshard.sketches import Settings
+
+__all__ = [
+    "BaselineSettings",
+    "RetentionSettings",
+    "TrainSettings",
+]
+
+
+class RetentionSettings(Settings):
+    """The loss on other data that keeps what the model knew."""
+
+    sources: tuple[SourceSettings, ...] = Field(min_length=1)
+    """Text outside the style; read and split as the corpus is."""
+    weight: float = Field(default=0.1, ge=0)
+    """Retention weight lambda."""
+    objective: Literal["kl", "ce"] = "kl"
+    """`kl`: full KL to the frozen base model; `ce`: cross-entropy on the text."""
+    batch_tokens: int = Field(default=512, ge=1)
+    """Token budget of the retention batch of a step."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RetentionSettings:
+        refuse_equal_names(self.sources)
+        return self
+
+
+class BaselineSettings(Settings):
+    """Ordinary fine-tuning on the same tokens, with the same steps, at its own best learning rate."""
+
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1e-4, 2e-4, 5e-4), min_length=1)
+    """Each is trained in full; the best on the hold-out is the baseline, which favours the baseline."""
+    retention_weight: float = Field(default=0.0, ge=0)
+    """Retention weight of the baseline; ordinary fine-tuning has none."""
+
+
+class TrainSettings(Settings):
+    """KL fine-tuning of a light adapter on the stored targets."""
+
+    model: str | None = None
+    """Folder or hub name of the student; without it, the teacher's model."""
+    revision: str | None = None
+    """Revision on the hub."""
+    objective: Literal["kl", "ce"] = "kl"
+    """`kl`: the stored targets; `ce`: the corpus's own tokens, the same as alpha 1."""
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """Human weight: share of the corpus's own token in the target, mixed in at load."""
+    truncated: Literal["ghost", "renormalise"] = "ghost"
+    """What stands for the tokens that a `topk` or `nucleus` sketch leaves out: `ghost` is one token with the mass of
+    them all, `renormalise` scales the stored ones to 1, which teaches that the rest is impossible."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Targets become p^(1 / temperature), renormalised, at load. Only where that is exact: with `full`, and with `topk`
+    and `truncated: renormalise`; for the other kinds, set the temperature in `target`. The report compares with the
+    targets as they are stored."""
+    match_temperature: bool = False
+    """Divide the student's logits by the targets' temperature too (that of `target` times that of `train`), and take
+    the loss times its square; only with alpha 0, for a label has no temperature."""
+    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
+    """What is made small: `forward` KL(target || student), for every kind of target; `reverse` KL(student || target) or
+    `jensen_shannon`, of the distributions with `full`, of the head's tokens and the mass of the rest with `topk` and
+    `nucleus` and `truncated: ghost`. A `threshold` sketch would bias them."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """Beta of `jensen_shannon`: beta KL(target || m) + (1 - beta) KL(student || m), m being beta of the target and
+    1 - beta of the student."""
+    device: Device = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    dtype: DataType = "auto"
+    """Type of the frozen weights; the adapter is float32. `auto` is bfloat16 where the device has it natively."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads; without it, all cores."""
+    chunk_positions: int = Field(default=512, ge=1)
+    """Positions whose logits exist at one time in the loss."""
+    shuffle_buffer: int = Field(default=4096, ge=1)
+    """Sequences among which the stream shuffles."""
+    lora: LoraSettings = LoraSettings()
+    """Shape of the adapter."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How it is trained."""
+    retention: RetentionSettings | None = None
+    """The loss on other data; without it, none."""
+    baseline: BaselineSettings | None = BaselineSettings()
+    """The fine-tuning that everything is compared with; null: none."""
