@@ -14,7 +14,7 @@ from softshard.run.job import run_job
 from softshard.run.repair import repair
 from softshard.run.rescore import rescore
 from softshard.run.verify import verify_output
-from softshard.shard.encode import open_part
+from softshard.shard.decode import open_part
 from softshard.shard.manifest import read_manifest
 from softshard.storage import LocalStore
 from softshard.telemetry import SilentReporter
