@@ -1,5 +1,6 @@
 """Tasks on a real local cluster: what is tried again, what is set aside, what ends the run."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -21,6 +22,7 @@ from softshard.config import ClusterSettings
 from softshard.errors import DataInvalid, PartsFailed, StorageFull, TryAgain
 from softshard.jobfile import load_job
 from softshard.run import cluster as cluster_module
+from softshard.run import flight as flight_module
 from softshard.run.attempt import pause_seconds
 from softshard.run.cluster import Cluster, open_cluster
 from softshard.run.job import run_job
@@ -441,3 +443,46 @@ def test_workers_that_never_come_up_are_a_reason_to_try_again_later():
         open_cluster(ClusterSettings(workers=1)),
     ):
         pass
+
+
+def return_and_die(order):
+    number, marker = order
+    if number % 5 == 0 and first_time(f"{marker}-{number}"):
+        threading.Timer(number / 2_000, os._exit, [9]).start()
+    return number
+
+
+def test_results_that_workers_take_with_them_are_made_again(tmp_path):
+    """Workers that end at different moments after their task is done: before, while and after its result is fetched."""
+    settings = ClusterSettings(workers=2, max_attempts=50, retry_seconds=0)
+    done = []
+    with open_cluster(settings) as cluster:
+        tasks = [(number, str(tmp_path / "died")) for number in range(60)]
+        failures = cluster.run(
+            return_and_die, tasks, name=lambda task: str(task[0]), on_result=lambda task, result, _: done.append(result)
+        )
+    assert failures == {}
+    assert sorted(done) == list(range(60))
+
+
+def test_a_result_that_does_not_come_is_made_again(cluster, tmp_path, monkeypatch):
+    """Dask may wait without end for a result that was lost with its worker."""
+    gather, asked = cluster.client.gather, []
+
+    def gather_too_late(futures, **options):
+        asked.append(set(futures))
+        return asyncio.sleep(3600) if len(asked) == 1 or set(futures) & asked[0] else gather(futures, **options)
+
+    monkeypatch.setattr(cluster.client, "gather", gather_too_late)
+    monkeypatch.setattr(flight_module, "_SECONDS_TO_FETCH", 0.2)
+    monkeypatch.setattr(flight_module, "_SECONDS_TO_FETCH_ONE", 0.1)
+    done = []
+    failures = cluster.run(
+        task,
+        [("works", str(number)) for number in range(6)],
+        name=lambda order: order[1],
+        on_result=lambda order, _, execution: done.append((order[1], execution.attempt)),
+    )
+    assert failures == {}
+    assert sorted(done) == [(str(number), 1) for number in range(6)]
+    assert asked[0]

@@ -14,6 +14,7 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from softshard.config import ClusterSettings
@@ -33,6 +34,8 @@ _SECONDS_AHEAD, _SECONDS_TOGETHER = 0.1, 0.05
 answers what it hears within half of that together."""
 _PATIENCE_SECONDS = 5.0
 _SECONDS_WITHOUT_WORKERS = 300.0
+_SECONDS_TO_FETCH, _SECONDS_TO_FETCH_ONE = 10.0, 1.0
+"""Results are a few hundred bytes each."""
 _SECONDS_OF_ONE_LOSS = 0.05
 """The tasks of a lost worker are reported at the same time, but heard one by one."""
 
@@ -230,20 +233,59 @@ class Flight(Generic[Task, Result]):
         self._settle_errors(errors)
 
     def _outcomes(self, keys: Iterable[str]) -> dict[str, Any]:
-        """What each task came to: an error, or its result with worker and seconds. Raises TryAgain."""
+        """What each task came to: an error, or its result with worker and seconds. Raises TryAgain.
+
+        A task whose result was lost with its worker before it was fetched has come to nothing, and is sent again.
+        """
         futures = {key: self._flying[key].future for key in keys}
-        if any(future.status in {"cancelled", "lost"} for future in futures.values()):
+        if any(future.status == "cancelled" for future in futures.values()):
             raise lost_scheduler()
         outcomes: dict[str, Any] = {key: f.exception() for key, f in futures.items() if f.status == "error"}
-        good = {key: future for key, future in futures.items() if key not in outcomes}
-        if not good:
-            return outcomes
+        there = {key: future for key, future in futures.items() if future.status == "finished"}
+        outcomes |= self._fetch(there)
+        self._send_again([key for key in futures if key not in outcomes])
+        return outcomes
+
+    def _fetch(self, futures: dict[str, Any]) -> dict[str, Any]:
+        """Results, or errors, of finished tasks; without those that workers have taken with them.
+
+        Dask waits for a lost result until the task was done again. That takes what it takes, and nothing else is
+        settled or started meanwhile.
+        """
         try:
-            gathered = self._client.gather(good, errors="skip")
+            return self._gather(futures, _SECONDS_TO_FETCH) if futures else {}
+        except TimeoutError:
+            found: dict[str, Any] = {}
+            for key, future in futures.items():
+                with contextlib.suppress(TimeoutError):
+                    found |= self._gather({key: future}, _SECONDS_TO_FETCH_ONE)
+            return found
+
+    def _gather(self, futures: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Results, or errors, in so many seconds. Raises TimeoutError, and TryAgain where the scheduler is lost."""
+        gather = partial(self._client.gather, futures, errors="skip", asynchronous=True)
+        try:
+            gathered = self._client.sync(gather, callback_timeout=seconds)
+        except TimeoutError:
+            raise
         except OSError as error:
             raise lost_scheduler() from error
-        # Without a result are those that were lost with their worker before it was fetched, and failed in repetition.
-        return outcomes | {key: good[key].exception() if got is None else got for key, got in gathered.items()}
+        lost = {key for key, result in gathered.items() if result is None and futures[key].status != "error"}
+        return {
+            key: futures[key].exception() if result is None else result
+            for key, result in gathered.items()
+            if key not in lost
+        }
+
+    def _send_again(self, keys: Iterable[str]) -> None:
+        """Start tasks anew that have not failed; on a signal they are dropped."""
+        gone = [self._flying.pop(key) for key in keys]
+        for attempt in gone:
+            attempt.future.release()
+        if self._signal is None:
+            self._send(gone)
+        else:
+            self._dropped += len(gone)
 
     def _settle_errors(self, errors: dict[str, BaseException]) -> None:
         """Of the tasks that a lost worker takes with it, only the first, which it had begun, has failed."""
