@@ -169,12 +169,13 @@ def _kill_at_random(ground: Ground, tally: Tally, generator: random.Random, most
     left = min(most, 6)
     code: int | None = -signal.SIGKILL
     while code != 0:
+        before = left
         with _client(ground, ground.job) as client:
             while (code := _ended(client, generator.uniform(0.5, 4) if left else _SECONDS_OF_A_RUN)) is None:
                 victim = generator.choice(["worker", "worker", "client"])
                 left -= _kill(_workers_of(client) if victim == "worker" else [client], victim, tally)
         # Where all workers are killed as they come up, again and again, the run is to be tried again.
-        _expect(ground, code, 0, -signal.SIGKILL, EXIT_TRY_AGAIN)
+        _expect(ground, code, 0, *([-signal.SIGKILL, EXIT_TRY_AGAIN] if left < before else []))
 
 
 def _kill_schedulers(ground: Ground, tally: Tally, generator: random.Random, most: int) -> None:

@@ -74,7 +74,7 @@ def test_lines_on_reading_targets_run(finished, monkeypatch, tmp_path):
     for code in blocks("docs/reading.md", "python"):
         exec(code, scope)
     assert scope["again"].state_dict() == scope["data"].state_after(scope["first"])
-    assert scope["state"]["consumed"] == scope["data"].num_batches(0)
+    assert (scope["state"]["epoch"], scope["state"]["consumed"]) == (1, 0), "the end of an epoch"
     assert sorted(scope["packed"].plan(0).order.tolist()) == sorted(scope["data"].plan(1).order.tolist())
 
 
@@ -127,3 +127,8 @@ def test_every_test_that_the_page_on_reliability_names_is_there():
     }
     assert len(named) > 40
     assert named - there == set()
+
+
+def test_no_document_has_a_place_that_was_to_be_filled_in():
+    for page in (*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")):
+        assert not re.search(r"^[A-Z]{5,}$", page.read_text(), flags=re.MULTILINE), page.name

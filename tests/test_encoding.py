@@ -4,9 +4,10 @@ import pytest
 
 from softshard.config import ClusterSettings, CorpusSettings, SourceSettings
 from softshard.corpus import build
-from softshard.errors import SourceUnreadable
+from softshard.errors import PartsFailed, SourceUnreadable
 from softshard.jobfile import load_job
 from softshard.run import encoding, targets
+from softshard.run.cluster import Cluster
 from softshard.run.encoding import is_worth_a_cluster
 from softshard.run.job import run_job
 from softshard.telemetry import SilentReporter
@@ -20,10 +21,33 @@ def any_corpus(monkeypatch):
     monkeypatch.setattr(build, "_BATCH_DOCUMENTS", 2)
 
 
-def test_workers_give_the_corpus_of_one_process(any_corpus, finished, tiny_job, tmp_path):
+def test_workers_give_the_corpus_of_one_process(any_corpus, finished, tiny_job, tmp_path, monkeypatch):
+    batches = []
+    in_order = Cluster.in_order
+
+    def counted(cluster, function, tasks, **names):
+        for result in in_order(cluster, function, tasks, **names):
+            batches.append(len(result))
+            yield result
+
+    monkeypatch.setattr(Cluster, "in_order", counted)
     run_job(load_job(tiny_job(tmp_path, cluster={"workers": 2})), SilentReporter(), stages=("corpus",))
     of = ("corpus", "retention")
     assert tree(tmp_path / "out", of=of) == tree(finished, of=of)
+    assert sum(batches) == 30 + 15, "the documents of both"
+
+
+def test_a_worker_with_another_tokenizer_refuses(any_corpus, tiny_model, tiny_job, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        targets,
+        "_encode_on",
+        lambda workspace, cluster, store: encoding.encode_on(
+            cluster, model=workspace.teacher_model.folder, fingerprint="another", out=store.uri
+        ),
+    )
+    with pytest.raises(PartsFailed, match="TokenizerMismatch"):
+        run_job(load_job(tiny_job(tmp_path, cluster={"workers": 2})), SilentReporter(), stages=("corpus",))
+    assert not (tmp_path / "out/corpus/manifest.json").exists()
 
 
 def test_a_source_that_breaks_off_is_named_and_leaves_no_corpus(any_corpus, tiny_job, tmp_path):

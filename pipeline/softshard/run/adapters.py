@@ -73,19 +73,20 @@ def ensure_teacher(
 def _find_kept(workspace: Workspace, corpus: CorpusManifest, plan: FoldPlan) -> AdapterReceipt | None:
     """Of the adapters that will do, the one with the most labels, ties by id. Raises PartCorrupt."""
     store, allowed = workspace.teacher, workspace.job.teacher.retrain_growth
+    # Text that has shrunk lacks a document, whatever else came.
     candidates = [
         receipt
         for receipt in adapters_of_fold(store, plan.fold)
-        if receipt.recipe == plan.recipe and _growth(corpus, receipt) <= allowed
+        if receipt.recipe == plan.recipe and 0 <= _growth(corpus, receipt) <= allowed
     ]
     for receipt in sorted(candidates, key=lambda one: (-one.num_labels, one.adapter_id)):
         try:
-            check_files(store, receipt.folder, receipt.files)
+            trained = _read_list(store, receipt.folder)
+            if _all_outside(workspace.corpus, corpus, trained, fold=plan.fold):
+                check_files(store, receipt.folder, receipt.files)
+                return receipt
         except FileNotFoundError:
             continue
-        trained = _read_list(store, receipt.folder)
-        if _all_outside(workspace.corpus, corpus, trained, fold=plan.fold):
-            return receipt
     return None
 
 

@@ -1,9 +1,9 @@
 """The tau of a run whose target has a budget: found once, by a pilot on the cluster, and kept.
 
 In: a run as the job has it. Out: the sketch settings of its parts, with a tau. The pilot's table is kept in
-`targets/pilot/`, created exclusively under a digest of teacher, target and seed and one of the corpus, so that every
-later run, and one that runs at the same time, goes by the same tau. A corpus that has changed keeps the tau of a pilot
-before it while that keeps the budget, so that its parts keep their names. A pilot that is stopped leaves nothing.
+`targets/pilot/`, created exclusively under a digest of teacher, target, seed and sources and one of the corpus, so that
+every later run, and one that runs at the same time, goes by the same tau. A corpus that has changed keeps the tau of a
+pilot before it while that keeps the budget, so that its parts keep their names. A pilot that is stopped leaves nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from softshard.target.types import TokenSequence
 from softshard.telemetry import Reporter, SilentReporter
 
 __all__ = ["PilotTask", "ensure_resolved", "score_pilot"]
+
+
+_MOST_GROWTH = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +80,11 @@ def ensure_resolved(
     extent = Extent(num_parts=len(corpus.slices), num_labels=sum(part.num_labels for part in corpus.slices))
     path = _path(plan, corpus)
     pilot = _read(store, path)
-    earlier = _earlier(store, plan, target, extent) if pilot is None else None
+    earlier = _earlier(store, _key(plan, corpus), target, extent) if pilot is None else None
     if earlier is not None:
+        if compute:
+            # This corpus goes by that tau from now on, whatever becomes of the other pilots.
+            store.create_exclusive(path, canonical_json(earlier))
         reporter.say(_line(earlier, target=target, extent=extent, job=job, kept=True))
         return chosen_by(earlier, target=target, job=job)
     if pilot is None:
@@ -106,29 +112,34 @@ def _chosen_row(pilot: Pilot, sketch: SketchSettings) -> Measured:
     return row
 
 
-def _earlier(store: Store, plan: PartPlan, target: ThresholdSketch, extent: Extent) -> Pilot | None:
+def _earlier(store: Store, key: str, target: ThresholdSketch, extent: Extent) -> Pilot | None:
     """Of the pilots of other corpora whose tau keeps the budget, one of the largest tau: the last that was found.
 
-    A pilot is made where none before it keeps the budget, and a budget of bytes is then kept by a larger tau. An angle
-    is a matter of teacher and tau, and is taken to be kept.
+    A pilot speaks for a corpus of the same sources with half to twice its labels. One is made where none before it
+    keeps the budget, and a budget of bytes is then kept by a larger tau. An angle is taken to be kept.
     """
     keeping: list[tuple[float, Pilot]] = []
     for path in store.list("pilot"):
-        if path.startswith(f"pilot/{_key(plan)}-") and path.endswith(".json"):
+        if path.startswith(f"pilot/{key}-") and path.endswith(".json"):
             pilot = _read(store, path)
-            if pilot is not None and isinstance(pilot.chosen, ThresholdSketch):
+            if pilot is not None and isinstance(pilot.chosen, ThresholdSketch) and _speaks_for(pilot, extent):
                 needed = _chosen_row(pilot, pilot.chosen).bytes_per_position_of(extent)
                 if target.budget_bytes is None or needed <= target.budget_bytes:
                     keeping.append((pilot.chosen.tau, pilot))
     return max(keeping, key=lambda found: found[0])[1] if keeping else None
 
 
-def _key(plan: PartPlan) -> str:
-    return digest_of([plan.teacher, plan.sketch, plan.seed, NUM_SEQUENCES])[:32]
+def _speaks_for(pilot: Pilot, extent: Extent) -> bool:
+    return pilot.num_run_labels / _MOST_GROWTH <= extent.num_labels <= pilot.num_run_labels * _MOST_GROWTH
+
+
+def _key(plan: PartPlan, corpus: CorpusManifest) -> str:
+    sources = sorted((source.name, source.style) for source in corpus.sources)
+    return digest_of([plan.teacher, plan.sketch, plan.seed, NUM_SEQUENCES, sources])[:32]
 
 
 def _path(plan: PartPlan, corpus: CorpusManifest) -> str:
-    return f"pilot/{_key(plan)}-{corpus.digest[:16]}.json"
+    return f"pilot/{_key(plan, corpus)}-{corpus.digest[:16]}.json"
 
 
 def _read(store: Store, path: str) -> Pilot | None:

@@ -17,7 +17,7 @@ from softshard.config import ClusterSettings, CorpusSettings
 from softshard.corpus.build import Encode
 from softshard.corpus.sources import list_source
 from softshard.corpus.tokens import encode_texts
-from softshard.models import Tokenizer, load_tokenizer
+from softshard.models import Tokenizer, check_tokenizer, load_tokenizer
 from softshard.run.cluster import Cluster
 
 __all__ = ["encode_on", "is_worth_a_cluster"]
@@ -37,25 +37,33 @@ def is_worth_a_cluster(settings: CorpusSettings, cluster: ClusterSettings) -> bo
     return sum(file.size or 0 for source in settings.sources for file in list_source(source)) >= _LEAST_BYTES
 
 
-def encode_on(cluster: Callable[[], Cluster], *, model: Path, out: str) -> Encode:
+def encode_on(cluster: Callable[[], Cluster], *, model: Path, fingerprint: str, out: str) -> Encode:
     """How `build_corpus` is to tokenise.
 
     Args:
         cluster: opens the cluster; called when there is a text.
         model: folder with the tokenizer, on the workers too.
+        fingerprint: of the tokenizer; a worker that finds another one there refuses.
         out: the corpus folder, for the error of a batch that fails.
     """
 
     def encode(batches: Iterable[list[str]]) -> Iterator[list[NDArray[np.int32]]]:
-        return cluster().in_order(partial(_encode, folder=model), batches, name="corpus", out=out)
+        encode_there = partial(_encode, folder=model, fingerprint=fingerprint)
+        return cluster().in_order(encode_there, batches, name="corpus", out=out)
 
     return encode
 
 
-def _encode(texts: list[str], *, folder: Path) -> list[NDArray[np.int32]]:
-    return encode_texts(texts, tokenizer=_tokenizer(folder))
+def _encode(texts: list[str], *, folder: Path, fingerprint: str) -> list[NDArray[np.int32]]:
+    return encode_texts(texts, tokenizer=_tokenizer(folder, fingerprint))
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(folder)
+def _tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != fingerprint:
+        # A worker may outlive the folder's content that it has read once.
+        load_tokenizer.cache_clear()
+        tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, model=str(folder), data="the corpus", data_fingerprint=fingerprint)
+    return tokenizer

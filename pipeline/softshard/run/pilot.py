@@ -85,6 +85,8 @@ class Pilot(_Record):
 
     num_sequences: int
     num_labels: int
+    num_run_labels: int
+    """Of the corpus that it was made for."""
     chosen: SketchSettings | None
     """The job's setting, tau found where it has a budget; null where no tau keeps that."""
     rows: tuple[Measured, ...] = Field(min_length=1)
@@ -197,6 +199,7 @@ def run_pilot(
     return Pilot(
         num_sequences=len(sequences),
         num_labels=sum(sequence.num_labels for sequence in sequences),
+        num_run_labels=extent.num_labels,
         chosen=chosen,
         rows=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.sketch.kind), row.mean_entries))),
     )

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from softshard.config import CorpusSettings, SketchSettings
-from softshard.corpus.build import build_corpus, current_corpus
+from softshard.corpus.build import Encode, build_corpus, current_corpus
 from softshard.corpus.manifest import CorpusManifest
 from softshard.errors import ManifestMissing
 from softshard.models import check_context
@@ -55,6 +55,11 @@ def lazy_cluster(workspace: Workspace, reporter: Reporter) -> Iterator[OpenClust
         yield get
 
 
+def _encode_on(workspace: Workspace, cluster: OpenCluster, store: Store) -> Encode:
+    model = workspace.teacher_model
+    return encode_on(cluster, model=model.folder, fingerprint=model.tokenizer.fingerprint, out=store.uri)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpora:
     """The corpus of the style, and the text that retention is measured and trained on."""
@@ -91,7 +96,7 @@ def ensure_corpora(workspace: Workspace, reporter: Reporter, cluster: OpenCluste
             seed=job.seed,
             store=store,
             reporter=reporter,
-            encode=encode_on(cluster, model=workspace.teacher_model.folder, out=store.uri) if on_cluster else None,
+            encode=_encode_on(workspace, cluster, store) if on_cluster else None,
         )
 
     style = ensure(job.corpus, workspace.corpus, job.teacher.folds)

@@ -53,6 +53,7 @@ class FoldPlan:
         """SHA-256 over all of it but the documents."""
         values = {name: getattr(self, name) for name in self.__slots__ if name not in {"model", "documents"}}
         values["optimizer"] = self.optimizer.model_dump(exclude={"checkpoint_steps"})
+        values["folds"] = len(self.documents) + 1
         return digest_of(values)
 
     @property

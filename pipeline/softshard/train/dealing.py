@@ -102,8 +102,12 @@ class DealtBatches(IterableDataset[Batch]):
                 else:
                     self._given += 1
                 own = batch if number == start + self._rank else batch.without_weight()
-                yield replace(own, cursor=(epoch, consumed))
+                yield replace(own, cursor=self._standing(epoch, consumed))
         self.set_epoch(epoch + 1)
+
+    def _standing(self, epoch: int, consumed: int) -> tuple[int, int]:
+        """Epoch and batches consumed; the end of an epoch is the beginning of the next, and has no other name."""
+        return (epoch, consumed) if consumed < self.num_batches(epoch) else (epoch + 1, 0)
 
     def _rounds(self, total: int) -> Sequence[int]:
         """First batches of the rounds that are left, of those that the worker has to read if this is one."""
@@ -125,7 +129,8 @@ class DealtBatches(IterableDataset[Batch]):
 
         A loader's worker adds its own place, and its state is for the same worker of as many again.
         """
-        state = {**self.order, "epoch": self._epoch, "consumed": self._consumed}
+        epoch, consumed = self._standing(self._epoch, self._consumed)
+        state = {**self.order, "epoch": epoch, "consumed": consumed}
         return state if self._worker is None else {**state, "worker": self._worker, "given": self._given}
 
     def state_after(self, batch: Batch) -> StreamState:

@@ -211,6 +211,8 @@ class _Training:
             group["lr"] = rate
         self._updating = True
         self._optimizer.step()
+        # The place before a batch names its epoch; after the last one of an epoch it is in the next.
+        epoch = self._position["streams"][0]["epoch"]
         self._position = self._read_position()
         self.log.append(
             Step(
@@ -221,7 +223,7 @@ class _Training:
                 retention_loss=values[1],
                 grad_norm=values[2],
                 tokens=batches[0].num_tokens,
-                epoch=self._position["streams"][0]["epoch"],
+                epoch=epoch,
             )
         )
         self._updating = False

@@ -18,7 +18,7 @@ from softshard.target.codec import MASS_GRID
 from softshard.train.batch import Batch
 from softshard.train.loss import sparse_divergence, sparse_kl
 
-__all__ = ["CROSS_ENTROPY", "Objective", "hidden_states"]
+__all__ = ["CROSS_ENTROPY", "Objective", "hidden_states", "mean_divisor"]
 
 
 def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
@@ -61,8 +61,8 @@ class Objective:
             num_valid: vocabulary of the data.
             chunk_positions: positions whose logits exist at one time.
             num_items_in_batch: what the sum is divided by in place of this batch's own weights: the weights of all
-                batches of a step, over gradient accumulation and ranks, as transformers counts labels. Where gradients
-                are averaged over ranks, as by DDP, multiply the loss by the number of ranks.
+                batches of a step, over gradient accumulation and ranks, as transformers counts labels. Sum the
+                gradients over ranks; where they are averaged, multiply the loss by the number of ranks.
         """
         hidden = hidden_states(decoder, batch)
         target: dict[str, Any] = {
@@ -86,16 +86,15 @@ class Objective:
                 target["tail_mass"] = batch.tail_mass.clamp(min=MASS_GRID / 4)
             kind, beta = self.divergence, self.jsd_beta
             total = sparse_divergence(hidden, decoder.weight, divergence=kind, jsd_beta=beta, **target)
-        return total / _divisor(batch, num_items_in_batch)
+        return total / (mean_divisor(batch) if num_items_in_batch is None else num_items_in_batch)
 
 
 CROSS_ENTROPY = Objective()
 """To the batch's targets, whatever they are."""
 
 
-def _divisor(batch: Batch, num_items_in_batch: float | Tensor | None) -> float | Tensor:
-    if num_items_in_batch is not None:
-        return num_items_in_batch
+def mean_divisor(batch: Batch) -> Tensor:
+    """What makes a sum over a batch's labels their mean: the sum of their weights, 1 where all are 0."""
     weight = batch.position_weights.sum()
     return torch.where(weight > 0, weight, 1.0)
 

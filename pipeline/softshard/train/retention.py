@@ -16,7 +16,7 @@ from torch import Tensor
 from softshard.decoder import Decoder
 from softshard.train.batch import Batch
 from softshard.train.loss import dense_kl
-from softshard.train.objective import CROSS_ENTROPY, hidden_states
+from softshard.train.objective import CROSS_ENTROPY, hidden_states, mean_divisor
 from softshard.train.stream import BatchSource
 
 if TYPE_CHECKING:
@@ -53,4 +53,4 @@ class Retention:
             position_weights=batch.position_weights,
             transform=decoder.transform,
         )
-        return total / batch.position_weights.sum()
+        return total / mean_divisor(batch)

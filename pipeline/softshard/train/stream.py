@@ -70,6 +70,7 @@ class TextBatches:
         self._batch_tokens, self._packing = batch_tokens, packing
         self._lengths = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
         self._epoch = self._consumed = 0
+        self._planned: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
 
     @property
     def digest(self) -> str:
@@ -94,7 +95,9 @@ class TextBatches:
 
     def state_dict(self) -> StreamState:
         """What the order hangs on, the epoch, and how many of its batches were given."""
-        return {**self._order, "epoch": self._epoch, "consumed": self._consumed}
+        is_over = self._consumed >= self.batches_per_epoch(self._epoch)
+        epoch, consumed = (self._epoch + 1, 0) if is_over else (self._epoch, self._consumed)
+        return {**self._order, "epoch": epoch, "consumed": consumed}
 
     def load_state_dict(self, state: StreamState) -> None:
         """Take up a state; iterators that run already do not see it. Raises ResumeMismatch for another order."""
@@ -102,6 +105,9 @@ class TextBatches:
         self._epoch, self._consumed = state["epoch"], state["consumed"]
 
     def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        generator = generator_of("softshard.order", self._content, self._seed, epoch, "rows")
-        order = generator.permutation(len(self._sequences))
-        return order, batch_bounds(self._lengths[order], batch_tokens=self._batch_tokens, packing=self._packing)
+        if self._planned is None or self._planned[0] != epoch:
+            generator = generator_of("softshard.order", self._content, self._seed, epoch, "rows")
+            order = generator.permutation(len(self._sequences))
+            bounds = batch_bounds(self._lengths[order], batch_tokens=self._batch_tokens, packing=self._packing)
+            self._planned = epoch, order, bounds
+        return self._planned[1:]
