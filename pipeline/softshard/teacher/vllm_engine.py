@@ -239,7 +239,8 @@ def _not_opened(error: Exception, folder: Path) -> EngineFailed | ModelInvalid:
     """An error of vLLM's while it opens an engine: what may pass, or what is wrong with the model."""
     if out_of_memory(error):
         return EngineFailed(engine="vllm", problem=f"memory ran out ({error}), {_MORE_MEMORY}")
-    if f": -{signal.SIGKILL:d}" in str(error):  # vLLM has the exit codes of its processes in its text alone.
+    # vLLM has the exit codes of its processes in its text alone, and none where it looked before the code was there.
+    if f": -{signal.SIGKILL:d}" in str(error) or "core proc(s): {}" in str(error):
         return EngineFailed(engine="vllm", problem=_KILLED)
     return ModelInvalid(model=str(folder), problem=f"vLLM cannot serve it: {error}")
 
