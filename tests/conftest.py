@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +172,20 @@ def finished(tiny_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("finished")
     run_job(load_job(tiny_job(folder)), SilentReporter())
     return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """Address of a Dask scheduler with one worker, both in this process, which keeps what it has loaded."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp",
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        resources={"teacher": 1},
+    ) as running:
+        yield running.scheduler_address

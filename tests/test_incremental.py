@@ -92,23 +92,6 @@ class Growing:
         return pl.concat([pl.read_parquet(self.out / "corpus" / file.path) for file in corpus.documents])
 
 
-@pytest.fixture(scope="module")
-def scheduler():
-    """Address of a Dask scheduler with one worker, both in this process, which keeps what it has loaded."""
-    from distributed import LocalCluster
-
-    with LocalCluster(
-        n_workers=1,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tcp",
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-        resources={"teacher": 1},
-    ) as running:
-        yield running.scheduler_address
-
-
 def first_run(here, *made_of, folds):
     """A job that has run on 60 documents."""
     here.mkdir()

@@ -23,23 +23,6 @@ NOWHERE = "tcp://127.0.0.1:9"
 STAGES = ("corpus", "retention", "teacher", "targets")
 
 
-@pytest.fixture(scope="module")
-def scheduler():
-    """Address of a Dask scheduler with one worker, both in this process, which keeps what it has loaded."""
-    from distributed import LocalCluster
-
-    with LocalCluster(
-        n_workers=1,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tcp",
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-        resources={"teacher": 1},
-    ) as running:
-        yield running.scheduler_address
-
-
 @pytest.fixture
 def out(finished, tmp_path):
     """A copy of a finished output that can reach no cluster: what is computed there is an error."""

@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from softshard.errors import ResumeMismatch, ShardedTwice
 from softshard.train.batch import Batch
 from softshard.train.prefetch import prefetched
-from softshard.train.stream import StreamState, check_order
+from softshard.train.stream import StreamState, check_order, standing
 
 __all__ = ["DealtBatches"]
 
@@ -102,12 +102,8 @@ class DealtBatches(IterableDataset[Batch]):
                 else:
                     self._given += 1
                 own = batch if number == start + self._rank else batch.without_weight()
-                yield replace(own, cursor=self._standing(epoch, consumed))
+                yield replace(own, cursor=standing(epoch, consumed, num_batches=total))
         self.set_epoch(epoch + 1)
-
-    def _standing(self, epoch: int, consumed: int) -> tuple[int, int]:
-        """Epoch and batches consumed; the end of an epoch is the beginning of the next, and has no other name."""
-        return (epoch, consumed) if consumed < self.num_batches(epoch) else (epoch + 1, 0)
 
     def _rounds(self, total: int) -> Sequence[int]:
         """First batches of the rounds that are left, of those that the worker has to read if this is one."""
@@ -129,7 +125,7 @@ class DealtBatches(IterableDataset[Batch]):
 
         A loader's worker adds its own place, and its state is for the same worker of as many again.
         """
-        epoch, consumed = self._standing(self._epoch, self._consumed)
+        epoch, consumed = standing(self._epoch, self._consumed, num_batches=self.num_batches(self._epoch))
         state = {**self.order, "epoch": epoch, "consumed": consumed}
         return state if self._worker is None else {**state, "worker": self._worker, "given": self._given}
 

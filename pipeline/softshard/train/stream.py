@@ -18,7 +18,7 @@ from softshard.target.types import TokenSequence
 from softshard.train.batch import Batch, collate_text
 from softshard.train.order import batch_bounds, generator_of
 
-__all__ = ["BatchSource", "StreamState", "TextBatches", "check_order", "endless"]
+__all__ = ["BatchSource", "StreamState", "TextBatches", "check_order", "endless", "standing"]
 
 StreamState = dict[str, Any]
 
@@ -47,6 +47,11 @@ def endless(source: BatchSource) -> Iterator[Batch]:
     """Batches from the current state on, over all epochs to come."""
     while True:
         yield from source
+
+
+def standing(epoch: int, consumed: int, *, num_batches: int) -> tuple[int, int]:
+    """Epoch and batches consumed; the end of an epoch is the beginning of the next, and has no other name."""
+    return (epoch, consumed) if consumed < num_batches else (epoch + 1, 0)
 
 
 def check_order(state: StreamState, order: StreamState) -> None:
@@ -95,8 +100,7 @@ class TextBatches:
 
     def state_dict(self) -> StreamState:
         """What the order hangs on, the epoch, and how many of its batches were given."""
-        is_over = self._consumed >= self.batches_per_epoch(self._epoch)
-        epoch, consumed = (self._epoch + 1, 0) if is_over else (self._epoch, self._consumed)
+        epoch, consumed = standing(self._epoch, self._consumed, num_batches=self.batches_per_epoch(self._epoch))
         return {**self._order, "epoch": epoch, "consumed": consumed}
 
     def load_state_dict(self, state: StreamState) -> None:
