@@ -13,7 +13,6 @@ import bad_outputs
 import bad_sources
 from bad_inputs import Place
 from softshard.cli import main
-from test_repair import scheduler  # noqa: F401 - a fixture
 
 PAGE = Path(__file__).parent.parent / "docs/reliability.md"
 OPENING, CLOSING = "<!-- bad inputs: `python tests/test_bad_inputs.py` -->\n", "<!-- end of bad inputs -->\n"
@@ -28,7 +27,7 @@ def table():
 
 
 @pytest.fixture
-def place(finished, tiny_model, scheduler, tmp_path):  # noqa: F811
+def place(finished, tiny_model, scheduler, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
     job = yaml.safe_load((finished / "job.yaml").read_text())
     job["out"] = str(tmp_path / "out")

@@ -11,7 +11,6 @@ from softshard.errors import OutputBusy
 from softshard.run.lease import Pace, hold_lease
 from softshard.shard.manifest import read_manifest
 from softshard.storage import LocalStore, ObjectStore
-from test_repair import scheduler  # noqa: F401
 
 OUT = "s3://box/repair"
 FAST = Pace(interval_seconds=0.1, expiry_seconds=2)
