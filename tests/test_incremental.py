@@ -1,22 +1,26 @@
 """A corpus that has changed since the last run: what is new costs its own parts, and what was there stays as it is."""
 
+import hashlib
 import json
 import math
 import shutil
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from softshard.cli import main
 from softshard.corpus.manifest import read_corpus_manifest
+from softshard.errors import NotMendable
 from softshard.jobfile import load_job
 from softshard.run.job import run_job
 from softshard.run.repair import repair
 from softshard.run.rescore import rescore
 from softshard.run.verify import verify_output
 from softshard.shard.decode import open_part
-from softshard.shard.manifest import read_manifest
+from softshard.shard.manifest import canonical_json, read_manifest
 from softshard.storage import LocalStore
+from softshard.teacher.record import AdapterReceipt
 from softshard.telemetry import SilentReporter
 
 STAGES = ("corpus", "teacher", "targets")
@@ -320,6 +324,77 @@ def test_a_bad_adapter_that_was_kept_is_trained_again_to_the_same_bytes(adapted,
     assert {path: path.read_bytes() for path in folder.iterdir()} == contents
     adapted.run()
     assert adapted.parts == parts
+
+
+def lose(*paths):
+    for path in paths:
+        path.unlink()
+
+
+@pytest.mark.parametrize("lost", ["receipt.json", "*"])
+def test_an_adapter_that_the_manifest_names_and_that_is_gone_is_found_and_made_again(adapted_run, tmp_path, lost):
+    """Also where no file is left: the corpus is the one that it was trained on."""
+    adapted = adapted_run.copy(tmp_path / "job")
+    (folder,) = (adapted.out / "teacher").glob("fold-1-*")
+    contents = {path: path.read_bytes() for path in folder.iterdir() if path.name != "log.jsonl"}
+    lose(*folder.glob(lost))
+    (problem,) = verify_output(str(adapted.out), SilentReporter(), deep=False).problems
+    assert f"adapter {adapted.adapters[1][:16]}, with which the targets were made, is missing" in problem
+    repaired = repair(str(adapted.out), SilentReporter(), deep=False)
+    assert repaired.made == (f"teacher/{folder.name}",)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.name != "log.jsonl"} == contents
+    assert verify_output(str(adapted.out), SilentReporter(), deep=False).problems == ()
+
+
+def test_an_adapter_that_cannot_be_made_as_it_was_is_not_replaced_by_another_in_silence(adapted):
+    adapted.write("essays/2026-11-01.jsonl", NEW)
+    adapted.run()
+    (folder,) = (adapted.out / "teacher").glob("fold-0-*")
+    shutil.rmtree(folder)
+    parts = adapted.files("targets")
+    with pytest.raises(NotMendable, match=r"`softshard run JOB\.yaml` goes on"):
+        repair(str(adapted.out), SilentReporter(), deep=False)
+    assert adapted.files("targets") == parts
+    digest = adapted.adapters[0]
+    adapted.run()
+    assert adapted.adapters[0] != digest
+
+
+def test_targets_are_asked_of_the_adapters_that_made_them_though_a_run_would_choose_others(adapted):
+    """A run that trained anew and was stopped before its targets leaves both."""
+    adapted.write("essays/2026-11-01.jsonl", range(91, 120))
+    run_job(load_job(adapted.job()), SilentReporter(), stages=STAGES[:2])
+    assert len(list((adapted.out / "teacher").glob("fold-*"))) == 4
+    assert rescore(str(adapted.out), SilentReporter(), num=8).num_beyond == 0
+
+
+def test_a_damaged_adapter_that_nothing_names_any_more_is_set_aside_and_not_trained(adapted):
+    (old,) = (adapted.out / "teacher").glob("fold-0-*")
+    adapted.write("essays/2026-11-01.jsonl", range(91, 120))
+    adapted.run()
+    assert len(list((adapted.out / "teacher").glob("fold-0-*"))) == 2
+    (old / "adapter_model.safetensors").write_bytes(b"")
+    assert verify_output(str(adapted.out), SilentReporter(), deep=False).problems
+    repaired = repair(str(adapted.out), SilentReporter(), deep=False)
+    assert repaired.made == ()
+    assert not (old / "adapter_model.safetensors").exists()
+    assert verify_output(str(adapted.out), SilentReporter(), deep=False).problems == ()
+
+
+def test_a_list_of_documents_that_another_parquet_wrote_is_kept_as_it_is(adapted):
+    """The same rows in other bytes, as after an upgrade; the adapter beside them has to be trained again."""
+    (folder,) = (adapted.out / "teacher").glob("fold-0-*")
+    path = folder / "documents.parquet"
+    pq.write_table(pq.read_table(path), path, compression="gzip")
+    content = path.read_bytes()
+    receipt = json.loads((folder / "receipt.json").read_text())
+    receipt["files"]["documents.parquet"] = hashlib.sha256(content).hexdigest()
+    (folder / "receipt.json").write_bytes(canonical_json(AdapterReceipt.model_validate(receipt)))
+    assert verify_output(str(adapted.out), SilentReporter(), deep=False).problems == ()
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    repair(str(adapted.out), SilentReporter(), deep=False)
+    assert path.read_bytes() == content
+    assert verify_output(str(adapted.out), SilentReporter(), deep=False).problems == ()
 
 
 def test_an_adapter_without_a_sound_list_is_named_and_never_kept(adapted, capsys):

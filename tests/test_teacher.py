@@ -180,7 +180,7 @@ def folds(tiny_model, tmp_path_factory):
         train_fold(
             plan,
             sequences(),
-            documents=DOCUMENTS,
+            documents=encode_documents(DOCUMENTS),
             folder=tiny_model,
             device="cpu",
             store=store,

@@ -7,7 +7,7 @@ adapter knows text that the corpus no longer has, and none scores what it was tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +20,12 @@ from softshard.run.tasks import FoldTask, train_adapter
 from softshard.run.workspace import Workspace
 from softshard.storage import Store
 from softshard.teacher.documents import DOCUMENTS_FILE, TrainedDocuments, decode_documents
-from softshard.teacher.record import AdapterReceipt, adapters_of_fold, find_adapter, fold_of_folder
+from softshard.teacher.record import AdapterReceipt, adapters_of_fold, digest_in, find_adapter, fold_of_folder
 from softshard.teacher.style import FoldPlan, training_precision
 from softshard.telemetry import Reporter
 from softshard.train.record import check_files
 
-__all__ = ["OpenCluster", "StyleTeacher", "ensure_teacher", "train_again"]
+__all__ = ["OpenCluster", "StyleTeacher", "ensure_teacher", "named_teacher", "train_missing"]
 
 OpenCluster = Callable[[], Cluster]
 
@@ -120,26 +120,87 @@ def _tell_kept(
         )
 
 
-def train_again(
-    workspace: Workspace, corpus: CorpusManifest, folders: Collection[str], reporter: Reporter, cluster: OpenCluster
-) -> None:
-    """Train adapters whose folder has lost its receipt, or a file, on the documents that the list in it names.
+def named_teacher(store: Store, digests: Sequence[str]) -> StyleTeacher:
+    """The adapters that the manifest of some targets names, and not those that a run would choose now.
 
-    Those that cannot be trained as they were are left: of other settings, without a sound list, or of documents that
-    the corpus no longer has outside their fold.
+    Args:
+        store: the `teacher/` folder.
+        digests: of the adapters of all folds, in order; none where the model was used as it is.
 
     Raises:
+        PartCorrupt: one is missing, or a receipt, or a file of one, is not what it was written as.
+    """
+    found = []
+    for fold, digest in enumerate(digests):
+        same = [receipt for receipt in adapters_of_fold(store, fold) if receipt.digest == digest]
+        if not same or find_adapter(store, same[0].folder) is None:
+            problem = f"adapter {digest[:16]} of fold {fold}, with which the targets were made, is missing"
+            raise PartCorrupt(uri=store.uri, problem=problem)
+        found.append(same[0])
+    return StyleTeacher(adapters=tuple(found))
+
+
+def train_missing(
+    workspace: Workspace,
+    corpus: CorpusManifest,
+    digests: Sequence[str] | None,
+    reporter: Reporter,
+    cluster: OpenCluster,
+) -> list[str]:
+    """Train what is missing of the adapters that some targets were made with; the folders that were made whole.
+
+    An adapter is trained as it was where its folder has lost its receipt, or more, and still has the list of its
+    documents, all of which the corpus still has outside the fold. Where there is none that comes out right, the one
+    that the corpus asks for now is trained.
+
+    Args:
+        workspace: of the output.
+        corpus: its corpus.
+        digests: of the adapters of all folds, in order; None: any will do that a run would use.
+        reporter: where progress goes.
+        cluster: what trains.
+
+    Raises:
+        PartCorrupt: an adapter that is to be kept is not what its receipt names.
         PartsFailed: an adapter could not be trained.
     """
-    for plan in _fold_plans(workspace, corpus):
-        for folder in sorted(folder for folder in folders if fold_of_folder(folder) == plan.fold):
-            try:
-                listed = _read_list(workspace.teacher, folder)
-            except (FileNotFoundError, PartCorrupt):
-                continue
-            before = replace(plan, documents=listed.digests(plan.other_folds))
-            if before.folder == folder and _all_outside(workspace.corpus, corpus, listed, fold=plan.fold):
+    store, made = workspace.teacher, []
+    plans = _fold_plans(workspace, corpus)
+    for plan, digest in zip(plans, digests if digests is not None else [None] * len(plans), strict=False):
+
+        def is_there(plan: FoldPlan = plan, digest: str | None = digest) -> bool:
+            if digest is not None:
+                return any(receipt.digest == digest for receipt in adapters_of_fold(store, plan.fold))
+            return (find_adapter(store, plan.folder) or _find_kept(workspace, corpus, plan)) is not None
+
+        for folder in [] if is_there() else _without_receipt(store, plan.fold, digest):
+            before = _as_listed(workspace, corpus, plan, folder)
+            if before is not None and not is_there():
                 _train_folds(workspace, [before], reporter, cluster, as_listed=True)
+                made.append(folder)
+        if not is_there() and not store.exists(f"{plan.folder}/receipt.json"):
+            _train_folds(workspace, [plan], reporter, cluster)
+            made.append(plan.folder)
+    return made
+
+
+def _without_receipt(store: Store, fold: int, digest: str | None) -> list[str]:
+    """Folders of a fold without a receipt, that first whose weights have this digest."""
+
+    folders = [name for name in store.names(".") if fold_of_folder(name) == fold]
+    bare = (name for name in folders if not store.exists(f"{name}/receipt.json"))
+    return sorted(bare, key=lambda name: digest_in(store, name) != digest)
+
+
+def _as_listed(workspace: Workspace, corpus: CorpusManifest, plan: FoldPlan, folder: str) -> FoldPlan | None:
+    """The plan of the adapter in a folder, from the list in it; None where it cannot be trained as it was."""
+    try:
+        listed = _read_list(workspace.teacher, folder)
+    except (FileNotFoundError, PartCorrupt):
+        return None
+    before = replace(plan, documents=listed.digests(plan.other_folds))
+    same = before.folder == folder and _all_outside(workspace.corpus, corpus, listed, fold=plan.fold)
+    return before if same else None
 
 
 def _fold_plans(workspace: Workspace, corpus: CorpusManifest) -> list[FoldPlan]:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from softshard.config import SketchSettings, ThresholdSketch
 from softshard.corpus.manifest import CorpusManifest, read_corpus_manifest
 from softshard.errors import NotMendable
-from softshard.run.adapters import OpenCluster, StyleTeacher, ensure_teacher
+from softshard.run.adapters import OpenCluster, ensure_teacher, named_teacher
 from softshard.run.choice import ensure_resolved
 from softshard.run.parts import Missing, find_missing, score_parts
 from softshard.run.targets import ensure_targets, plan_run
@@ -46,12 +46,6 @@ def corpus_of(workspace: Workspace) -> CorpusManifest:
         problem = "is not complete, so nothing that rests on it can be made again; run `softshard run JOB.yaml`"
         raise NotMendable(uri=workspace.corpus.uri, problem=problem)
     return corpus
-
-
-def _teacher_of(workspace: Workspace, reporter: Reporter, cluster: OpenCluster) -> tuple[CorpusManifest, StyleTeacher]:
-    """The corpus, and the style teacher, whose adapters are trained where they are missing."""
-    corpus = corpus_of(workspace)
-    return corpus, ensure_teacher(workspace, corpus, reporter, cluster, compute=True)
 
 
 def mend_targets(
@@ -90,7 +84,7 @@ def _compute(
 ) -> list[str]:
     """Compute exactly the bad parts. Where one has other bytes than before, a new manifest names them."""
     store = workspace.targets
-    corpus, teacher = _teacher_of(workspace, reporter, cluster)
+    corpus, teacher = corpus_of(workspace), named_teacher(workspace.teacher, manifest.teacher.get("adapters", []))
     run = plan_run(workspace, corpus, teacher)
     if isinstance(run.sketch, ThresholdSketch) and not run.sketch.is_resolved:
         run = replace(run, sketch=TypeAdapter(SketchSettings).validate_python(manifest.target))
@@ -187,7 +181,8 @@ def _finish_run(
     damaged = [orphan.path for orphan in found.unnamed if orphan.kind == "damaged manifest"]
     for path in (*(finding.path for finding in found.findings), *map(receipt_path, sorted(bad)), *damaged):
         quarantine.take(f"targets/{path}")
-    corpus, teacher = _teacher_of(workspace, reporter, cluster)
+    corpus = corpus_of(workspace)
+    teacher = ensure_teacher(workspace, corpus, reporter, cluster, compute=True)
     asked = plan_run(workspace, corpus, teacher)
     sketch = ensure_resolved(asked, corpus, reporter, cluster, job=workspace.job.name, compute=True)
     run = replace(asked, sketch=sketch)

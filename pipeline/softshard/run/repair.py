@@ -1,8 +1,8 @@
 """An output made whole: what `verify` finds bad is set aside, and exactly that, and what is missing, is made again.
 
 In: an output, the model and, for its corpus, the sources. A receipt that is damaged while its part is not is written
-again from the manifest; a part goes through the task that made it; an adapter of the style teacher is trained, also one
-that was kept from an earlier corpus, on the documents that its list names; a slice is cut from the sources. All else is
+again from the manifest; a part goes through the task that made it; an adapter of the style teacher that the targets
+were made with is trained on the documents that its list names; a slice is cut from the sources. All else is
 not touched. The manifest is the same afterwards where parts are computed to the same bytes, which the transformers
 engine does on the same hardware; where they are not, a new one says so.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from softshard.corpus.build import build_corpus
 from softshard.corpus.manifest import CorpusManifest, write_corpus_manifest
 from softshard.corpus.verify import CorpusVerification
-from softshard.errors import NotMendable
-from softshard.run.adapters import OpenCluster, ensure_teacher, train_again
+from softshard.errors import NotMendable, PartCorrupt
+from softshard.run.adapters import OpenCluster, named_teacher, train_missing
 from softshard.run.lease import hold_lease
 from softshard.run.mending import corpus_of, mend_targets
 from softshard.run.targets import lazy_cluster, retention_settings
@@ -74,7 +74,7 @@ def repair(out: str, reporter: Reporter, *, deep: bool) -> Repaired:
         left = _set_adapters_aside(checked, quarantine)
         with lazy_cluster(workspace, reporter) as cluster:
             if checked.findings["teacher"]:
-                _train_teacher(workspace, checked, reporter, cluster)
+                made += _train_teacher(workspace, checked, reporter, cluster)
             made += mend_targets(workspace, checked.targets, quarantine, reporter, cluster)
         before = checked.targets.manifest
         now = read_manifest(workspace.targets) if store.exists("targets/manifest.json") else None
@@ -151,12 +151,23 @@ def _taken_over(
     return made
 
 
-def _train_teacher(workspace: Workspace, checked: Checked, reporter: Reporter, cluster: OpenCluster) -> None:
-    """Adapters that were set aside, as they were where that can be done; then those that the corpus lacks."""
-    folders = {finding.path.partition("/")[0] for finding in checked.findings["teacher"]}
-    corpus = corpus_of(workspace)
-    train_again(workspace, corpus, folders, reporter, cluster)
-    ensure_teacher(workspace, corpus, reporter, cluster, compute=True)
+def _train_teacher(workspace: Workspace, checked: Checked, reporter: Reporter, cluster: OpenCluster) -> list[str]:
+    """Train the adapters that the targets were made with, or, without targets, that a run would use; their folders.
+
+    Those of earlier corpora, which nothing names any more, are not trained.
+    """
+    manifest = checked.targets.manifest
+    digests = manifest.teacher.get("adapters", []) if manifest else None
+    made = train_missing(workspace, corpus_of(workspace), digests, reporter, cluster)
+    try:
+        named_teacher(workspace.teacher, digests or [])
+    except PartCorrupt as error:
+        problem = (
+            f"{error.problem}, and what can be trained in its place has other weights; `softshard run JOB.yaml` goes"
+            " on with that, and makes new targets"
+        )
+        raise NotMendable(uri=error.uri, problem=problem) from error
+    return [f"teacher/{folder}" for folder in made]
 
 
 def _set_adapters_aside(checked: Checked, quarantine: Quarantine) -> list[str]:

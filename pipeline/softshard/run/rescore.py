@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from softshard.config import SketchSettings, ThresholdSketch
-from softshard.corpus.manifest import read_corpus_manifest
-from softshard.errors import JobInvalid, ManifestMissing, ModelInvalid
-from softshard.run.adapters import ensure_teacher
-from softshard.run.cluster import Cluster
+from softshard.errors import JobInvalid, ModelInvalid
+from softshard.run.adapters import StyleTeacher, named_teacher
 from softshard.run.pilot import spread
 from softshard.run.workspace import Workspace, owner_of, saved_job
 from softshard.shard.manifest import Manifest, read_manifest
@@ -84,7 +82,8 @@ def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = N
 
     Raises:
         JobInvalid: the folder holds no job.
-        ManifestMissing: corpus, teacher or targets are not complete, or belong to other settings.
+        ManifestMissing: the targets are not complete.
+        PartCorrupt: an adapter that the targets were made with is missing, or is not what it was.
         ModelInvalid: the teacher's model is not the one that the targets name.
     """
     if owner_of(out) is None:
@@ -99,10 +98,12 @@ def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = N
         raise ModelInvalid(model=job.teacher.model, problem="is not the model that the targets were made with")
     rows = _some_rows(workspace.targets, manifest, num=num)
     sketch: SketchSettings = TypeAdapter(SketchSettings).validate_python(manifest.target)
+    # Whatever adapters a run would choose now.
+    named = named_teacher(workspace.teacher, manifest.teacher.get("adapters", []))
     found, engines = _Tally(), set()
     with reporter.progress("rescore", total=sum(len(part) for part in rows.values()), unit="sequences") as progress:
         for fold, part in rows.items():
-            teacher = _teacher_of(workspace, fold, reporter)
+            teacher = _open_teacher(workspace, named, fold)
             engines.add(str(teacher.identity["engine"]))
             found.add(teacher, part, sketch=sketch, seed=manifest.seed)
             teacher.close()
@@ -124,29 +125,21 @@ def _some_rows(store: Store, manifest: Manifest, *, num: int) -> dict[int, list[
     return chosen
 
 
-def _teacher_of(workspace: Workspace, fold: int, reporter: Reporter) -> Teacher:
-    corpus = read_corpus_manifest(workspace.corpus)
-    if corpus is None:
-        raise ManifestMissing(uri=f"{workspace.corpus.uri}/manifest.json", stage="corpus")
-    adapters = ensure_teacher(workspace, corpus, reporter, _no_cluster, compute=False).of_fold(fold)
-    settings = workspace.job.teacher
+def _open_teacher(workspace: Workspace, named: StyleTeacher, fold: int) -> Teacher:
+    settings, model, adapters = workspace.job.teacher, workspace.teacher_model, named.of_fold(fold)
     identity = identity_of(
         settings,
         context_tokens=workspace.job.corpus.context_tokens,
-        weights=workspace.teacher_model.weights,
+        weights=model.weights,
         adapters=[receipt.digest for receipt in adapters],
     )
     return open_teacher(
-        workspace.teacher_model.folder,
+        model.folder,
         adapters=[workspace.teacher.local_folder(receipt.folder, receipt.weight_files) for receipt in adapters],
         identity=identity,
         device=settings.device,
-        vocab_size=corpus.vocab_size,
+        vocab_size=model.tokenizer.vocab_size,
     )
-
-
-def _no_cluster() -> Cluster:
-    raise AssertionError("nothing is computed on a cluster here")
 
 
 class _Tally:

@@ -20,7 +20,7 @@ from softshard.shard.commit import PartPlan, build_part, commit_part, find_recei
 from softshard.shard.manifest import Receipt
 from softshard.storage import open_store
 from softshard.target.types import TokenSequence
-from softshard.teacher.documents import DOCUMENTS_FILE, TrainedDocuments, decode_documents
+from softshard.teacher.documents import DOCUMENTS_FILE, TrainedDocuments, decode_documents, encode_documents
 from softshard.teacher.protocol import Teacher, TeacherIdentity
 from softshard.teacher.record import AdapterReceipt
 from softshard.teacher.style import FoldPlan, train_fold
@@ -170,7 +170,7 @@ def train_adapter(task: FoldTask) -> AdapterReceipt:
     receipt = train_fold(
         task.plan,
         sequences,
-        documents=documents,
+        documents=_list_of(task, documents),
         folder=task.model,
         device=task.device,
         store=open_store(task.teacher),
@@ -178,6 +178,19 @@ def train_adapter(task: FoldTask) -> AdapterReceipt:
     )
     release_memory(resolve_device(task.device))
     return receipt
+
+
+def _list_of(task: FoldTask, documents: TrainedDocuments) -> bytes:
+    """The list of the documents, as a file: that which is there where it names them, whatever Parquet wrote it."""
+    store, path = open_store(task.teacher), f"{task.plan.folder}/{DOCUMENTS_FILE}"
+    try:
+        content = store.read(path)
+        listed = decode_documents(content, uri=f"{store.uri}/{path}")
+        if listed.digests(task.plan.other_folds) == task.plan.documents:
+            return content
+    except (FileNotFoundError, PartCorrupt):
+        pass
+    return encode_documents(documents)
 
 
 def _outside(task: FoldTask) -> tuple[list[TokenSequence], TrainedDocuments]:

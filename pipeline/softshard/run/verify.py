@@ -79,12 +79,13 @@ def check_output(
     """Verify each folder of an output."""
     adapters = {name: _check_adapters(store, name, kind) for name, kind in _RECEIPTS.items()}
     targets = verify_targets(store.below("targets"), deep=deep, on_part=on_part)
+    lost = _lost_adapters(store, targets.manifest) if targets.manifest else ()
     pilots = (path for path in store.list("targets/pilot") if path.endswith(".json"))
     found = [(path, problem) for path in pilots if (problem := _parsed(store, path, Pilot)[1])]
     return Checked(
         targets=replace(targets, findings=targets.findings + _findings(store, "targets", found)),
         corpora={name: verify_corpus(store.below(name), deep=deep) for name in CORPORA},
-        adapters={name: findings for name, (_, findings) in adapters.items()},
+        adapters={name: found + (lost if name == "teacher" else ()) for name, (_, found) in adapters.items()},
         num_adapters=sum(count for count, _ in adapters.values()),
     )
 
@@ -137,6 +138,23 @@ def _check_adapters(
     if kind is TrainingReceipt and store.exists(pointer) and (problem := _parsed(store, pointer, Trained)[1]):
         found.append((pointer, problem))
     return len(receipts), _findings(store, folder, found)
+
+
+def _lost_adapters(store: Store, manifest: Manifest) -> tuple[Finding, ...]:
+    """Adapters that a manifest of targets names by digest, and that no receipt is of."""
+    paths = [
+        path
+        for path in store.list("teacher")
+        if re.fullmatch(r"fold-[^/]+/receipt\.json", path.removeprefix("teacher/"))
+    ]
+    receipts = (_parsed(store, path, AdapterReceipt)[0] for path in paths)
+    there = {(receipt.fold, receipt.digest) for receipt in receipts if receipt is not None}
+    found = [
+        (f"teacher/fold-{fold}", f"adapter {digest[:16]}, with which the targets were made, is missing")
+        for fold, digest in enumerate(manifest.teacher.get("adapters", []))
+        if (fold, digest) not in there
+    ]
+    return _findings(store, "teacher", found)
 
 
 def _findings(store: Store, folder: str, found: Iterable[tuple[str, str]]) -> tuple[Finding, ...]:

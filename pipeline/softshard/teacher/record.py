@@ -6,12 +6,23 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from softshard.config import digest_of
 from softshard.errors import PartCorrupt
-from softshard.storage import Store
+from softshard.storage import Store, sha256_of
 from softshard.teacher.documents import DOCUMENTS_FILE
 from softshard.train.record import FileName, check_files
 
-__all__ = ["AdapterReceipt", "adapter_folder", "adapters_of_fold", "find_adapter", "fold_of_folder"]
+__all__ = [
+    "LOG_FILE",
+    "AdapterReceipt",
+    "adapter_folder",
+    "adapters_of_fold",
+    "digest_in",
+    "find_adapter",
+    "fold_of_folder",
+]
+
+LOG_FILE = "log.jsonl"
 
 _FOLDER = re.compile(r"fold-([0-9]+)-[0-9a-f]{16}")
 
@@ -75,6 +86,12 @@ def find_adapter(store: Store, folder: str) -> AdapterReceipt | None:
     except FileNotFoundError:
         return None
     return receipt
+
+
+def digest_in(store: Store, folder: str) -> str:
+    """What the `digest` of a receipt would be by the files of weights that lie in a folder."""
+    names = set(store.names(folder)) - {DOCUMENTS_FILE, LOG_FILE, "receipt.json"}
+    return digest_of({name: sha256_of(store.read(f"{folder}/{name}")) for name in names})
 
 
 def adapters_of_fold(store: Store, fold: int) -> list[AdapterReceipt]:

@@ -17,8 +17,8 @@ from softshard.models import load_model, resolve_device, resolve_dtype
 from softshard.shard.manifest import canonical_json
 from softshard.storage import Store, sha256_of
 from softshard.target.types import TokenSequence
-from softshard.teacher.documents import DOCUMENTS_FILE, TrainedDocuments, encode_documents
-from softshard.teacher.record import AdapterReceipt, adapter_folder
+from softshard.teacher.documents import DOCUMENTS_FILE
+from softshard.teacher.record import LOG_FILE, AdapterReceipt, adapter_folder
 from softshard.train.checkpoint import Checkpoint
 from softshard.train.loop import Step, fine_tune
 from softshard.train.lora import adapter_digest, save_adapter
@@ -82,7 +82,7 @@ def train_fold(
     plan: FoldPlan,
     sequences: Sequence[TokenSequence],
     *,
-    documents: TrainedDocuments,
+    documents: bytes,
     folder: Path,
     device: str,
     store: Store,
@@ -93,7 +93,7 @@ def train_fold(
     Args:
         plan: what is trained.
         sequences: all sequences of the documents outside the fold.
-        documents: these documents, as the plan has their digests.
+        documents: the list of these documents, as a file.
         folder: the model.
         device: of the plan's kind, with an index where there are several.
         store: the `teacher/` folder.
@@ -120,7 +120,7 @@ def train_fold(
         on_step=on_step,
     )
     weights = save_adapter(tuned.model, base_model=plan.model)
-    files = {**weights, DOCUMENTS_FILE: encode_documents(documents)}
+    files = {**weights, DOCUMENTS_FILE: documents}
     for name, content in files.items():
         store.put_once(f"{plan.folder}/{name}", content)
     last = tuned.log[-max(1, len(tuned.log) // 10) :]
@@ -135,7 +135,7 @@ def train_fold(
         final_loss=sum(step.loss for step in last) / len(last),
     )
     log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
-    store.replace(f"{plan.folder}/log.jsonl", log.encode())
+    store.replace(f"{plan.folder}/{LOG_FILE}", log.encode())
     store.put_once(f"{plan.folder}/receipt.json", canonical_json(receipt))
     checkpoint.remove()
     return receipt
