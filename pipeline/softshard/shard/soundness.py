@@ -1,60 +1,55 @@
 """What no stored target can be: rows of a part in, sequences that hold something impossible out.
 
 A hash says that bytes are those that were written; this says that what was written is a sketch. All rows of a batch are
-looked at together, since a part has thousands of labels to a sequence and few entries to a label.
+looked at together, since a sequence has hundreds of labels and a label few entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from softshard.shard.decode import Block
 from softshard.shard.schema import PartMetadata
 from softshard.target.codec import LOGPROB_GRID, head_weights, mass_grid, offsets_of
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.target.types import SequenceTargets
 
 __all__ = ["problems_of"]
 
 _ROUNDING = 1e-5
 
 
-def problems_of(rows: Sequence[tuple[TokenSequence, SequenceTargets]], *, metadata: PartMetadata) -> list[str]:
-    """One line for each sequence that holds something impossible, with the first such thing."""
-    if not rows:
-        return []
+def problems_of(draws: Sequence[Block], *, sequence_ids: Sequence[str], metadata: PartMetadata) -> list[str]:
+    """One line for each sequence that holds something impossible, with the first such thing.
+
+    Args:
+        draws: the same R rows, at least one, with each draw of their tails.
+        sequence_ids: [R]
+        metadata: of their part.
+    """
     found: dict[int, str] = {}
-    owner = np.repeat(np.arange(len(rows)), [targets.num_labels for _, targets in rows])
+    first = draws[0]
+    owner = np.repeat(np.arange(len(sequence_ids)), first.lengths - first.first_labels)
 
     def note(bad: NDArray[np.bool_], of: NDArray[np.int64], problem: str) -> None:
         for row in np.unique(of[bad]).tolist():
             found.setdefault(row, problem)
 
-    tokens = np.concatenate([sequence.token_ids for sequence, _ in rows])
-    row_of_token = np.repeat(np.arange(len(rows)), [len(sequence.token_ids) for sequence, _ in rows])
-    outside = (tokens < 0) | (tokens >= metadata.vocab_size)
+    outside = (first.token_ids < 0) | (first.token_ids >= metadata.vocab_size)
+    row_of_token = np.repeat(np.arange(len(sequence_ids)), first.lengths)
     note(outside, row_of_token, "a token of the text lies outside the vocabulary")
-    targets = _joined([targets.of_draw(0) for _, targets in rows])
-    finite = np.isfinite(targets.label_logprob) & (targets.label_logprob <= 0)
+    finite = np.isfinite(first.targets.label_logprob) & (first.targets.label_logprob <= 0)
     note(~finite, owner, "a label has a log-probability above 0, or none")
     most = np.log(metadata.vocab_size) + LOGPROB_GRID
-    possible = (targets.entropy >= 0) & (targets.entropy <= most)
+    possible = (first.targets.entropy >= 0) & (first.targets.entropy <= most)
     note(~possible, owner, "an entropy is not one of a distribution over the vocabulary")
-    for draw in range(metadata.draws):
-        if draw:
-            targets = _joined([targets.of_draw(draw) for _, targets in rows])
-        twice, wrong = _check_entries(targets, metadata)
+    for block in draws:
+        twice, wrong = _check_entries(block.targets, metadata)
         note(twice, owner, "a label holds a token twice")
         note(wrong, owner, "a label has a mass that is not 1")
-    return [f"sequence {rows[row][0].sequence_id}: {found[row]}" for row in sorted(found)]
-
-
-def _joined(targets: Sequence[SequenceTargets]) -> SequenceTargets:
-    """Targets of one draw, one after the other."""
-    names = [field.name for field in fields(SequenceTargets)]
-    return SequenceTargets(**{name: np.concatenate([getattr(one, name) for one in targets]) for name in names})
+    return [f"sequence {sequence_ids[row]}: {found[row]}" for row in sorted(found)]
 
 
 def _check_entries(targets: SequenceTargets, metadata: PartMetadata) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from softshard.errors import ManifestMissing, PartCorrupt
 from softshard.shard.commit import receipt_path
-from softshard.shard.decode import decode_batch, open_part
+from softshard.shard.decode import Decoder, open_part
 from softshard.shard.manifest import (
     Manifest,
     Receipt,
@@ -222,14 +222,16 @@ def _check_rows(file: pq.ParquetFile, metadata: PartMetadata, receipt: Receipt, 
     """Decode every sketch. Raises PartCorrupt where that cannot be done."""
     problems: list[str] = []
     heads = tails = 0
+    decoder = Decoder(metadata, uri=uri)
     try:
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
             if batch.column("fold").to_pylist() != [receipt.fold] * batch.num_rows:
                 problems.append(f"has rows of another fold than {receipt.fold}, which its receipt names")
-            rows = decode_batch(batch, metadata=metadata, uri=uri)
-            heads += sum(len(targets.head_ids) for _, targets in rows)
-            tails += sum(len(targets.tail_ids) for _, targets in rows)
-            problems += problems_of(rows, metadata=metadata)
+            draws = [decoder.block(batch, draw=draw) for draw in range(metadata.draws)]
+            heads += len(draws[0].targets.head_ids)
+            tails += sum(len(block.targets.tail_ids) for block in draws)
+            sequence_ids = batch.column("sequence_id").to_pylist()
+            problems += problems_of(draws, sequence_ids=sequence_ids, metadata=metadata)
     except pa.ArrowException as error:
         raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
     if (heads, tails) != (receipt.num_head_entries, receipt.num_tail_entries):
