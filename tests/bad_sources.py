@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -363,6 +364,26 @@ def _(place):
         assert read_manifest(place.targets) == before
 
     place.then.append(same_parts)
+
+
+@machines("targets IN/job.yaml", 75)
+def _(place):
+    """a full disk for temporary files
+    the folder for them is a tmpfs of three inodes; with more the same command ends well
+    IN/tmp/…: no space left on the device; free some and run the job again, nothing written is lost
+    """
+    shutil.rmtree(place.targets)
+    folder = place.folder / "tmp"
+    folder.mkdir()
+    mounted(place, str(folder), "-t", "tmpfs", "-o", "nr_inodes=3", "tmpfs")
+    place.undo.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
+    tempfile.tempdir = str(folder)
+
+    def goes_on_with_more():
+        subprocess.run(["mount", "-o", "remount,nr_inodes=10000", str(folder)], check=True)
+        assert main(["targets", str(place.folder / "job.yaml"), "--quiet"]) == 0
+
+    place.then.append(goes_on_with_more)
 
 
 @machines("corpus IN/job.yaml", 2)

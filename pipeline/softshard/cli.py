@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from softshard import __version__
-from softshard.errors import EXIT_BUG, EXIT_DATA, EXIT_TRY_AGAIN, SoftshardError
+from softshard.errors import EXIT_BUG, EXIT_DATA, EXIT_TRY_AGAIN, SoftshardError, full_disk
 
 __all__ = ["main"]
 
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = "stopped; what is committed is kept, and the same command goes on from there"
         return _fail(arguments, error, EXIT_TRY_AGAIN, message=what)
     except Exception as error:  # noqa: BLE001 - the edge: what nothing else named is a bug, exit code 1
+        # The folder of temporary files, and what libraries write, have no other place where this would be seen.
+        if (full := full_disk(error)) is not None:
+            return _fail(arguments, full, full.exit_code)
         return _fail(arguments, error, EXIT_BUG, message=f"a bug: {type(error).__name__}: {error}")
 
 

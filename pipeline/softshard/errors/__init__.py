@@ -57,6 +57,7 @@ from softshard.errors.passing import (
     Stopped,
     StorageFull,
     StoreUnavailable,
+    full_disk,
 )
 
 __all__ = [
@@ -104,4 +105,5 @@ __all__ = [
     "TryAgain",
     "VocabularyMismatch",
     "exit_code_of",
+    "full_disk",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from softshard.errors.base import TryAgain
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "Stopped",
     "StorageFull",
     "StoreUnavailable",
+    "full_disk",
 ]
 
 
@@ -70,3 +73,18 @@ class StorageFull(TryAgain):
         super().__init__(
             f"{uri}: no space left on the device; free some and run the job again, nothing written is lost"
         )
+
+
+def full_disk(error: BaseException, *, uri: str | None = None) -> StorageFull | None:
+    """What to raise where a full disk is the cause of an error, or the cause of its cause; None where it is not.
+
+    Args:
+        error: any.
+        uri: what was to be written; None: as the cause says.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return StorageFull(uri=uri or str(cause.filename or "a file for temporary use"))
+        cause = cause.__cause__ or cause.__context__
+    return None

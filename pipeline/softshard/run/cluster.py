@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.util
 import json
 import logging
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from softshard.config import ClusterSettings
-from softshard.errors import JobInvalid, PartsFailed, StorageFull, TryAgain
+from softshard.errors import JobInvalid, PartsFailed, TryAgain, full_disk
 from softshard.run.flight import Execution, Flight, ignore_failure, lost_scheduler
 from softshard.run.worker import TOPIC
 from softshard.telemetry import Reporter, SilentReporter
@@ -251,15 +250,6 @@ def _local(settings: ClusterSettings) -> Iterator[Any]:
         yield client
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is the cause, or the cause of the cause."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _started(num_workers: int, scratch: str) -> Any:
     """A local cluster of which all workers have come up; a worker that ends before that has it started anew."""
     from distributed import LocalCluster
@@ -281,8 +271,8 @@ def _started(num_workers: int, scratch: str) -> Any:
             )
         except (RuntimeError, OSError, TimeoutError) as error:
             # What Dask makes of a process that it has started and that is gone, or of one that it cannot start.
-            if _is_full(error):
-                raise StorageFull(uri=scratch) from error
+            if (full := full_disk(error, uri=scratch)) is not None:
+                raise full from error
             if attempt == _ATTEMPTS_TO_START:
                 problem = f"a worker ended {attempt} times before it had come up ({error})"
                 raise TryAgain(f"local cluster of {num_workers}: {problem}; see what ends it") from error
