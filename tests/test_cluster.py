@@ -13,6 +13,7 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+import dask
 import psutil
 import pytest
 from distributed import LocalCluster, get_worker
@@ -416,7 +417,9 @@ def workers_killed_as_they_come(most):
         while not over.is_set() and len(killed) < most:
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if len(killed) < most and "multiprocessing.spawn" in " ".join(child.cmdline()):
+                    if child.pid in killed or len(killed) == most:
+                        continue
+                    if "multiprocessing.spawn" in " ".join(child.cmdline()):
                         child.kill()
                         killed.append(child.pid)
             time.sleep(0.01)
@@ -443,6 +446,21 @@ def test_workers_that_never_come_up_are_a_reason_to_try_again_later():
         open_cluster(ClusterSettings(workers=1)),
     ):
         pass
+
+
+@pytest.mark.parametrize("adaptive", [None, {"minimum": 1, "maximum": 1}])
+def test_worker_that_dask_has_given_up_is_started_anew(adaptive):
+    """One that is not there some time after it was lost, be it that its successor has died too, Dask takes away."""
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "500ms"}),
+        open_cluster(ClusterSettings(workers=1, adaptive=adaptive)) as cluster,
+    ):
+        with workers_killed_as_they_come(most=1_000):
+            wait_for(lambda: not cluster.client.cluster.workers)
+        done = []
+        failures = cluster.run(abs, [-1, -2], name=str, on_result=lambda task, result, _: done.append(result))
+        assert failures == {}
+        assert sorted(done) == [1, 2]
 
 
 def return_and_die(order):

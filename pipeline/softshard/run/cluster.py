@@ -32,6 +32,7 @@ _MOST_OUT_OF_ORDER = 32
 _SECONDS_TO_CONNECT = 20
 _SECONDS_FOR_THE_FILE = 60.0
 _ATTEMPTS_TO_START = 3
+_ENDED = {"closing", "closed", "failed"}
 _LOGGED_MESSAGES = 100
 """Each end of each connection keeps its last messages, and with them the tasks in them: by Dask's own measure a
 thousand, which is up to 25 MB a worker on the scheduler."""
@@ -142,6 +143,21 @@ class Cluster:
             if flight.failures:
                 raise PartsFailed(failures=flight.failures, out=out)
             flight.is_held = len(done) >= _MOST_OUT_OF_ORDER
+
+    def replenish(self) -> None:
+        """Start workers of a local cluster anew that have ended for good.
+
+        Dask starts a worker again that ends. But fifteen seconds after each loss it gives up one that is not there at
+        that moment, be it that a later loss is not yet made good; with the last one a run would wait without end.
+        """
+        local = self.client.cluster
+        if local is None:
+            return
+        for name, nanny in list(local.workers.items()):
+            if nanny.status.name in _ENDED:
+                local.workers.pop(name, None)
+        # The number stays as it is, and what is missing of it is started.
+        local.scale(len(local.worker_spec))
 
     def addresses(self) -> list[str]:
         """Workers that offer the resource; asks the scheduler. Raises TryAgain when it is lost."""

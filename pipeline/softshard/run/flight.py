@@ -62,6 +62,9 @@ class Workers(Protocol):
     def addresses(self) -> list[str]:
         """Workers that offer the resource `teacher`, asked for anew. Raises TryAgain when the scheduler is lost."""
 
+    def replenish(self) -> None:
+        """Start workers of a local cluster anew that have ended for good."""
+
     def say(self, message: str) -> None:
         """One line for a person."""
 
@@ -157,6 +160,7 @@ class Flight(Generic[Task, Result]):
         """Tasks that may be in flight: at least those of one worker, so that something waits for the first."""
         now = time.monotonic()
         if now - self._counted_at > _PATIENCE_SECONDS:
+            self._workers.replenish()
             self._counted, self._counted_at = max(1, len(self._workers.addresses())), now
         ahead = 1 + math.ceil(_SECONDS_AHEAD / max(self._mean_seconds, 1e-3))
         return self._counted * min(max(_PER_WORKER, ahead), _MOST_PER_WORKER)

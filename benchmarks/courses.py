@@ -1,0 +1,168 @@
+"""A text of people, divided, and what several teachers say of it: what each trial of `dft.py` learns from.
+
+In: a material of the cache. Out: target sets of its train split, made by jobs that are run once and kept in the cache,
+and the held-out sequences, of which those of one half of the documents are for choosing and the others for the result.
+Documents are cut short, so that there are enough of them to resample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from harness import say
+from softshard.config import Job, digest_of
+from softshard.errors import JobInvalid
+from softshard.models import Tokenizer, load_model, load_tokenizer
+from softshard.run.job import run_job
+from softshard.shard.manifest import read_manifest
+from softshard.shard.read import Row, read_rows
+from softshard.shard.schema import PartMetadata
+from softshard.storage import open_store
+from softshard.telemetry import SilentReporter
+from softshard.train.blend import Blend
+from softshard.train.reading import TargetSet
+
+__all__ = ["LORA", "Course", "Size", "open_course", "smaller_student"]
+
+MODEL = "SmolLM2-135M-Instruct"
+LORA = {"rank": 8, "alpha": 16, "last_layers": 10}
+_MATERIALS = {"literary": "fiction", "conversational": "chitchat"}
+_LICENSES = {"literary": "LicenseRef-Brown", "conversational": "MIT"}
+_FOLDS: Mapping[str, int] = {"base": 0, "k2": 2, "k4": 4}
+"""By the name of a teacher; `k2+k4` is the mean of two."""
+_STUDENT_LAYERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 27, 28, 29)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    num_documents: int
+    document_characters: int
+    """Documents end with the paragraph in which they pass this."""
+    teacher_epochs: float
+    epochs: int
+    """Of a trial, at most; the one is kept after which the loss on the first half of the hold-out is least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """One text under its teachers."""
+
+    name: str
+    outputs: Mapping[str, Path]
+    """Output folders of the jobs, by teacher."""
+
+    def targets(self, teacher: str) -> TargetSet | Blend:
+        """Train split under a teacher, or under the mean of several, joined by `+`."""
+        sets = tuple(self._set(name) for name in teacher.split("+"))
+        return sets[0] if len(sets) == 1 else Blend(sets=sets, weights=(1.0,) * len(sets))
+
+    def _set(self, teacher: str) -> TargetSet:
+        store = open_store(str(self.outputs[teacher])).below("targets")
+        return TargetSet(store=store, manifest=read_manifest(store))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all targets."""
+        return digest_of({name: self._set(name).manifest.digest for name in self.outputs})
+
+    @cached_property
+    def _held_out(self) -> list[tuple[Row, PartMetadata]]:
+        known = self._set("k2")
+        return [row for receipt in known.manifest.of_split("test") for row in read_rows(known.store, receipt)]
+
+    def held_out(self, half: int) -> list[tuple[Row, PartMetadata]]:
+        """Rows of the hold-out's documents with an even id (0), by which is chosen, or an odd one (1)."""
+        return [(row, metadata) for row, metadata in self._held_out if int(row[0].document_id, 16) % 2 == half]
+
+    @property
+    def num_train_tokens(self) -> int:
+        return sum(receipt.num_labels for receipt in self._set("k2").manifest.of_split("train"))
+
+
+def open_course(name: str, size: Size, teachers: Sequence[str], cache: Path) -> Course:
+    """A course under some teachers, their jobs run where they have not been.
+
+    Raises:
+        JobInvalid: the cache lacks the text or the model.
+    """
+    text, model = cache / f"{_MATERIALS[name]}.jsonl", cache / MODEL
+    for path in (text, model):
+        if not path.exists():
+            problem = f"is not there; make it with: python jobs/materials.py presets --cache {cache}"
+            raise JobInvalid(file=str(path), place="", problem=problem)
+    folder = cache / "dft" / f"{name}-{digest_of([size.num_documents, size.document_characters])[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    cut = folder / "text.jsonl"
+    cut.write_text(_cut(text, size), encoding="utf-8")
+    outputs = {}
+    for teacher in sorted({"k2", *(name for names in teachers for name in names.split("+"))}):
+        outputs[teacher] = folder / f"{teacher}-{size.teacher_epochs:g}"
+        job = Job.model_validate(_job(outputs[teacher], cut, model, style=name, folds=_FOLDS[teacher], size=size))
+        run_job(job, SilentReporter(), stages=("corpus", "teacher", "targets"))
+    course = Course(name=name, outputs=outputs)
+    say(f"{name}: {course.num_train_tokens:,} train tokens; targets of {', '.join(outputs)} are there")
+    return course
+
+
+def _cut(text: Path, size: Size) -> str:
+    """The first documents, each cut after the paragraph in which it passes the length."""
+    lines = text.read_text(encoding="utf-8").splitlines()[: size.num_documents]
+    cut = []
+    for line in lines:
+        row = json.loads(line)
+        end = row["text"].find("\n", size.document_characters)
+        cut.append(json.dumps({**row, "text": row["text"][: end if end >= 0 else None]}))
+    return "\n".join(cut) + "\n"
+
+
+def _job(out: Path, text: Path, model: Path, *, style: str, folds: int, size: Size) -> dict[str, Any]:
+    source = {"name": "text", "uri": str(text), "style": style, "license": _LICENSES[style], "rights_basis": "licensed"}
+    return {
+        "name": out.name,
+        "out": str(out),
+        "corpus": {
+            "sources": [source],
+            "holdout_fraction": 0.5,
+            "context_tokens": 256,
+            "overlap_tokens": 32,
+            "sequences_per_part": 64,
+        },
+        "teacher": {
+            "model": str(model),
+            "folds": folds,
+            "lora": LORA,
+            "optimizer": {"learning_rate": 1e-3, "epochs": size.teacher_epochs, "batch_tokens": 1024},
+            "dtype": "float32",
+            "training_dtype": "float32",
+        },
+        "target": {"kind": "threshold", "tau": 1 / 24},
+        "cluster": {"workers": 2},
+        "train": {"baseline": None},
+    }
+
+
+def smaller_student(cache: Path) -> Path:
+    """Folder of a model of twelve of the thirty layers, the first nine and the last three, with the same tokenizer."""
+    import torch
+    from torch import nn
+
+    folder = cache / "dft" / f"{MODEL}-{len(_STUDENT_LAYERS)}-layers"
+    if not (folder / "tokenizer.json").is_file():
+        model = load_model(cache / MODEL, dtype=torch.float32, device="cpu")
+        model.model.layers = nn.ModuleList([model.model.layers[layer] for layer in _STUDENT_LAYERS])
+        model.config.num_hidden_layers = len(_STUDENT_LAYERS)
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+            if (cache / MODEL / name).is_file():
+                (folder / name).write_bytes((cache / MODEL / name).read_bytes())
+    return folder
+
+
+def tokenizer_of(cache: Path) -> Tokenizer:
+    """Of teacher and students."""
+    return load_tokenizer(cache / MODEL)

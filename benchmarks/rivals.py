@@ -1,0 +1,116 @@
+"""Losses on a text's own tokens that are not plain cross-entropy: what distribution fine-tuning is compared with.
+
+In: a model's two halves and a batch, of which its labels alone are looked at. Out: the mean loss a label. The logits of
+the whole batch exist at once, as they do in the code that these losses come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harness import require
+from softshard.decoder import Decoder
+from softshard.train.batch import Batch
+from softshard.train.objective import Objective, hidden_states, mean_divisor
+
+__all__ = ["EntropicMatching", "LabelSmoothing", "check_rivals"]
+
+_SLOPE = 0.01
+"""Of the log-sigmoid in GEM's published code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelSmoothing(Objective):
+    """Cross-entropy to (1 - epsilon) on the label and epsilon / V on every token (Szegedy et al., 2016)."""
+
+    epsilon: float
+
+    def loss(
+        self,
+        decoder: Decoder,
+        batch: Batch,
+        *,
+        num_valid: int,
+        chunk_positions: int,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:
+        logits, labels = _logits(decoder, batch, num_valid)
+        return _mean(smoothed(logits, labels, self.epsilon), batch, num_items_in_batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntropicMatching(Objective):
+    """GEM (Li et al., 2024, arXiv 2408.16673): with q = softmax(z / beta) held fixed, and f = softmax(z),
+
+    sum_k q_k h_k (log f_k - log f_label), h being 1 (`linear`) or sigmoid((z_k - z_label) / 100) (`logsigmoid`).
+    """
+
+    beta: float
+    h: Literal["linear", "logsigmoid"]
+
+    def loss(
+        self,
+        decoder: Decoder,
+        batch: Batch,
+        *,
+        num_valid: int,
+        chunk_positions: int,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:
+        logits, labels = _logits(decoder, batch, num_valid)
+        return _mean(entropic(logits, labels, self.beta, self.h), batch, num_items_in_batch)
+
+
+def smoothed(logits: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+    """[N] losses."""
+    logprobs = torch.log_softmax(logits, 1)
+    own = logprobs.gather(1, labels[:, None])[:, 0]
+    return -(1 - epsilon) * own - epsilon * logprobs.mean(1)
+
+
+def entropic(logits: Tensor, labels: Tensor, beta: float, h: str) -> Tensor:
+    """[N] losses."""
+    fixed = logits.detach()
+    weights = torch.softmax(fixed / beta, 1)
+    if h == "logsigmoid":
+        weights = weights * torch.sigmoid(_SLOPE * (fixed - fixed.gather(1, labels[:, None])))
+    logprobs = torch.log_softmax(logits, 1)
+    return (weights * (logprobs - logprobs.gather(1, labels[:, None]))).sum(1)
+
+
+def _logits(decoder: Decoder, batch: Batch, num_valid: int) -> tuple[Tensor, Tensor]:
+    """[N, V] logits and [N] labels."""
+    return decoder.logits(hidden_states(decoder, batch))[:, :num_valid].float(), batch.labels
+
+
+def _mean(losses: Tensor, batch: Batch, num_items: float | Tensor | None) -> Tensor:
+    total = (losses * batch.position_weights).sum()
+    return total / (mean_divisor(batch) if num_items is None else num_items)
+
+
+def check_rivals() -> None:
+    """Slopes with respect to logits against their closed forms, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(32, 200, generator=generator, dtype=torch.float64)).requires_grad_()
+    labels = torch.randint(200, (32,), generator=generator)
+    own = torch.nn.functional.one_hot(labels, 200).double()
+    plain = torch.softmax(logits.detach(), 1)
+    peaked = torch.softmax(logits.detach() / 0.7, 1)
+    gaps = logits.detach() - (logits.detach() * own).sum(1, keepdim=True)
+    weighed = peaked / (1 + torch.exp(-_SLOPE * gaps))
+    expected = {
+        "label smoothing": (smoothed(logits, labels, 0.1), plain - 0.9 * own - 0.1 / 200),
+        "GEM, linear": (entropic(logits, labels, 0.7, "linear"), peaked - own),
+        "GEM, log-sigmoid": (
+            entropic(logits, labels, 0.7, "logsigmoid"),
+            weighed - weighed.sum(1, keepdim=True) * own,
+        ),
+    }
+    for name, (losses, right) in expected.items():
+        (slope,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+        off = float((slope - right).norm() / right.norm())
+        require(off < 1e-12, f"slope of {name} is its closed form: off by {off:.0e}")
