@@ -1,6 +1,7 @@
 """What the documents say is run and compared."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
+from ranks import on_ranks
 from softshard.jobfile import load_job
-from softshard.shard.manifest import read_manifest
+from softshard.shard.manifest import read_manifest, write_manifest
 from softshard.shard.read import read_rows
 from softshard.storage import LocalStore
 from softshard.target.entries import entries_of
+from tiny_targets import row, write_targets
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,6 +80,74 @@ def test_lines_on_reading_targets_run(finished, monkeypatch, tmp_path):
     assert scope["again"].state_dict() == scope["data"].state_after(scope["first"])
     assert (scope["state"]["epoch"], scope["state"]["consumed"]) == (1, 0), "the end of an epoch"
     assert sorted(scope["packed"].plan(0).order.tolist()) == sorted(scope["data"].plan(1).order.tolist())
+
+
+@pytest.fixture
+def desk(finished, tmp_path):
+    """A folder to work in, with the output of the tiny job and targets of another kind."""
+    (tmp_path / "runs/topk/targets").mkdir(parents=True)
+    (tmp_path / "runs/demo").symlink_to(finished)
+    rng = np.random.default_rng(0)
+    parts = [[row(f"{number:032d}", 9, rng, kind="topk") for number in range(5)]]
+    write_manifest(*write_targets(tmp_path / "runs/topk/targets", parts, kind="topk"))
+    return tmp_path
+
+
+def test_lines_on_integrations_run_in_one_process(desk, tiny_model, monkeypatch):
+    monkeypatch.chdir(desk)
+    shared, *others = blocks("docs/integrations.md", "python")
+    scope = {"MODEL": str(tiny_model), "__name__": "lines"}
+    for code in (shared, *others):
+        exec(code, scope)
+    assert scope["loss"].requires_grad
+    assert scope["rows"].num_rows == len(scope["data"].plan(0).order)
+    assert pl.read_parquet("rows.parquet").height == 5
+    assert list(Path("trained").glob("checkpoint-*/softshard.json"))
+    assert scope["trainer"].state.global_step == 2
+
+
+def run_together(rank, codes, folder, model):
+    os.chdir(folder)
+    for code in codes:
+        scope = {"MODEL": model}
+        exec(code, scope)
+        steps = [None, None]
+        weight = float(scope["weight_of_step"](scope["features"]))
+        torch.distributed.all_gather_object(steps, (weight, len(scope["data"])))
+        assert steps[0] == steps[1]
+        assert all(item.isfinite().all() for item in scope["model"].parameters())
+
+
+def test_lines_on_integrations_run_in_two_processes(desk, tiny_model):
+    shared = blocks("docs/integrations.md", "python")[0]
+    codes = [shared + code for code in blocks("docs/integrations.md", "python two processes")]
+    assert len(codes) == 2
+    on_ranks(run_together, 2, codes, desk, str(tiny_model))
+
+
+def test_torchrun_goes_on_with_other_numbers_of_processes_as_if_it_had_not_stopped(desk, tiny_model):
+    def run(command, state):
+        words = command.replace("MODEL", str(tiny_model)).replace("examples/", f"{ROOT}/examples/").split()
+        settings = ["--batch-tokens", "256", "--learning-rate", "0.01", "--state", str(desk / state)]
+        command = [sys.executable, "-m", "torch.distributed.run", *words[1:], *settings]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=desk)
+        assert result.returncode == 0, result.stderr
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    (lines,) = blocks("docs/integrations.md", "sh")
+    commands = lines.splitlines()
+    assert [command.split()[3] for command in commands] == ["2", "1", "3"]
+    stopped = [step for command in commands for step in run(command, "stopped.pt")]
+    whole = run(commands[1].replace("--steps 6", "--steps 8"), "whole.pt")
+    assert [step["step"] for step in whole] == list(range(1, 9))
+    assert len({step["epoch"] for step in whole}) > 1, "over the end of an epoch"
+    assert [(step["step"], step["epoch"], step["batches"]) for step in stopped] == [
+        (step["step"], step["epoch"], step["batches"]) for step in whole
+    ]
+    np.testing.assert_allclose([step["loss"] for step in stopped], [step["loss"] for step in whole], rtol=1e-4)
+    ends = [torch.load(desk / name, weights_only=True) for name in ("stopped.pt", "whole.pt")]
+    for name, item in ends[1]["adapter"].items():
+        torch.testing.assert_close(ends[0]["adapter"][name], item, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("command", "run plan status verify show".split())  # noqa: SIM905

@@ -82,6 +82,34 @@ def test_set_epoch_tells_workers_which_epoch_it_is_and_keeps_a_place_within_it(t
     assert numbers(batches) == first[1:]
 
 
+def living(data, workers=2, **settings):
+    return loader(data, workers, persistent_workers=True, **settings)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_that_live_on_give_one_epoch_after_the_other_and_hear_what_the_loop_says(targets, context):
+    epochs = [numbers(_in_epoch(dataset(targets), epoch)) for epoch in range(4)]
+    data = dataset(targets)
+    batches = living(data, multiprocessing_context=context)
+    assert [numbers(batches) for _ in range(2)] == epochs[:2]
+    data.set_epoch(3)
+    assert numbers(batches) == epochs[3]
+    data.set_epoch(0)
+    *_, last = itertools.islice(batches, 3)
+    data.load_state_dict(data.state_after(last))
+    assert numbers(batches) == epochs[0][3:]
+    assert numbers(batches) == epochs[1]
+
+
+def test_workers_that_live_on_begin_again_what_the_loop_broke_off(targets):
+    epochs = [numbers(_in_epoch(dataset(targets), epoch)) for epoch in range(2)]
+    batches = living(dataset(targets))
+    assert numbers(itertools.islice(batches, 2)) == epochs[0][:2]
+    assert numbers(batches) == epochs[0]
+    assert numbers(itertools.islice(batches, 2)) == epochs[1][:2]
+    assert numbers(batches) == epochs[1]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stateful_data_loader_resumes_after_any_batch(targets, workers):
     whole = numbers(dataset(targets))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import socket
 from collections import Counter
 
 import numpy as np
@@ -14,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from accelerate.utils import DataLoaderConfiguration
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.utils.data import DataLoader
 
+from ranks import on_ranks
 from softshard.errors import ShardedTwice
 from softshard.shard.manifest import read_manifest, write_manifest
 from softshard.storage import LocalStore
@@ -39,30 +38,6 @@ def dataset(folder, **place):
     store = LocalStore(folder)
     settings = {"seed": 3, "batch_tokens": 48, "shuffle_buffer": 8, "alpha": 0.5}
     return SoftLabelDataset(TargetSet(store=store, manifest=read_manifest(store)), **settings, **place)
-
-
-def on_ranks(work, world_size, *arguments):
-    """Run `work(rank, *arguments)` in processes of one gloo group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_joined, (world_size, port, work, arguments), nprocs=world_size)
-
-
-def _joined(rank, world_size, port, work, arguments):
-    torch.set_num_threads(1)
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    distributed.init_process_group("gloo")
-    work(rank, *arguments)
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 def epoch_by_default(rank, folder, out, workers):

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from softshard.shard.read import read_rows
     from softshard.storage import LocalStore, open_store
     from softshard.target.entries import Entries, entries_of
+    from softshard.train.columns import SoftLabelCollator, axolotl_rows, target_rows
     from softshard.train.dataset import SoftLabelDataset
     from softshard.train.filters import RowFilter
     from softshard.train.reading import TargetSet
+    from softshard.train.student import accept_targets, weight_of_step
+    from softshard.train.trainer import SoftLabelTraining
 
 __all__ = [
     "Entries",
@@ -31,15 +34,21 @@ __all__ = [
     "LocalStore",
     "Manifest",
     "RowFilter",
+    "SoftLabelCollator",
     "SoftLabelDataset",
+    "SoftLabelTraining",
     "SoftshardError",
     "TargetSet",
     "__version__",
+    "accept_targets",
+    "axolotl_rows",
     "entries_of",
     "load_job",
     "open_store",
     "read_manifest",
     "read_rows",
+    "target_rows",
+    "weight_of_step",
 ]
 
 __version__ = "0.1.0"
@@ -50,14 +59,20 @@ _HOME = {
     "LocalStore": "softshard.storage",
     "Manifest": "softshard.shard.manifest",
     "RowFilter": "softshard.train.filters",
+    "SoftLabelCollator": "softshard.train.columns",
     "SoftLabelDataset": "softshard.train.dataset",
+    "SoftLabelTraining": "softshard.train.trainer",
     "SoftshardError": "softshard.errors",
     "TargetSet": "softshard.train.reading",
+    "accept_targets": "softshard.train.student",
+    "axolotl_rows": "softshard.train.columns",
     "entries_of": "softshard.target.entries",
     "load_job": "softshard.jobfile",
     "open_store": "softshard.storage",
     "read_manifest": "softshard.shard.manifest",
     "read_rows": "softshard.shard.read",
+    "target_rows": "softshard.train.columns",
+    "weight_of_step": "softshard.train.student",
 }
 
 

@@ -101,5 +101,6 @@ class ShardedTwice(SoftshardError):
         self.wrapper, self.num_processes = wrapper, num_processes
         super().__init__(
             f"accelerate's {wrapper} would deal batches to {num_processes} processes that are dealt to ranks already,"
-            " and only some of the data would be seen; do not give this data set's loader to `accelerator.prepare`"
+            " and only some of the data would be seen; do not give this data set's loader to `accelerator.prepare`,"
+            " and put `SoftLabelTraining` before Trainer"
         )

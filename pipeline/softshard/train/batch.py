@@ -25,7 +25,10 @@ from softshard.target.join import concatenate
 from softshard.target.types import TokenSequence
 from softshard.train.mixed import LabelWeights, MixedRow, Mixing, mixed_rows, text_row
 
-__all__ = ["Batch", "collate", "collate_mixed", "collate_text"]
+__all__ = ["TARGET_NAMES", "Batch", "collate", "collate_mixed", "collate_text"]
+
+TARGET_NAMES = ("entry_ids", "entry_weights", "entry_offsets", "entry_in_head", "tail_mass", "position_weights")
+"""Of a batch's tensors, those that are arguments of a loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,23 @@ class Batch:
             "max_length_q": self.max_length,
             "max_length_k": self.max_length,
         }
+
+    def targets(self) -> dict[str, Tensor | None]:
+        """What a loss is told of the N labels, as its arguments are named."""
+        return {name: getattr(self, name) for name in TARGET_NAMES}
+
+    def features(self) -> dict[str, Any]:
+        """The batch as a plain mapping, which Trainer and accelerate can move: arguments for a model of
+        `accept_targets`.
+
+        `labels` [B, L] are the tokens that have a target of some weight, and -100 elsewhere, as transformers has them.
+        """
+        labels = torch.full_like(self.input_ids, -100).view(-1)
+        counted = self.position_weights > 0
+        labels[self.positions[counted] + 1] = self.labels[counted]
+        targets = {name: item for name, item in self.targets().items() if item is not None}
+        inputs = {name: item for name, item in self.model_inputs().items() if name != "use_cache"}
+        return {**inputs, "labels": labels.view_as(self.input_ids), "positions": self.positions, **targets}
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch on a device."""

@@ -36,7 +36,8 @@ class DealtBatches(IterableDataset[Batch]):
     Batch i of a round goes to rank i, and in the last round a rank without one gets a copy of the epoch's last batch
     with weight zero. With a DataLoader (`batch_size=None`, any number of workers) batches come in the same order; the
     epochs then are told by `set_epoch`, and `state_after(batch)` is the state, for the workers' own copies of this data
-    set are the ones that move. torchdata's StatefulDataLoader keeps the states of its workers by itself.
+    set are the ones that move; workers that live on hear of it between two epochs. torchdata's StatefulDataLoader keeps
+    the states of its workers by itself.
 
     Args:
         order: plain values that the order hangs on, by name; they are part of the state.
@@ -58,6 +59,9 @@ class DealtBatches(IterableDataset[Batch]):
         self._content, self._prefetch = content, prefetch
         self._epoch = self._consumed = self._given = 0
         self._worker: list[int] | None = None
+        # Shared with the workers of a loader, which may live on: how often the loop set the place, and to which.
+        self._told, self._heard = _shared(torch.zeros(3, dtype=torch.int64)), 0
+        self._broken_off: tuple[int, int, int] | None = None
 
     @property
     def digest(self) -> str:
@@ -89,6 +93,7 @@ class DealtBatches(IterableDataset[Batch]):
         """What is left of the current epoch; when it is over, the state is that of the next."""
         _refuse_second_deal()
         _keep_freed_memory()
+        self._hear()
         if self._consumed >= self.num_batches(self._epoch):
             self.set_epoch(self._epoch + 1)
         epoch, total, world = self._epoch, self.num_batches(self._epoch), self._world_size
@@ -103,7 +108,24 @@ class DealtBatches(IterableDataset[Batch]):
                     self._given += 1
                 own = batch if number == start + self._rank else batch.without_weight()
                 yield replace(own, cursor=standing(epoch, consumed, num_batches=total))
+        self._broken_off = None
         self.set_epoch(epoch + 1)
+
+    def _hear(self) -> None:
+        """In a worker that lives on: take up what the loop has said since, or begin again what it has broken off."""
+        if get_worker_info() is None:
+            return
+        times, epoch, consumed = self._told.tolist()
+        if times != self._heard:
+            self._heard, self._epoch, self._consumed, self._given = times, epoch, consumed, 0
+        elif self._broken_off is not None:
+            self._epoch, self._consumed, self._given = self._broken_off
+        self._broken_off = self._epoch, self._consumed, self._given
+
+    def _tell(self) -> None:
+        if get_worker_info() is None:
+            self._heard += 1
+            self._told.copy_(torch.tensor([self._heard, self._epoch, self._consumed]))
 
     def _rounds(self, total: int) -> Sequence[int]:
         """First batches of the rounds that are left, of those that the worker has to read if this is one."""
@@ -119,6 +141,7 @@ class DealtBatches(IterableDataset[Batch]):
         """Go to the beginning of an epoch; nothing, if it is the current one."""
         if epoch != self._epoch:
             self._epoch, self._consumed, self._given = epoch, 0, 0
+        self._tell()
 
     def state_dict(self) -> StreamState:
         """What the order hangs on, the epoch, and how many of its batches all ranks together had.
@@ -144,11 +167,17 @@ class DealtBatches(IterableDataset[Batch]):
         check_order(state, self.order)
         self._epoch, self._consumed = state["epoch"], state["consumed"]
         self._worker, self._given = state.get("worker"), state.get("given", 0)
+        self._broken_off = None
+        self._tell()
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned gets a pickled copy, and no longer sees who wraps its loader.
         _refuse_second_deal()
         return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._told = _shared(self._told)
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -161,6 +190,12 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}, it must be from 0 to below world_size {world_size}")
     return rank, world_size
+
+
+def _shared(tensor: Any) -> torch.Tensor:
+    """A tensor whose memory workers share; itself, where they do already."""
+    shared: torch.Tensor = tensor.share_memory_()
+    return shared
 
 
 def _refuse_second_deal() -> None:

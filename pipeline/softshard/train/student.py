@@ -1,0 +1,130 @@
+"""A causal language model whose own forward gives the loss of a batch's targets: `accept_targets`.
+
+In: a model of transformers, with adapters or without. Out: the same model, which is called as ever and, where it is
+called with `Batch.features()`, returns the loss and builds no logits of all positions. The output layer is called as a
+module, once, so that what wraps modules sees all that it must: DDP, FSDP of either kind, accelerate, Trainer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softshard.decoder import Decoder, LogitTransform
+from softshard.errors import VocabularyMismatch
+from softshard.train.batch import TARGET_NAMES
+from softshard.train.objective import CROSS_ENTROPY, Objective, mixed_precision
+
+__all__ = ["accept_targets", "weight_of_step"]
+
+
+def accept_targets(
+    model: Any, *, vocab_size: int, objective: Objective = CROSS_ENTROPY, chunk_positions: int = 512
+) -> None:
+    """Have a model's forward take the features of a batch, and give the loss; other calls are as before.
+
+    `model(**batch.features()).loss` is the mean over the batch's labels by their weights. With `num_items_in_batch`, it
+    is the sum divided by that: see `weight_of_step`. The other outputs, `logits` among them, are None.
+
+    Args:
+        model: causal language model, or a `PeftModel` of one; not yet sharded, nor on the meta device.
+        vocab_size: tokens of the data, `SoftLabelDataset.metadata.vocab_size`; further logits are padding.
+        objective: how the model is compared with targets; cross-entropy to them by default, whose gradient is the KL's.
+        chunk_positions: positions whose logits exist at one time.
+
+    Raises:
+        ModelInvalid: the loss would be wrong for this model.
+        VocabularyMismatch: it gives logits for fewer tokens.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modes = [(module, module.training) for module in model.modules()]
+    decoder = Decoder.of(model.eval())
+    for module, mode in modes:
+        module.training = mode
+    if decoder.output_size < vocab_size:
+        name = str(inner.name_or_path) or type(inner).__name__
+        raise VocabularyMismatch(data="targets", data_size=vocab_size, model=name, model_size=decoder.output_size)
+    head = inner.get_output_embeddings()
+    head.forward = _Readout(head, head.forward, objective, decoder.transform, vocab_size, chunk_positions)
+    inner.forward = _Forward(inner, inner.forward)
+
+
+def weight_of_step(*batches: Mapping[str, Any]) -> Tensor:
+    """What the loss of a step is divided by, to be the mean over labels by their weights of the global batch.
+
+    The sum of the weights of these batches' labels over all ranks, which all must call it; 1 where it is 0. Give it as
+    `num_items_in_batch`, and multiply the loss by the number of ranks where their gradients are averaged, as DDP and
+    FSDP do.
+
+    Args:
+        batches: features of this rank's batches of the step, as many as gradients are accumulated over.
+    """
+    weight = torch.stack([batch["position_weights"].sum() for batch in batches]).sum()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(weight)
+    return torch.where(weight > 0, weight, 1.0)
+
+
+class _Forward:
+    """A model's forward. An object and not a closure, so that a copy of the model has one of its own."""
+
+    def __init__(self, model: Any, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._model, self._original = model, original
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        if "entry_ids" not in given:
+            return self._original(*args, **given)
+        from transformers.modeling_outputs import CausalLMOutput
+
+        targets = {name: given.pop(name, None) for name in TARGET_NAMES}
+        positions, num_items = given.pop("positions"), given.pop("num_items_in_batch", None)
+        del given["labels"]
+        inputs = {**{name: item for name, item in given.items() if item is not None}, "use_cache": False}
+        head = self._model.get_output_embeddings()
+        with mixed_precision(Decoder(body=self._model, weight=head.weight, bias=None)):
+            states = self._model.get_decoder()(**inputs).last_hidden_state
+        return CausalLMOutput(loss=head(states.flatten(0, 1)[positions], targets=targets, num_items=num_items))
+
+
+@dataclass(slots=True)
+class _Readout:
+    """An output layer's forward. Whoever shards the layer has it whole while this runs, and gets its gradient."""
+
+    head: Any
+    original: Callable[..., Any]
+    objective: Objective
+    transform: LogitTransform
+    vocab_size: int
+    chunk_positions: int
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        *,
+        targets: Mapping[str, Tensor | None] | None = None,
+        num_items: Tensor | float | None = None,
+    ) -> Tensor:
+        if targets is None:
+            logits: Tensor = self.original(hidden)
+            return logits
+        weights = targets["position_weights"]
+        if weights is None or weights.dtype not in (torch.float32, torch.float64):
+            kind = None if weights is None else weights.dtype
+            raise ValueError(
+                f"position_weights are {kind}, they must be float32: whatever casts inputs to a lower precision must"
+                " leave targets alone (FSDP: `MixedPrecisionPolicy(cast_forward_inputs=False)`)"
+            )
+        return self.objective.of_states(
+            hidden,
+            Decoder(body=self.head, weight=self.head.weight, bias=self.head.bias, transform=self.transform),
+            targets,
+            num_valid=self.vocab_size,
+            chunk_positions=self.chunk_positions,
+            num_items_in_batch=num_items,
+        )

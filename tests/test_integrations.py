@@ -1,0 +1,366 @@
+"""A model that takes targets: in a plain loop, Trainer and SFTTrainer; rows as columns, and in axolotl's layout."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from softshard.config import LoraSettings
+from softshard.decoder import Decoder
+from softshard.errors import ResumeMismatch, VocabularyMismatch
+from softshard.train.batch import collate_text
+from softshard.train.columns import SoftLabelCollator, axolotl_rows, target_rows
+from softshard.train.dataset import SoftLabelDataset
+from softshard.train.lora import attach_lora
+from softshard.train.mixed import LabelWeights
+from softshard.train.objective import CROSS_ENTROPY
+from softshard.train.reading import TargetSet
+from softshard.train.student import accept_targets, weight_of_step
+from softshard.train.trainer import SoftLabelTraining
+from tiny_students import student
+from tiny_targets import VOCAB, numbered_parts, row, sequence, write_targets
+
+WEIGHTS = LabelWeights(entropy=((0.0, 0.0), (4.0, 3.0)))
+
+
+class SoftLabelTrainer(SoftLabelTraining, Trainer):
+    pass
+
+
+class SoftLabelSFT(SoftLabelTraining, SFTTrainer):
+    pass
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    parts = numbered_parts(np.random.default_rng(0), (20, 14))
+    store, manifest = write_targets(tmp_path_factory.mktemp("targets"), parts)
+    return TargetSet(store=store, manifest=manifest)
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """Top-k targets; the first label of some rows is not their second token."""
+    rng = np.random.default_rng(1)
+    parts = [[row(f"{n:032d}", 7 + n % 3, rng, kind="topk", first_label=1 + n % 4) for n in range(6)]]
+    store, manifest = write_targets(tmp_path_factory.mktemp("heads"), parts, kind="topk")
+    return TargetSet(store=store, manifest=manifest)
+
+
+def stream(targets, **changes):
+    settings = {"seed": 3, "batch_tokens": 48, "shuffle_buffer": 8, "alpha": 0.5, "weights": WEIGHTS}
+    return SoftLabelDataset(targets, **{**settings, "rank": 0, "world_size": 1, **changes})
+
+
+def adapted(seed=0):
+    model = get_peft_model(student(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def trained(model):
+    return torch.cat([item.detach().flatten() for item in model.parameters() if item.requires_grad])
+
+
+def dense_mean(model, features):
+    """Mean cross-entropy to the entries over labels by their weights, from the model's own logits in float64."""
+    inputs = {name: features[name] for name in ("input_ids", "attention_mask", "position_ids") if name in features}
+    logits = model(**inputs, use_cache=False).logits.double().flatten(0, 1)[features["positions"], :VOCAB]
+    logp = torch.log_softmax(logits, dim=1)
+    weights = features["position_weights"].double()
+    label = torch.repeat_interleave(torch.arange(len(weights)), features["entry_offsets"].diff())
+    losses = -features["entry_weights"].double() * logp[label, features["entry_ids"]]
+    return torch.zeros(len(weights), dtype=torch.float64).index_add(0, label, losses) @ weights / weights.sum()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_model_that_takes_targets_gives_their_loss_and_its_gradients(targets, packing):
+    batch = next(iter(stream(targets, packing=packing)))
+    reference, model = adapted(), adapted()
+    accept_targets(model, vocab_size=VOCAB)
+    expected, loss = dense_mean(reference, batch.features()), model(**batch.features()).loss
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    expected.backward()
+    loss.backward()
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_without_targets_a_model_is_called_as_before_and_keeps_its_modes():
+    plain, model = adapted(), adapted()
+    model.train()
+    model.get_decoder().eval()
+    modes = [module.training for module in model.modules()]
+    accept_targets(model, vocab_size=VOCAB)
+    assert [module.training for module in model.modules()] == modes
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        one, other = model(input_ids=ids, labels=ids), plain(input_ids=ids, labels=ids)
+        assert torch.equal(one.logits, other.logits)
+        assert torch.equal(one.loss, other.loss)
+        assert torch.equal(model.eval().generate(ids, max_new_tokens=3), plain.eval().generate(ids, max_new_tokens=3))
+
+
+def test_a_copy_of_a_model_that_takes_targets_has_weights_of_its_own(targets):
+    features = next(iter(stream(targets))).features()
+    model = student()
+    accept_targets(model, vocab_size=VOCAB)
+    twin, before = copy.deepcopy(model), model(**features).loss.detach()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+        model.get_decoder().norm.weight.mul_(2)
+    assert torch.equal(twin(**features).loss, before)
+    assert not torch.equal(model(**features).loss, before)
+
+
+def test_a_half_precision_base_with_an_adapter_gives_the_loss_of_the_train_stage(targets):
+    batch = next(iter(stream(targets)))
+    model = attach_lora(student(dtype=torch.bfloat16), LoraSettings(rank=2), seed=0)
+    expected = CROSS_ENTROPY.loss(Decoder.of(model.eval()), batch, num_valid=VOCAB, chunk_positions=512)
+    accept_targets(model, vocab_size=VOCAB)
+    assert torch.equal(model(**batch.features()).loss, expected)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation gave."""
+
+    size = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        self.size = max([self.size, *(item.numel() for item in tree_leaves(result) if isinstance(item, torch.Tensor))])
+        return result
+
+
+def test_no_tensor_of_all_logits_is_made_forward_or_backward():
+    vocab, length = 20_000, 300
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=vocab, **shape, num_key_value_heads=1, pad_token_id=None)
+    model = LlamaForCausalLM(config)
+    batch = collate_text([sequence("a", np.arange(length))])
+    with Largest() as plain:
+        inputs = {"input_ids": batch.input_ids, "labels": batch.input_ids}
+        model(**inputs).loss.backward()
+    accept_targets(model, vocab_size=vocab, chunk_positions=10)
+    with Largest() as fused:
+        model(**batch.features()).loss.backward()
+    assert plain.size >= (length - 1) * vocab
+    assert fused.size == 10 * vocab
+
+
+def test_the_weight_of_a_step_is_that_of_its_labels_and_one_where_there_is_none(targets):
+    first, second = [batch for batch, _ in zip(stream(targets), range(2), strict=False)]
+    weight = float(first.position_weights.sum() + second.position_weights.sum())
+    assert float(weight_of_step(first.features(), second.features())) == pytest.approx(weight)
+    assert float(weight_of_step(first.without_weight().features())) == 1
+
+
+def test_labels_of_features_are_the_tokens_that_have_a_target_of_some_weight(targets):
+    batch = next(iter(stream(targets)))
+    weights = batch.position_weights.clone()
+    weights[0] = 0
+    labels = replace(batch, position_weights=weights).features()["labels"].flatten()
+    has_target = torch.zeros(len(labels), dtype=torch.bool)
+    has_target[batch.positions[1:] + 1] = True
+    assert torch.equal(labels[has_target], batch.input_ids.flatten()[has_target])
+    assert (labels[~has_target] == -100).all()
+
+
+def test_a_model_with_fewer_tokens_than_the_data_is_refused():
+    with pytest.raises(VocabularyMismatch, match="60 tokens"):
+        accept_targets(student(), vocab_size=61)
+
+
+def test_targets_that_were_cast_to_less_precision_are_refused(targets):
+    features = next(iter(stream(targets))).features()
+    model = student()
+    accept_targets(model, vocab_size=VOCAB)
+    with pytest.raises(ValueError, match="cast_forward_inputs"):
+        model(**{**features, "position_weights": features["position_weights"].bfloat16()})
+
+
+def plain_loop(model, data, *, steps, accumulation):
+    """Without clipping and with a constant rate; plain descent, since Adam makes much of a gradient near 0."""
+    optimizer = torch.optim.SGD([item for item in model.parameters() if item.requires_grad], lr=0.2)
+    batches = (batch for _ in range(steps) for batch in data)
+    for _ in range(steps):
+        step = [next(batches) for _ in range(accumulation)]
+        weight = sum(float(batch.position_weights.sum()) for batch in step)
+        for batch in step:
+            (dense_mean(model, batch.features()) * float(batch.position_weights.sum()) / weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return trained(model)
+
+
+def arguments(folder, kind=TrainingArguments, **changes):
+    settings = {
+        "output_dir": str(folder),
+        "learning_rate": 0.2,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": False,
+    }
+    return kind(**{**settings, **changes})
+
+
+@pytest.mark.parametrize(("workers", "packing"), [(0, False), (2, False), (0, True)])
+def test_trainer_takes_the_steps_of_a_plain_loop_over_epochs_and_accumulation(targets, tmp_path, workers, packing):
+    per_epoch = stream(targets, packing=packing).batches_per_epoch(0)
+    assert packing or per_epoch % 2 == 1, "a step reaches over the end of an epoch"
+    expected = plain_loop(adapted(), stream(targets, packing=packing), steps=per_epoch, accumulation=2)
+    model, data = adapted(), stream(targets, packing=packing)
+    changes = {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "dataloader_num_workers": workers}
+    trainer = SoftLabelTrainer(model=model, args=arguments(tmp_path, **changes), train_dataset=data, vocab_size=VOCAB)
+    assert trainer.train().global_step == per_epoch
+    torch.testing.assert_close(trained(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_trainer_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(targets, tmp_path):
+    def run(folder, *, until, resume=None, data=None):
+        model = adapted()
+        changes = {"gradient_accumulation_steps": 2, "max_steps": until, "save_strategy": "steps", "save_steps": 4}
+        changes |= {"optim": "adamw_torch", "learning_rate": 0.02}
+        trainer = SoftLabelTrainer(
+            model=model, args=arguments(folder, **changes), train_dataset=data or stream(targets), vocab_size=VOCAB
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trained(model)
+
+    whole = run(tmp_path / "whole", until=10)
+    half = run(tmp_path / "halves", until=4)
+    assert not torch.equal(half, whole)
+    assert torch.equal(run(tmp_path / "halves", until=10, resume=True), whole)
+    with pytest.raises(ResumeMismatch):
+        run(tmp_path / "halves", until=10, resume=True, data=stream(targets, seed=4))
+
+
+def test_a_stream_is_not_taken_to_evaluate_on(targets, tmp_path):
+    with pytest.raises(ValueError, match="target_rows"):
+        SoftLabelTrainer(
+            model=student(), args=arguments(tmp_path), eval_dataset={"some": stream(targets)}, vocab_size=VOCAB
+        )
+
+
+def test_trainer_and_sft_trainer_train_alike_on_rows_and_evaluate_them(targets, tiny_model, tmp_path):
+    data = Dataset.from_generator(target_rows, gen_kwargs={"targets": targets, "alpha": 0.5, "weights": WEIGHTS})
+    assert len(data) == 34
+    changes = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "seed": 1}
+    ends = []
+    for kind, config in ((SoftLabelTrainer, TrainingArguments), (SoftLabelSFT, SFTConfig)):
+        own = {} if config is TrainingArguments else {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        model = adapted()
+        trainer = kind(
+            model=model,
+            args=arguments(tmp_path / config.__name__, config, **changes, **own),
+            train_dataset=data,
+            eval_dataset=data.select(range(8)),
+            data_collator=SoftLabelCollator(),
+            processing_class=PreTrainedTokenizerFast.from_pretrained(tiny_model),
+            vocab_size=VOCAB,
+        )
+        trainer.train()
+        ends.append(trained(model))
+        found = trainer.evaluate()["eval_loss"]
+        with torch.no_grad():
+            expected = dense_mean(model.eval(), SoftLabelCollator()(data.select(range(8)).to_list()))
+        assert found == pytest.approx(float(expected), rel=1e-5)
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], trained(adapted()))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_in_any_order_collate_to_what_the_data_set_gives(targets, packing):
+    data = stream(targets, packing=packing, prefetch=0)
+    columns = Dataset.from_generator(target_rows, gen_kwargs={"targets": targets, "alpha": 0.5, "weights": WEIGHTS})
+    plan = data.plan(0)
+    for number, batch in enumerate(data):
+        taken = [columns[row] for row in plan.rows_of([number])]
+        features, expected = SoftLabelCollator(packing=packing)(taken), batch.features()
+        assert features.keys() == expected.keys()
+        for name, item in expected.items():
+            assert torch.equal(torch.as_tensor(features[name]), torch.as_tensor(item)), name
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_rows_keep_a_ghost_token_and_what_it_stands_for(heads, alpha):
+    data = stream(heads, alpha=alpha, weights=None, prefetch=0)
+    columns = list(target_rows(heads, alpha=alpha))
+    features = SoftLabelCollator()([columns[row] for row in data.plan(0).rows_of([0])])
+    expected = next(iter(data)).features()
+    assert torch.equal(features["tail_mass"], expected["tail_mass"])
+    assert torch.equal(features["entry_in_head"], expected["entry_in_head"])
+
+
+def padded_as_axolotl(given):
+    """Tensors of rows padded on the right, as the kd plugin's collator documents its own."""
+    length, width = max(len(one["input_ids"]) for one in given), max(len(one["target_mask"][0]) for one in given)
+    padded = {}
+    for name, filler in (("target_token_ids", 0), ("target_logprobs", -1e9), ("target_mask", 0)):
+        full = torch.full((len(given), length, width), filler, dtype=torch.double if filler else torch.long)
+        for index, one in enumerate(given):
+            for place, entries in enumerate(one[name]):
+                full[index, place, : len(entries)] = torch.tensor(entries, dtype=full.dtype)
+        padded[name] = full
+    for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+        padded[name] = torch.tensor([one[name] + [filler] * (length - len(one[name])) for one in given])
+    return padded
+
+
+def test_axolotl_rows_give_its_loss_the_renormalised_targets(heads):
+    given = list(axolotl_rows(heads))
+    assert all(len(one["target_mask"]) == len(one["input_ids"]) == len(one["labels"]) for one in given)
+    batch, model = padded_as_axolotl(given), student()
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    logp = torch.log_softmax(logits[..., :VOCAB], dim=-1).gather(-1, batch["target_token_ids"])
+    kept = batch["target_mask"].bool()
+    cross_entropy = -(batch["target_logprobs"][kept].exp() * logp[kept]).sum() / (batch["labels"] != -100).sum()
+    accept_targets(model, vocab_size=VOCAB)
+    ours = SoftLabelCollator()(list(target_rows(heads, alpha=0.0, truncated="renormalise")))
+    torch.testing.assert_close(model(**ours).loss.double(), cross_entropy, rtol=1e-5, atol=0)
+    sums = torch.where(kept, batch["target_logprobs"].exp(), 0.0).sum(-1)[kept.any(-1)]
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-5, atol=0)
+
+
+def test_a_sampled_tail_is_not_given_to_axolotl(targets):
+    with pytest.raises(ValueError, match="threshold"):
+        next(axolotl_rows(targets))
+
+
+def test_mixed_precision_of_trainer_leaves_targets_and_loss_in_float32(targets, tmp_path):
+    exact, model = adapted(), adapted()
+    changes = {"max_steps": 2, "bf16": True}
+    trainer = SoftLabelTrainer(
+        model=model, args=arguments(tmp_path, **changes), train_dataset=stream(targets), vocab_size=VOCAB
+    )
+    expected = plain_loop(exact, stream(targets), steps=2, accumulation=1)
+    losses = []
+    model.register_forward_hook(lambda *call: losses.append(call[-1].loss.dtype))
+    trainer.train()
+    assert losses == [torch.float32] * 2
+    start = trained(adapted())
+    assert (trained(model) - expected).norm() < 0.05 * (expected - start).norm()
