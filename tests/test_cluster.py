@@ -483,13 +483,18 @@ def test_results_that_workers_take_with_them_are_made_again(tmp_path):
     assert sorted(done) == list(range(60))
 
 
-def test_a_result_that_does_not_come_is_made_again(cluster, tmp_path, monkeypatch):
-    """Dask may wait without end for a result that was lost with its worker."""
+async def give_up():
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("instead", [lambda: asyncio.sleep(3600), give_up])
+def test_a_result_that_does_not_come_is_made_again(cluster, tmp_path, monkeypatch, instead):
+    """Dask may wait without end for a result that was lost with its worker, or break off."""
     gather, asked = cluster.client.gather, []
 
     def gather_too_late(futures, **options):
         asked.append(set(futures))
-        return asyncio.sleep(3600) if len(asked) == 1 or set(futures) & asked[0] else gather(futures, **options)
+        return instead() if len(asked) == 1 or set(futures) & asked[0] else gather(futures, **options)
 
     monkeypatch.setattr(cluster.client, "gather", gather_too_late)
     monkeypatch.setattr(flight_module, "_SECONDS_TO_FETCH", 0.2)

@@ -6,6 +6,7 @@ more than what is in flight, whatever the number of tasks.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import heapq
 import itertools
@@ -14,7 +15,6 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from softshard.config import ClusterSettings
@@ -267,7 +267,15 @@ class Flight(Generic[Task, Result]):
 
     def _gather(self, futures: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Results, or errors, in so many seconds. Raises TimeoutError, and TryAgain where the scheduler is lost."""
-        gather = partial(self._client.gather, futures, errors="skip", asynchronous=True)
+
+        async def gather() -> dict[str, Any]:
+            try:
+                found: dict[str, Any] = await self._client.gather(futures, errors="skip", asynchronous=True)
+            except asyncio.CancelledError as error:
+                # Dask gives up so too, when a connection to a worker ends under it, and would not get to say it.
+                raise TimeoutError from error
+            return found
+
         try:
             gathered = self._client.sync(gather, callback_timeout=seconds)
         except TimeoutError:
