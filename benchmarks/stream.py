@@ -29,6 +29,7 @@ import torch
 from harness import Options, Positions, Result, interleaved, positions, require, run, say, say_table
 from other_loaders import Form, Loader, Stored, make_datasets, make_litdata, make_mosaic
 from softshard.config import ThresholdSketch
+from softshard.run.memory import keep_freed_memory
 from softshard.shard.commit import PartPlan, build_part, commit_part
 from softshard.shard.manifest import Manifest
 from softshard.shard.schema import SCHEMA_VERSION
@@ -53,6 +54,7 @@ class Softshard:
     title = "softshard"
 
     def __init__(self, targets: TargetSet) -> None:
+        keep_freed_memory()
         self.num_bytes = sum(part.num_bytes for part in targets.manifest.parts)
         self._data = SoftLabelDataset(
             targets,

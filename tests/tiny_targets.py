@@ -158,7 +158,7 @@ def receipt(part_id, path, content, *, num_sequences, split="train"):
     )
 
 
-def manifest_of(receipts, *, vocab=VOCAB):
+def manifest_of(receipts, *, kind="threshold", vocab=VOCAB):
     return Manifest(
         schema_version=1,
         job="hand",
@@ -168,7 +168,7 @@ def manifest_of(receipts, *, vocab=VOCAB):
         vocab_size=vocab,
         context_tokens=64,
         overlap_tokens=1,
-        target={"kind": "threshold"},
+        target={"kind": kind, "temperature": 1.0},
         seed=0,
         teacher={"engine": "hand"},
         fidelity=FIDELITY,
@@ -186,4 +186,4 @@ def write_targets(root: Path, parts, *, kind="threshold", vocab=VOCAB):
         path = f"data/train/part-{number:05d}-{part_id}.parquet"
         store.put_once(path, content)
         receipts.append(receipt(part_id, path, content, num_sequences=len(rows)))
-    return store, manifest_of(receipts, vocab=vocab)
+    return store, manifest_of(receipts, kind=kind, vocab=vocab)

@@ -15,7 +15,15 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["FullSketch", "NucleusSketch", "Settings", "SketchSettings", "ThresholdSketch", "TopkSketch"]
+__all__ = [
+    "FullSketch",
+    "NucleusSketch",
+    "Settings",
+    "SketchSettings",
+    "ThresholdSketch",
+    "TopkSketch",
+    "takes_temperature",
+]
 
 
 class Settings(BaseModel):
@@ -124,3 +132,8 @@ class FullSketch(_Sketch):
 
 
 SketchSettings = Annotated[ThresholdSketch | TopkSketch | NucleusSketch | FullSketch, Field(discriminator="kind")]
+
+
+def takes_temperature(kind: str, *, renormalised: bool) -> bool:
+    """Whether p^(1 / T) of what is stored, renormalised, is that of the target: the whole one, or a head put for it."""
+    return kind == "full" or (kind == "topk" and renormalised)

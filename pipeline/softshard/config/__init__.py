@@ -9,13 +9,22 @@ from softshard.config.adapter import DataType, LoraSettings, OptimizerSettings
 from softshard.config.cluster import AdaptiveSettings, ClusterSettings
 from softshard.config.corpus import CorpusSettings, SourceSettings
 from softshard.config.digest import digest_of
+from softshard.config.feed import (
+    BalanceSettings,
+    LabelWeightSettings,
+    MoreTargetsSettings,
+    WeightOverSteps,
+    WhereSettings,
+    weight_at,
+)
 from softshard.config.job import EvaluateSettings, Job
 from softshard.config.teacher import TeacherSettings, VllmSettings
-from softshard.config.train import BaselineSettings, RetentionSettings, TrainSettings
+from softshard.config.train import BaselineSettings, RetentionSettings, SweepSettings, TrainSettings
 from softshard.sketches import FullSketch, NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
 
 __all__ = [
     "AdaptiveSettings",
+    "BalanceSettings",
     "BaselineSettings",
     "ClusterSettings",
     "CorpusSettings",
@@ -23,16 +32,22 @@ __all__ = [
     "EvaluateSettings",
     "FullSketch",
     "Job",
+    "LabelWeightSettings",
     "LoraSettings",
+    "MoreTargetsSettings",
     "NucleusSketch",
     "OptimizerSettings",
     "RetentionSettings",
     "SketchSettings",
     "SourceSettings",
+    "SweepSettings",
     "TeacherSettings",
     "ThresholdSketch",
     "TopkSketch",
     "TrainSettings",
     "VllmSettings",
+    "WeightOverSteps",
+    "WhereSettings",
     "digest_of",
+    "weight_at",
 ]

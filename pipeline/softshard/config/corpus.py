@@ -37,6 +37,9 @@ class SourceSettings(Settings):
     """Field or column that holds the text (JSON Lines, Parquet, datasets)."""
     group_field: str | None = None
     """Field or column that names the author or any other group; without it the group is the source's name."""
+    consent: tuple[str, ...] = ()
+    """Authors, as the group field has them, who agreed that a model is trained to write as they do; their writing here
+    is not counted against `train.author_cap`."""
     split: str = "train"
     """Split to read (`format: datasets` alone)."""
     max_documents: int | None = Field(default=None, ge=1)
@@ -46,6 +49,12 @@ class SourceSettings(Settings):
     @classmethod
     def _without_credential(cls, value: str) -> str:
         return plain_uri(value)
+
+    @model_validator(mode="after")
+    def _named_authors(self) -> SourceSettings:
+        if self.consent and self.group_field is None:
+            raise ValueError("consent names authors, and without a `group_field` the source has none")
+        return self
 
     @field_validator("license")
     @classmethod

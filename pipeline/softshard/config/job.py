@@ -50,32 +50,9 @@ class Job(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")
-    def _exact_temperature(self) -> Job:
-        kind, renormalised = self.target.kind, self.train.truncated == "renormalise"
-        if self.train.temperature != 1 and kind != "full" and not (kind == "topk" and renormalised):
-            raise ValueError(
-                f"train.temperature {self.train.temperature:g} cannot be applied at load to targets of kind {kind};"
-                " set target.temperature, which is applied at capture"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _unbiased_divergence(self) -> Job:
-        kind, train = self.target.kind, self.train
-        human = train.objective == "ce" or train.alpha > 0
-        if train.match_temperature and human:
-            raise ValueError("train.match_temperature needs `objective: kl` and alpha 0: a label has no temperature")
-        if train.divergence == "forward":
-            return self
-        problem = None
-        if train.objective == "ce" or train.alpha == 1:
-            problem = "is infinite against a label alone; use `objective: kl` and an alpha below 1"
-        elif kind == "threshold":
-            problem = "is biased for targets of kind threshold, whose tail is sampled; use topk or full, or forward"
-        elif kind != "full" and train.truncated != "ghost":
-            problem = f"needs the mass that {kind} leaves out; set `train.truncated: ghost`"
-        if problem is not None:
-            raise ValueError(f"train.divergence {train.divergence} {problem}")
+    def _suitable_targets(self) -> Job:
+        if (problem := self.train.problem_with(self.target.kind)) is not None:
+            raise ValueError(problem)
         return self
 
     @field_validator("out")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from softshard.config.adapter import DataType, Device, LoraSettings, OptimizerSettings
 from softshard.config.corpus import SourceSettings, refuse_equal_names
-from softshard.sketches import Settings
+from softshard.config.feed import BalanceSettings, LabelWeightSettings, MoreTargetsSettings, WhereSettings
+from softshard.sketches import Settings, takes_temperature
 
 __all__ = [
     "BaselineSettings",
     "RetentionSettings",
+    "SweepSettings",
     "TrainSettings",
 ]
 
@@ -42,6 +45,29 @@ class BaselineSettings(Settings):
     """Each is trained in full; the best on the hold-out is the baseline, which favours the baseline."""
     retention_weight: float = Field(default=0.0, ge=0)
     """Retention weight of the baseline; ordinary fine-tuning has none."""
+
+
+class SweepSettings(Settings):
+    """Trainings of one job with every combination of these values, on the same targets; the best one is the adapter.
+
+    The best has the least NLL on the hold-out. What each costs on the retention text is reported beside it.
+    """
+
+    alpha: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    """In place of `train.alpha`."""
+    retention_weight: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """In place of `train.retention.weight`."""
+    learning_rate: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """In place of `train.optimizer.learning_rate`."""
+
+    @model_validator(mode="after")
+    def _varies(self) -> SweepSettings:
+        lists = [self.alpha, self.retention_weight, self.learning_rate]
+        if not any(lists):
+            raise ValueError("needs a list of values for alpha, retention_weight or learning_rate")
+        if any(len(set(values)) < len(values) for values in lists):
+            raise ValueError("a value is given twice")
+        return self
 
 
 class TrainSettings(Settings):
@@ -82,6 +108,20 @@ class TrainSettings(Settings):
     """Positions whose logits exist at one time in the loss."""
     shuffle_buffer: int = Field(default=4096, ge=1)
     """Sequences among which the stream shuffles."""
+    packing: bool = False
+    """One row of tokens a batch, without padding; no attention and no target crosses from one sequence to the next."""
+    where: WhereSettings = WhereSettings()
+    """Which of the job's sequences are trained on."""
+    label_weights: LabelWeightSettings = LabelWeightSettings()
+    """How much a label counts, by what the style teacher holds of it."""
+    targets: MoreTargetsSettings | None = None
+    """Targets of other jobs; without it, the job's own alone."""
+    balance: BalanceSettings | None = None
+    """Weights of groups towards given shares of the loss; without it, each has its share of the tokens."""
+    author_cap: float = Field(default=0.5, gt=0, le=1)
+    """Most share of the train tokens that one author may have without `consent`; 1: any."""
+    sweep: SweepSettings | None = None
+    """Several trainings, of which the best is taken; without it, one."""
     lora: LoraSettings = LoraSettings()
     """Shape of the adapter."""
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -90,3 +130,50 @@ class TrainSettings(Settings):
     """The loss on other data; without it, none."""
     baseline: BaselineSettings | None = BaselineSettings()
     """The fine-tuning that everything is compared with; null: none."""
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Every alpha that is trained with, the baseline's left out."""
+        if self.objective == "ce":
+            return (1.0,)
+        return (self.sweep.alpha if self.sweep is not None else ()) or (self.alpha,)
+
+    @property
+    def num_trainings(self) -> int:
+        """Trainings of which one is the adapter: 1 without a sweep."""
+        sweep = self.sweep
+        lists = () if sweep is None else (sweep.alpha, sweep.retention_weight, sweep.learning_rate)
+        return math.prod(len(values) or 1 for values in lists)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        if self.match_temperature and max(self.alphas) > 0:
+            raise ValueError("train.match_temperature needs `objective: kl` and alpha 0: a label has no temperature")
+        if self.sweep is not None and self.sweep.alpha and self.objective == "ce":
+            raise ValueError("sweep.alpha needs `objective: kl`; `ce` is alpha 1")
+        if self.sweep is not None and self.sweep.retention_weight and self.retention is None:
+            raise ValueError("sweep.retention_weight needs `retention`, with its sources")
+        more = self.targets
+        if more is not None and more.own_weight == 0 and more.how == "mix" and self.where != WhereSettings():
+            raise ValueError("where chooses among the job's own sequences, which targets.own_weight 0 leaves out")
+        if more is not None and more.changes and self.balance is not None:
+            raise ValueError("balance needs shares of the sets that do not change; targets has weights that do")
+        return self
+
+    def problem_with(self, kind: str) -> str | None:
+        """Why targets of some kind cannot be trained on with these settings; None where they can."""
+        if self.temperature != 1 and not takes_temperature(kind, renormalised=self.truncated == "renormalise"):
+            return (
+                f"train.temperature {self.temperature:g} cannot be applied at load to targets of kind {kind};"
+                " set target.temperature, which is applied at capture"
+            )
+        if self.divergence == "forward":
+            return None
+        problem = None
+        if max(self.alphas) == 1:
+            problem = "is infinite against a label alone; use `objective: kl` and an alpha below 1"
+        elif kind == "threshold":
+            problem = "is biased for targets of kind threshold, whose tail is sampled; use topk or full, or forward"
+        elif kind != "full" and self.truncated != "ghost":
+            problem = f"needs the mass that {kind} leaves out; set `train.truncated: ghost`"
+        return None if problem is None else f"train.divergence {self.divergence} {problem}"

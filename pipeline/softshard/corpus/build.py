@@ -54,7 +54,9 @@ def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, se
     files = [
         [source.name, [[ascii(file.uri), file.version] for file in list_source(source)]] for source in settings.sources
     ]
-    return digest_of([CORPUS_VERSION, settings, tokenizer.fingerprint, tokenizer.vocab_size, folds, seed, files])
+    # Consent changes what may be trained on, not what is read.
+    read = settings.model_dump(mode="json", exclude={"sources": {"__all__": {"consent"}}})
+    return digest_of([CORPUS_VERSION, read, tokenizer.fingerprint, tokenizer.vocab_size, folds, seed, files])
 
 
 def current_corpus(

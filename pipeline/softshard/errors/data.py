@@ -248,6 +248,33 @@ class BlendInvalid(DataInvalid):
         super().__init__(f"{uri}: {problem}")
 
 
+class TargetsUnsuitable(DataInvalid):
+    """Stored targets that cannot be trained on as asked."""
+
+    def __init__(self, *, uri: str, problem: str) -> None:
+        self.uri, self.problem = uri, problem
+        super().__init__(f"{uri}: {problem}; compute targets of another kind, or train on them as they are stored")
+
+
+class BalanceImpossible(DataInvalid):
+    """Groups of sequences cannot be given the shares that are asked for."""
+
+    def __init__(self, *, column: str, problem: str) -> None:
+        self.column, self.problem = column, problem
+        super().__init__(f"train.balance: by {column}: {problem}; `softshard status` and the report list what there is")
+
+
+class AuthorDominates(DataInvalid):
+    """One author's writing is more of what would be trained on than the job allows."""
+
+    def __init__(self, *, author: str, share: float, cap: float) -> None:
+        self.author, self.share, self.cap = author, share, cap
+        super().__init__(
+            f"train.author_cap: author {author!r} has {share:.1%} of the train tokens, at most {cap:.1%} may be one"
+            " author's; add other writing, or name the author in the `consent` of the source if there is consent"
+        )
+
+
 class TrainingDiverged(DataInvalid):
     """A training step gave a loss or a gradient that is not finite."""
 

@@ -22,6 +22,7 @@ __all__ = [
     "ModelMetrics",
     "NllDifference",
     "Report",
+    "SweepRow",
     "TargetsSummary",
     "TrainingStep",
     "write_report",
@@ -139,6 +140,20 @@ class BaselineChoice(_Record):
     """On the hold-out, the one that the report is about."""
 
 
+class SweepRow(_Record):
+    """One training of a sweep."""
+
+    alpha: float
+    retention_weight: float
+    learning_rate: float
+    human_nll_nats: float | None
+    """On the hold-out, by which one was chosen."""
+    retention_nll_nats: float | None
+    """On held-out writing of another kind; null without retention sources."""
+    chosen: bool
+    """Whether this is the report's adapter."""
+
+
 class Example(_Record):
     """One beginning and what followed."""
 
@@ -171,6 +186,8 @@ class Report(_Record):
     adapter_minus_ce: NllDifference | None
     baseline_choice: tuple[BaselineChoice, ...]
     """Learning rates that were tried for `ce`; the best is reported."""
+    sweep: tuple[SweepRow, ...] = ()
+    """Trainings that the adapter was chosen from; empty without a sweep."""
     corpus: tuple[dict[str, str | int | float], ...]
     """Statistics of the corpus, a row a group; every row has the same keys."""
     targets: TargetsSummary

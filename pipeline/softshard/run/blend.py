@@ -19,6 +19,7 @@ from softshard.storage import Store, open_store
 
 __all__ = ["Blending", "SetShare", "blend_of", "render_blend"]
 
+_GHOSTS = "`truncated: renormalise`, or alpha 1: heads leave their rest to a ghost, and two teachers' are not one"
 _COLUMNS = ["sequence_id", "style", "first_label", "mean_entropy", "mean_label_logprob", "entropy"]
 
 
@@ -52,7 +53,12 @@ class Blending:
     """Of an epoch of the mix."""
     num_common: int
     """Sequences that all sets hold."""
+    can_mix: bool
+    """Whether their targets have one temperature, which a mix and a blend need."""
     can_blend: bool
+    """Whether they can be blended as `needs` says."""
+    needs: str | None
+    """What a blend needs; None: nothing."""
     blend_entropy_nats: float | None
     """Mean of the sets' mean entropies by share, which the entropy of their blend is at least; None without a blend."""
 
@@ -110,13 +116,17 @@ def _blending(
         for style, count in zip(table["style"].to_pylist(), own.tolist(), strict=True):
             styles[style] = styles.get(style, 0.0) + count * one.times_seen
     common = int((holders == len(tables)).sum())
-    can_blend = common == len(everyone) and len(sets) > 1
+    can_mix = len({manifest.target["temperature"] for manifest in manifests}) == 1
+    can_blend = common == len(everyone) and len(sets) > 1 and can_mix
+    ghosts = any(one.kind in ("topk", "nucleus") for one in sets)
     return Blending(
         sets=sets,
         num_tokens=total,
         tokens_by_style={style: round(count) for style, count in sorted(styles.items())},
         num_common=common,
+        can_mix=can_mix,
         can_blend=can_blend,
+        needs=_GHOSTS if ghosts and can_blend else None,
         blend_entropy_nats=sum(one.share * one.mean_entropy_nats for one in sets) if can_blend else None,
     )
 
@@ -134,6 +144,10 @@ def _train_rows(store: Store, manifest: Manifest) -> pa.Table:
                 tables.append(open_part(stream, uri=uri)[0].read(columns=_COLUMNS))
         except FileNotFoundError as error:
             raise PartCorrupt(uri=uri, problem="the part is missing") from error
+        except (pa.ArrowException, OSError) as error:
+            raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
+    if not any(table.num_rows for table in tables):
+        raise CorpusEmpty(counts={"sequences": 0}, split="train")
     table = pa.concat_tables(tables).combine_chunks()
     labels = table["entropy"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     table = table.append_column("labels", pa.array(labels))
@@ -153,7 +167,8 @@ def render_blend(blending: Blending) -> str:
             f"  share {one.share:.1%}; in a mix each sequence is seen {one.times_seen:.2f} times an epoch",
             f"  entropy {one.mean_entropy_nats:.3f} nats, label log-probability {one.mean_label_logprob_nats:.3f} nats",
         ]
-    lines.append(f"mix: {blending.num_tokens:,} tokens an epoch")
+    if blending.can_mix:
+        lines.append(f"mix: {blending.num_tokens:,} tokens an epoch")
     for style, tokens in blending.tokens_by_style.items():
         lines.append(f"  {style}: {tokens:,} tokens, {tokens / blending.num_tokens:.1%}")
     if blending.blend_entropy_nats is not None:
@@ -161,6 +176,10 @@ def render_blend(blending: Blending) -> str:
             f"{blending.num_common:,} sequences in all sets; entropy at least {blending.blend_entropy_nats:.3f} nats"
         )
         lines.append(f"blend: {blended}")
+        if blending.needs is not None:
+            lines.append(f"  needs {blending.needs}")
+    elif not blending.can_mix:
+        lines.append("neither mix nor blend: their targets have different temperatures")
     else:
         lines.append(f"blend: not possible, {blending.num_common:,} sequences are in all sets")
         lines += [f"  {one.uri} lacks {one.num_missing:,}" for one in blending.sets if one.num_missing]

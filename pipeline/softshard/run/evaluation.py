@@ -19,6 +19,7 @@ from softshard.evaluate.report import (
     HoldoutSummary,
     ModelMetrics,
     Report,
+    SweepRow,
     TargetsSummary,
     TrainingStep,
     write_report,
@@ -26,6 +27,7 @@ from softshard.evaluate.report import (
 from softshard.evaluate.samples import Continuations, Prompt, Samples, generate, human_continuations, make_prompts
 from softshard.evaluate.scoring import HoldoutScores, retention_nll, score_holdout
 from softshard.models import load_model, resolve_device
+from softshard.run.sweep import sweep_rows
 from softshard.run.training import set_training_threads
 from softshard.run.workspace import Workspace
 from softshard.shard.manifest import Manifest
@@ -249,6 +251,7 @@ def _report(
             for one in trained.candidates
             if one.holdout_nll_nats is not None
         ),
+        sweep=tuple(SweepRow(**row) for row in sweep_rows(trained)),
         corpus=tuple(row.model_dump(mode="json") for row in corpus.statistics),
         targets=_targets_summary(manifest),
         training=_training_curves(workspace, trained),

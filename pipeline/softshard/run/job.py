@@ -109,10 +109,11 @@ def _resolve_models(workspace: Workspace, stages: Collection[str]) -> None:
 
 def refuse_without_holdout(job: Job, stages: Collection[str]) -> None:
     """Refuse stages that measure something, where there is nothing to measure it on. Raises JobInvalid."""
-    needs = "evaluate" in stages or ("train" in stages and job.train.baseline is not None)
+    chooses = job.train.baseline is not None or job.train.sweep is not None
+    needs = "evaluate" in stages or ("train" in stages and chooses)
     if needs and job.corpus.holdout_fraction == 0:
         problem = (
-            "is 0, but the report and the choice of the baseline's learning rate are measured on the hold-out;"
+            "is 0, but the report and the choice among trainings are measured on the hold-out;"
             " set it above 0, or run the stages corpus, teacher and targets alone"
         )
         raise JobInvalid(file=f"job {job.name}", place="corpus.holdout_fraction", problem=problem)

@@ -110,7 +110,7 @@ def make_plan(
     found = _measure(job, tokenizer, reporter, extent=extent, num_pilot=num_pilot)
     speed = tokens_per_second if tokens_per_second is not None else found.tokens_per_second
     hours = _teacher_hours(job, train_tokens=train["num_tokens"], test_tokens=test["num_tokens"], speed=speed)
-    trainings = 1 + (0 if job.train.baseline is None else len(job.train.baseline.learning_rates))
+    trainings = job.train.num_trainings + (0 if job.train.baseline is None else len(job.train.baseline.learning_rates))
     return Plan(
         job=job.name,
         out=job.out,

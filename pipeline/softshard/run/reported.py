@@ -15,6 +15,7 @@ from softshard.config import Job
 from softshard.errors import exit_code_of
 from softshard.jobfile import load_job
 from softshard.run.job import Outcome, run_job
+from softshard.run.memory import keep_freed_memory
 from softshard.telemetry import FanOut
 from softshard.telemetry.lineage import LineageReporter, dataset_name, is_configured
 from softshard.telemetry.outlets import Outlets, add_metrics, open_reporter, warn
@@ -53,6 +54,7 @@ def _run(job: Job, reporter: FanOut, stages: Collection[str], *, outlets: Outlet
     if is_configured():
         reporter.add(_lineage(job, reporter, run=run))
     reporter.event("run_started", run=run, job=job.name, stages=",".join(stages))
+    keep_freed_memory()
     outcome = run_job(job, reporter, stages=stages, run=run)
     manifest = outcome.manifest
     if manifest is not None:

@@ -14,6 +14,7 @@ import yaml
 
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import JobInvalid, ManifestMissing
+from softshard.run.sweep import render_sweep, sweep_rows
 from softshard.shard.manifest import Manifest, Receipt, mean_fidelity, read_manifest, read_receipt
 from softshard.shard.read import read_rows
 from softshard.storage import Store, open_store
@@ -140,6 +141,8 @@ def _adapter(store: Store) -> StageStatus:
     figures: dict[str, Any] = {"adapter": trained.adapter.folder, "steps": trained.adapter.num_steps}
     if trained.adapter.holdout_nll_nats is not None:
         figures["holdout_nll"] = round(trained.adapter.holdout_nll_nats, 4)
+    if trained.sweep:
+        figures["sweep"] = sweep_rows(trained)
     return StageStatus(stage="train", complete=True, figures=figures)
 
 
@@ -154,6 +157,9 @@ def render_status(status: Status) -> str:
     for stage in status.stages:
         lines.append(f"{stage.stage:<9} {'complete' if stage.complete else 'not complete'}")
         for name, value in stage.figures.items():
+            if name == "sweep":
+                lines += render_sweep(value)
+                continue
             shown = f"{value:,}" if isinstance(value, int | float) else str(value)
             lines.append(f"{'':<9} {name.replace('_', ' '):<24} {shown}")
     if status.sequences:

@@ -7,6 +7,7 @@ from typing import Any
 
 from softshard.evaluate.report import Example, ModelMetrics, Report
 from softshard.run.job import Outcome
+from softshard.run.sweep import render_sweep, sweep_rows
 from softshard.run.terminal import WIDTH, wrapped
 
 __all__ = ["render_summary", "summary_values"]
@@ -33,6 +34,8 @@ def summary_values(outcome: Outcome) -> dict[str, Any]:
         values["manifest"] = outcome.manifest.digest
     if trained is not None:
         values["adapter_folder"] = f"{outcome.out}/adapter/{trained.adapter.folder}"
+        if trained.sweep:
+            values["sweep"] = sweep_rows(trained)
     if report is not None:
         values["report"] = f"{outcome.out}/report/index.html"
         values["targets"] = report.targets.model_dump(mode="json")
@@ -58,6 +61,7 @@ def render_summary(outcome: Outcome) -> str:
         *_table(report),
         "",
         *_difference(report),
+        *(["", *render_sweep(sweep_rows(trained))] if trained.sweep else []),
     ]
     for number, example in enumerate(report.examples[:_NUM_EXAMPLES], 1):
         lines += ["", f"--- {number} " + "-" * (WIDTH - 6), *_example(example)]

@@ -6,68 +6,43 @@ Every training is named by a digest of everything that it depends on; one that i
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from softshard.config import OptimizerSettings, RetentionSettings, TrainSettings, digest_of
+from softshard.config import TrainSettings
 from softshard.corpus.manifest import CorpusManifest
 from softshard.corpus.read import iter_sequences
 from softshard.errors import AdapterMissing
-from softshard.evaluate.scoring import score_holdout
+from softshard.evaluate.scoring import retention_nll, score_holdout
 from softshard.models import check_context, check_tokenizer, check_vocabulary, load_model, output_size, resolve_device
+from softshard.run.adapter_card import make_card
+from softshard.run.feed import Feed, check_authors, open_feed
+from softshard.run.trainings import TrainingPlan, training_plans
 from softshard.run.workspace import Workspace
 from softshard.shard.manifest import Manifest, canonical_json
 from softshard.shard.read import read_rows
 from softshard.storage import sha256_of
 from softshard.teacher.style import training_precision
 from softshard.telemetry import Reporter
+from softshard.train.card import card_files
 from softshard.train.checkpoint import Checkpoint
-from softshard.train.dataset import SoftLabelDataset
+from softshard.train.groups import Tally
 from softshard.train.loop import FineTuned, Step, fine_tune
-from softshard.train.lora import save_adapter
-from softshard.train.objective import CROSS_ENTROPY, Objective
-from softshard.train.reading import TargetSet
-from softshard.train.record import Trained, TrainingReceipt, find_training, write_trained
+from softshard.train.lora import load_adapter, save_adapter
+from softshard.train.record import SweptTraining, Trained, TrainingReceipt, find_training, write_trained
 from softshard.train.retention import Retention
 from softshard.train.stream import TextBatches
 
 __all__ = ["ensure_trained", "set_training_threads"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TrainingPlan:
-    """One training before it is run."""
-
-    name: str
-    alpha: float
-    objective: Objective
-    optimizer: OptimizerSettings
-    retention: RetentionSettings | None
-    retention_weight: float
-    depends_on: dict[str, Any]
-
-    @property
-    def training_id(self) -> str:
-        """128 bits, in hex, of a SHA-256 over everything that can change the adapter."""
-        return digest_of(self.depends_on)[:32]
-
-    @property
-    def folder(self) -> str:
-        """Folder below `adapter/`."""
-        return f"{self.name}-{self.training_id[:16]}"
-
-    @property
-    def label(self) -> str:
-        """A few words for the progress."""
-        return f"{self.name} {self.optimizer.learning_rate:g}"
-
-
 def ensure_trained(
     workspace: Workspace, manifest: Manifest, retention: CorpusManifest | None, reporter: Reporter, *, compute: bool
 ) -> Trained:
-    """The adapter and the baseline of the job, trained where they are missing.
+    """The adapter and the baseline of the job, trained where they are missing; of a sweep, the best.
 
     Raises:
+        AuthorDominates: one author's writing is more of what would be trained on than the job allows.
         TokenizerMismatch: the student's tokenizer is not the one that the targets were made with.
         VocabularyMismatch: the student has no logit for some token of the targets.
     """
@@ -78,80 +53,35 @@ def ensure_trained(
     size = output_size(student.folder)
     check_vocabulary(model=student.name, model_size=size, data=data, data_size=manifest.vocab_size)
     store = workspace.adapter
-    main, baselines = _plans(workspace, manifest, retention)
-    found = {plan.folder: find_training(store, plan.folder) for plan in (main, *baselines)}
+    feed = open_feed(workspace, manifest)
+    grid, baselines = training_plans(workspace, feed, retention)
+    found = {plan.folder: find_training(store, plan.folder) for plan in (*grid, *baselines)}
     if not compute and None in found.values():
         raise AdapterMissing(uri=store.uri)
+    authors = check_authors(feed, cap=workspace.job.train.author_cap)
     receipts = [
-        found[plan.folder] or _train(workspace, manifest, retention, plan, reporter) for plan in (main, *baselines)
+        found[plan.folder] or _train(workspace, manifest, (feed, authors), retention, plan, reporter)
+        for plan in (*grid, *baselines)
     ]
-    candidates = tuple(receipts[1:])
+    swept, candidates = tuple(receipts[: len(grid)]), tuple(receipts[len(grid) :])
+    sweep = tuple(
+        SweptTraining(training=one, retention_nll_nats=_retention_cost(workspace, manifest, retention, one))
+        for one in swept
+        if workspace.job.train.sweep is not None
+    )
     best = min(candidates, key=lambda one: (one.holdout_nll_nats or 0.0, one.learning_rate)) if candidates else None
-    trained = Trained(adapter=receipts[0], baseline=best, candidates=candidates)
+    chosen = min(swept, key=lambda one: one.holdout_nll_nats or 0.0)
+    trained = Trained(adapter=chosen, baseline=best, candidates=candidates, sweep=sweep)
     write_trained(store, trained)
     return trained
-
-
-def _plans(
-    workspace: Workspace, manifest: Manifest, retention: CorpusManifest | None
-) -> tuple[_TrainingPlan, list[_TrainingPlan]]:
-    settings, student = workspace.job.train, workspace.student_model
-    dtype, device = training_precision(settings.dtype, device=settings.device)
-    shared = {
-        "manifest": manifest.digest,
-        "weights": student.weights,
-        "dtype": dtype,
-        "device": device,
-        "num_threads": settings.num_threads,
-        "lora": settings.lora,
-        "truncated": settings.truncated if manifest.target["kind"] in {"topk", "nucleus"} else None,
-        "temperature": settings.temperature,
-        "shuffle_buffer": settings.shuffle_buffer,
-        "chunk_positions": settings.chunk_positions,
-        "seed": workspace.job.seed,
-    }
-
-    def plan(name: str, alpha: float, optimizer: OptimizerSettings, weight: float) -> _TrainingPlan:
-        used = settings.retention if weight > 0 else None
-        text = retention.digest if retention is not None and used is not None else None
-        objective = CROSS_ENTROPY if alpha == 1 else _objective(settings, manifest)
-        depends_on = {
-            **shared,
-            "alpha": alpha,
-            "objective": asdict(objective),
-            "optimizer": optimizer.model_dump(exclude={"checkpoint_steps"}),
-            "retention_weight": weight,
-            "retention": None if used is None else [text, used.objective, used.batch_tokens],
-        }
-        return _TrainingPlan(
-            name=name,
-            alpha=alpha,
-            objective=objective,
-            optimizer=optimizer,
-            retention=used,
-            retention_weight=weight,
-            depends_on=depends_on,
-        )
-
-    weight = settings.retention.weight if settings.retention is not None else 0.0
-    alpha = 1.0 if settings.objective == "ce" else settings.alpha
-    main = plan(settings.objective, alpha, settings.optimizer, weight)
-    if settings.baseline is None:
-        return main, []
-    rates = [settings.optimizer.model_copy(update={"learning_rate": rate}) for rate in settings.baseline.learning_rates]
-    return main, [plan("baseline", 1.0, optimizer, settings.baseline.retention_weight) for optimizer in rates]
-
-
-def _objective(settings: TrainSettings, manifest: Manifest) -> Objective:
-    temperature = settings.temperature * manifest.target["temperature"] if settings.match_temperature else 1.0
-    return Objective(divergence=settings.divergence, jsd_beta=settings.jsd_beta, temperature=temperature)
 
 
 def _train(
     workspace: Workspace,
     manifest: Manifest,
+    fed: tuple[Feed, Tally],
     retention: CorpusManifest | None,
-    plan: _TrainingPlan,
+    plan: TrainingPlan,
     reporter: Reporter,
 ) -> TrainingReceipt:
     import torch
@@ -160,17 +90,7 @@ def _train(
     set_training_threads(settings)
     dtype, _ = training_precision(settings.dtype, device=settings.device)
     checkpoint = Checkpoint(store=store, path=f".checkpoints/{plan.folder}.pt")
-    stream = SoftLabelDataset(
-        TargetSet(store=workspace.targets, manifest=manifest),
-        seed=workspace.job.seed,
-        batch_tokens=plan.optimizer.batch_tokens,
-        shuffle_buffer=settings.shuffle_buffer,
-        alpha=plan.alpha,
-        truncated=settings.truncated,
-        temperature=settings.temperature,
-        rank=0,
-        world_size=1,
-    )
+    stream = fed[0].dataset(workspace, alpha=plan.alpha, optimizer=plan.optimizer)
     with reporter.progress(f"train {plan.label}", total=None, unit="steps") as progress:
 
         def on_step(step: Step) -> None:
@@ -194,9 +114,40 @@ def _train(
         )
         progress(len(tuned.log), total=len(tuned.log), note="scoring the hold-out")
         holdout_nll = _holdout_nll(workspace, manifest, tuned.model)
-    receipt = _save(workspace, manifest, plan, tuned, holdout_nll)
+    receipt = _save(workspace, manifest, fed, plan, tuned, holdout_nll)
     checkpoint.remove()
     return receipt
+
+
+def _retention_cost(
+    workspace: Workspace, manifest: Manifest, retention: CorpusManifest | None, receipt: TrainingReceipt
+) -> float | None:
+    """Mean NLL of an adapter on the held-out retention text, in nats; None where the job has no such text.
+
+    It is kept beside the adapter, by the digest of the text, and not measured again.
+    """
+    if retention is None:
+        return None
+    import torch
+
+    store, path = workspace.adapter, f"{receipt.folder}/retention-{retention.digest[:16]}.json"
+    if store.exists(path):
+        return float(json.loads(store.read(path))["retention_nll_nats"])
+    settings = workspace.job.train
+    dtype, _ = training_precision(settings.dtype, device=settings.device)
+    device = resolve_device(settings.device)
+    model = load_model(workspace.student_model.folder, dtype=getattr(torch, dtype), device=device)
+    folder = store.local_folder(receipt.folder, receipt.files)
+    nll = retention_nll(
+        load_adapter(model, folder, adapter_name="default", device=device),
+        iter_sequences(workspace.retention, retention, split="test"),
+        num_valid=manifest.vocab_size,
+        batch_tokens=workspace.job.evaluate.batch_tokens,
+        on_progress=lambda done: None,
+    )
+    if nll is not None:
+        store.put_once(path, (json.dumps({"retention_nll_nats": nll}) + "\n").encode())
+    return nll
 
 
 def set_training_threads(settings: TrainSettings) -> None:
@@ -208,7 +159,7 @@ def set_training_threads(settings: TrainSettings) -> None:
     torch.set_num_threads(settings.num_threads or len(os.sched_getaffinity(0)))
 
 
-def _retention(workspace: Workspace, retention: CorpusManifest | None, plan: _TrainingPlan) -> Retention | None:
+def _retention(workspace: Workspace, retention: CorpusManifest | None, plan: TrainingPlan) -> Retention | None:
     if retention is None or plan.retention is None:
         return None
     sequences = list(iter_sequences(workspace.retention, retention, split="train"))
@@ -235,10 +186,16 @@ def _holdout_nll(workspace: Workspace, manifest: Manifest, model: Any) -> float 
 
 
 def _save(
-    workspace: Workspace, manifest: Manifest, plan: _TrainingPlan, tuned: FineTuned, holdout_nll: float | None
+    workspace: Workspace,
+    manifest: Manifest,
+    fed: tuple[Feed, Tally],
+    plan: TrainingPlan,
+    tuned: FineTuned,
+    holdout_nll: float | None,
 ) -> TrainingReceipt:
     store = workspace.adapter
-    files = save_adapter(tuned.model, base_model=workspace.student_model.name)
+    card = make_card(workspace, fed, plan, tuned, holdout_nll)
+    files = {**save_adapter(tuned.model, base_model=workspace.student_model.name), **card_files(card)}
     for name, content in files.items():
         store.put_once(f"{plan.folder}/{name}", content)
     log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
@@ -248,7 +205,7 @@ def _save(
         folder=plan.folder,
         files={name: sha256_of(content) for name, content in files.items()},
         manifest=manifest.digest,
-        sources=manifest.sources,
+        sources=fed[0].sources,
         settings=workspace.job.train.model_dump(mode="json"),
         objective="ce" if plan.alpha == 1 else "kl",
         alpha=plan.alpha,

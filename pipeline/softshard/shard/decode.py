@@ -65,9 +65,9 @@ class Decoder:
         """All rows of a record batch, which has `columns`. `draw` counts from 0 and starts again after the last.
 
         Raises:
-            PartCorrupt: the lists of a row do not fit together.
+            PartCorrupt: the lists of a row do not fit together, or a token lies outside the vocabulary.
         """
-        lists = _Lists.of(batch, draws=self.metadata.draws, uri=self._uri)
+        lists = self._lists(batch)
         counts, gaps = lists.of_draw(draw % self.metadata.draws)
         unknown = np.broadcast_to(np.float32(np.nan), lists.flat["head_count"].shape)
         targets = SequenceTargets(
@@ -86,7 +86,7 @@ class Decoder:
 
     def rows(self, batch: pa.RecordBatch) -> list[tuple[TokenSequence, SequenceTargets]]:
         """Each row of a record batch that has all columns, with all draws. Raises PartCorrupt."""
-        lists = _Lists.of(batch, draws=self.metadata.draws, uri=self._uri)
+        lists = self._lists(batch)
         decoded = {
             **{name: lists.flat[name] for name in ("token_ids", *_PER_LABEL, "tail_count")},
             "head_ids": self._ids(lists.flat["head_ranks"]),
@@ -103,6 +103,16 @@ class Decoder:
             rows.append((TokenSequence(**own, token_ids=row.pop("token_ids")), SequenceTargets(**row)))
         return rows
 
+    def _check_bounds(self, numbers: NDArray[np.int32]) -> None:
+        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self._by_rank):
+            problem = f"a token lies outside the vocabulary of {len(self._by_rank)}"
+            raise PartCorrupt(uri=self._uri, problem=problem)
+
+    def _lists(self, batch: pa.RecordBatch) -> _Lists:
+        lists = _Lists.of(batch, draws=self.metadata.draws, uri=self._uri)
+        self._check_bounds(lists.flat["token_ids"])
+        return lists
+
     def _logprobs(self, lists: _Lists) -> NDArray[np.float32]:
         steps = decode_head(lists.flat["head_steps"], lists.flat["head_count"])
         logprobs: NDArray[np.float32] = (steps * -self.metadata.step).astype(np.float32)
@@ -110,9 +120,7 @@ class Decoder:
 
     def _ids(self, ranks: NDArray[np.int32]) -> NDArray[np.int32]:
         """Ids of ranks. A sum that left int32 has passed a rank outside the vocabulary, so the bounds see it."""
-        if len(ranks) and not 0 <= int(ranks.min()) <= int(ranks.max()) < len(self._by_rank):
-            problem = f"a token lies outside the vocabulary of {len(self._by_rank)}"
-            raise PartCorrupt(uri=self._uri, problem=problem)
+        self._check_bounds(ranks)
         # Clipping does nothing to ranks in bounds, and spares them a second check.
         return np.take(self._by_rank, ranks, mode="clip")
 

@@ -190,8 +190,8 @@ def write_manifest(store: Store, manifest: Manifest) -> bool:
     return True
 
 
-def read_manifest(targets: Store | str | Path) -> Manifest:
-    """The newest manifest of a `targets/` folder.
+def read_manifest(targets: Store | str | Path, *, digest: str | None = None) -> Manifest:
+    """The newest manifest of a `targets/` folder, or the one of a digest.
 
     Raises:
         ManifestMissing: the targets are not complete.
@@ -199,12 +199,20 @@ def read_manifest(targets: Store | str | Path) -> Manifest:
     """
     store = targets if not isinstance(targets, str | Path) else open_store(targets)
     uri = f"{store.uri}/manifest.json"
+    if digest is not None:
+        if not store.exists(manifest_path(digest)):
+            raise ManifestMissing(uri=f"{store.uri}/{manifest_path(digest)}", stage="targets")
+        return _whole_manifest(store, digest)
     try:
         digest = _digest_in(json.loads(store.read("manifest.json")))
     except FileNotFoundError as error:
         raise ManifestMissing(uri=uri, stage="targets") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartCorrupt(uri=uri, problem=f"does not point at a manifest: {error}") from error
+    return _whole_manifest(store, digest)
+
+
+def _whole_manifest(store: Store, digest: str) -> Manifest:
     uri = f"{store.uri}/{manifest_path(digest)}"
     try:
         manifest = _manifest_at(store, manifest_path(digest))

@@ -19,7 +19,8 @@ from softshard.errors import BlendIncomplete, BlendInvalid
 from softshard.shard.schema import PartMetadata
 from softshard.target.codec import offsets_of
 from softshard.target.entries import places_of
-from softshard.train.mixed import MixedRow, Mixing
+from softshard.train.filters import RowFilter
+from softshard.train.mixed import MixedRow, Mixing, weighed
 from softshard.train.reading import Arrival, EpochPlan, SetReader, TargetSet, in_order
 from softshard.train.rows import RowIndex
 
@@ -30,7 +31,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blend:
-    """Target sets of the same sequences. The first one's filter says which of them take part."""
+    """Target sets of the same sequences. The first one's filter and groups say which take part, and what they count."""
 
     sets: tuple[TargetSet, ...]
     weights: tuple[float, ...]
@@ -50,8 +51,8 @@ class BlendReader:
     """Rows of a blend, with the interface of a `SetReader`.
 
     Raises:
-        BlendInvalid: when rows are first looked at: the sets are of different tokenizers, or some tokens are left to a
-            ghost, of which there is one a teacher.
+        BlendInvalid: when rows are first looked at: the sets are of different tokenizers or temperatures, or some
+            tokens are left to a ghost, of which there is one a teacher.
         BlendIncomplete: the same: they do not hold the same sequences.
     """
 
@@ -62,7 +63,7 @@ class BlendReader:
         first, *others = blend.sets
         self._readers = [
             SetReader(first, own, with_names=True),
-            *(SetReader(replace(other, where=type(other.where)()), own, with_names=True) for other in others),
+            *(SetReader(replace(other, where=RowFilter(), groups=None), own, with_names=True) for other in others),
         ]
 
     @property
@@ -84,6 +85,8 @@ class BlendReader:
     def _joined(self) -> tuple[RowIndex, list[NDArray[np.int64]]]:
         """The first set's index, and for each other set the number that it gives to each of the first one's rows."""
         uris = [target_set.store.uri for target_set in self._blend.sets]
+        if self._mixing.alpha < 1:
+            self._check_temperatures()
         indices = [reader.index for reader in self._readers]
         for uri, index in zip(uris, indices, strict=True):
             _check_alike(uri, index.metadata, indices[0].metadata, self._mixing)
@@ -104,10 +107,20 @@ class BlendReader:
             numbers.append(by_name[np.searchsorted(own, names[0], sorter=by_name)])
         return indices[0], numbers
 
+    def _check_temperatures(self) -> None:
+        first, *others = ((one.store.uri, one.manifest.target["temperature"]) for one in self._blend.sets)
+        for uri, own in others:
+            if own != first[1]:
+                problem = f"has targets of temperature {own:g}, the first set of temperature {first[1]:g}"
+                raise BlendInvalid(uri=uri, problem=f"{problem}; the mean of both is the target of neither")
+
     def rows(self, plan: EpochPlan, batches: Sequence[int], *, draw: int) -> Iterator[MixedRow]:
         """Rows of some batches, in order. Reading is cheapest where the sets are cut into the same parts."""
-        _, numbers = self._joined
         order = plan.rows_of(batches)
+        return weighed(self._combined(plan, order, draw=draw), order, factors=self.index.factors)
+
+    def _combined(self, plan: EpochPlan, order: Sequence[int], *, draw: int) -> Iterator[MixedRow]:
+        _, numbers = self._joined
         first, *others = self._readers
         streams = [in_order(order, first.arriving(first.arrivals(plan, order), draw=draw))]
         if self._mixing.alpha == 1:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from softshard.config import digest_of
+from softshard.errors import TargetsUnsuitable
 from softshard.shard.schema import PartMetadata
 from softshard.train.batch import Batch, collate_mixed
 from softshard.train.blend import Blend, BlendReader
@@ -36,6 +37,8 @@ class SoftLabelDataset(DealtBatches):
         rank, world_size, prefetch: as in `DealtBatches`.
 
     Raises:
+        ValueError: alpha, temperature or `truncated` has a value that means nothing.
+        TargetsUnsuitable: the temperature cannot be applied to targets of this kind.
         CorpusEmpty: the split has no sequence.
         NothingPasses, BlendIncomplete, BlendInvalid, PartCorrupt: when the data is first looked at.
     """
@@ -58,11 +61,16 @@ class SoftLabelDataset(DealtBatches):
     ) -> None:
         mixing = Mixing(alpha=alpha, truncated=truncated, temperature=temperature, weights=weights or LabelWeights())
         first = targets.sets[0] if isinstance(targets, Blend) else targets
+        for one in targets.sets if isinstance(targets, Blend) else (targets,):
+            if (problem := mixing.problem_with(one.manifest.target["kind"])) is not None:
+                raise TargetsUnsuitable(uri=one.store.uri, problem=problem)
         self._reader = BlendReader(targets, mixing) if isinstance(targets, Blend) else SetReader(targets, mixing)
         self.uri = first.store.uri
         """Of the targets, for messages; of a blend, of its first set."""
         self._seed, self._batch_tokens, self._shuffle_buffer = seed, batch_tokens, shuffle_buffer
         self._packing, self._alpha = packing, alpha
+        self.temperature = None if alpha == 1 else temperature * first.manifest.target["temperature"]
+        """Of the targets as they are loaded; None with alpha 1, which takes nothing of them."""
         where = {name: list(value) for name, value in first.where.conditions.items()}
         order = {
             "manifest": self._reader.digest,
@@ -73,7 +81,8 @@ class SoftLabelDataset(DealtBatches):
             "shuffle_buffer": shuffle_buffer,
             "packing": packing,
         }
-        content = digest_of([self._reader.digest, first.split, where, packing, mixing.digest_parts()])
+        groups = None if first.groups is None else first.groups.digest_parts()
+        content = digest_of([self._reader.digest, first.split, where, groups, packing, mixing.digest_parts()])
         super().__init__(order=order, content=content, rank=rank, world_size=world_size, prefetch=prefetch)
         self._plans: dict[int, EpochPlan] = {}
 

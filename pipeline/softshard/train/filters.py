@@ -1,6 +1,6 @@
-"""Which sequences of a split take part: conditions on columns that a part holds once a sequence.
+"""Which sequences of a split take part, and how much each counts, by columns that a part holds once a sequence.
 
-In: a row group's statistics, or its small columns. Out: whether any row can pass, and which rows do.
+In: a row group's statistics, or its small columns. Out: whether any row can pass, which rows do, and their factors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-__all__ = ["RowFilter"]
+from softshard.errors import BalanceImpossible
+
+__all__ = ["GroupWeights", "RowFilter"]
 
 _Range = tuple[float, float]
 
@@ -60,6 +62,33 @@ class RowFilter:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.conditions.items()) or "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupWeights:
+    """A factor for the weight of every label of a sequence, by the value of one plain column."""
+
+    column: str
+    weights: dict[str, float]
+    """By the column's value as text; every value that comes up has one."""
+
+    def of(self, table: pa.Table, *, uri: str) -> NDArray[np.float32]:
+        """[R] factors of a table's rows.
+
+        Raises:
+            BalanceImpossible: a row is of a group without a weight.
+        """
+        column = table[self.column].combine_chunks().dictionary_encode()
+        values = [str(value) for value in column.dictionary.to_pylist()]
+        if missing := [value for value in values if value not in self.weights]:
+            raise BalanceImpossible(column=self.column, problem=f"group {missing[0]!r} of {uri} has no weight")
+        weights = np.array([self.weights[value] for value in values], dtype=np.float32)
+        factors: NDArray[np.float32] = weights[column.indices.to_numpy(zero_copy_only=False)]
+        return factors
+
+    def digest_parts(self) -> dict[str, Any]:
+        """All of it, as plain values."""
+        return asdict(self)
 
 
 def _is_range(name: str) -> bool:

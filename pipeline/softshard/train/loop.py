@@ -86,12 +86,12 @@ def fine_tune(
 
     The number of steps is epochs times the batches of epoch 0, rounded, at least 1. With `checkpoint`, the state is
     written there every `optimizer.checkpoint_steps` steps, at the end, and when KeyboardInterrupt or SystemExit stops
-    the training; a state of the same `identity`, settings and data is taken up, any other is ignored. The
-    caller removes it when what was trained is saved.
+    the training; a state of the same `identity`, settings and data is taken up, any other is ignored, and where the
+    streams stand when this is called is no part of it. The caller removes it when what was trained is saved.
 
     Args:
         model: causal language model without an adapter, on its device; its own dropout stays off.
-        batches: one a step; the state they are in when training starts anew is kept.
+        batches: one a step, from the state they are in when a training starts anew.
         seed: of the adapter's first weights and of its dropout.
         num_valid: vocabulary of the data.
         identity: names what the arguments do not: the base model's weights above all.
@@ -100,16 +100,13 @@ def fine_tune(
 
     Raises:
         ModelInvalid: the loss would be wrong for this model, or a module to adapt is missing.
-        TrainingDiverged: a loss or gradient is not finite.
-        StorageFull: no space for the checkpoint.
+        TrainingDiverged, StorageFull: a loss or gradient is not finite; no space for the checkpoint.
     """
     total_steps = max(1, round(optimizer.epochs * batches.batches_per_epoch(0)))
     kept = retention if retention is not None and retention.weight > 0 else None
     decoder = Decoder.of(model.eval())
-    plain = optimizer.model_dump(exclude={"checkpoint_steps"})
-    settings = [lora, plain, asdict(objective), seed, num_valid, chunk_positions]
-    settings += [batches.digest, batches.state_dict(), total_steps]
-    other = None if kept is None else [kept.weight, kept.objective, kept.batches.digest, kept.batches.state_dict()]
+    settings = [lora, optimizer.model_dump(exclude={"checkpoint_steps"}), asdict(objective), seed, num_valid]
+    settings += [chunk_positions, total_steps, _named(batches), _kept(kept)]
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed_of("softshard.dropout", seed))
         adapted = attach_lora(model, lora, seed=seed)
@@ -125,11 +122,20 @@ def fine_tune(
             chunk_positions=chunk_positions,
             total_steps=total_steps,
             checkpoint=checkpoint,
-            identity=digest_of([identity, settings, other]),
+            identity=digest_of([identity, settings]),
         )
         training.run(on_step)
     adapted.eval()
     return FineTuned(model=adapted, log=tuple(training.log))
+
+
+def _named(batches: BatchSource) -> list[Any]:
+    """What a stream holds and in which order, but not where in it its reader is: an earlier call has moved that."""
+    return [batches.digest, batches.order]
+
+
+def _kept(retention: Retention | None) -> list[Any] | None:
+    return None if retention is None else [retention.weight, retention.objective, _named(retention.batches)]
 
 
 def learning_rate_at(step: int, *, total_steps: int, settings: OptimizerSettings) -> float:

@@ -75,7 +75,7 @@ class SoftLabelMix(DealtBatches):
     the sets are not looked at.
 
     Raises:
-        BlendInvalid: when the data is first looked at: the sets are of different tokenizers.
+        BlendInvalid: when the data is first looked at: the sets are of different tokenizers or temperatures.
     """
 
     def __init__(
@@ -159,3 +159,6 @@ class SoftLabelMix(DealtBatches):
                 if own != wanted:
                     problem = f"its {name.replace('_', ' ')} is {own}, another set's is {wanted}"
                     raise BlendInvalid(uri=other.uri, problem=f"{problem}; a mix needs one tokenizer")
+            if one.temperature is not None and other.temperature is not None and one.temperature != other.temperature:
+                problem = f"its targets have temperature {other.temperature:g}, another set's {one.temperature:g}"
+                raise BlendInvalid(uri=other.uri, problem=f"{problem}; a mix needs one")

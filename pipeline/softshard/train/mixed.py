@@ -6,7 +6,7 @@ recomputed for another alpha: P_hat = alpha * delta(label) + (1 - alpha) * sketc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from softshard.shard.decode import Block
 from softshard.shard.schema import PartMetadata
+from softshard.sketches import takes_temperature
 from softshard.target.codec import offsets_of
 from softshard.target.entries import Entries, entries_of
 from softshard.target.types import TokenSequence
 
-__all__ = ["LabelWeights", "MixedRow", "Mixing", "mixed_rows", "text_row"]
+__all__ = ["LabelWeights", "MixedRow", "Mixing", "mixed_rows", "text_row", "weighed"]
 
 
 class MixedRow(NamedTuple):
@@ -84,6 +85,21 @@ class Mixing:
     """As in `entries_of`."""
     weights: LabelWeights = field(default_factory=LabelWeights)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}, it must be from 0 to 1: a share of the target")
+        if not 0 < self.temperature < np.inf:
+            raise ValueError(f"temperature is {self.temperature}, it must be above 0")
+        if self.truncated not in ("ghost", "renormalise"):
+            raise ValueError(f"truncated is {self.truncated!r}, it must be 'ghost' or 'renormalise'")
+
+    def problem_with(self, kind: str) -> str | None:
+        """Why stored targets of some kind cannot be loaded so; None where they can."""
+        renormalised = self.truncated == "renormalise"
+        if self.temperature == 1 or self.alpha == 1 or takes_temperature(kind, renormalised=renormalised):
+            return None
+        return f"a temperature of {self.temperature:g} cannot be applied at load to targets of kind {kind}"
+
     @property
     def with_scores(self) -> bool:
         """Whether weights are worked out from entropies and log-probabilities of labels."""
@@ -141,6 +157,18 @@ def _own_tokens(labels: NDArray[np.int32]) -> Entries:
     """Each label's own token alone."""
     offsets = np.arange(len(labels) + 1, dtype=np.int64)
     return Entries(ids=labels, weights=np.ones(len(labels), dtype=np.float32), offsets=offsets)
+
+
+def weighed(
+    rows: Iterator[MixedRow], numbers: Sequence[int], *, factors: NDArray[np.float32] | None
+) -> Iterator[MixedRow]:
+    """Rows with the weights of their labels times the factor of the row's number; None: as they are."""
+    if factors is None:
+        yield from rows
+        return
+    for number, row in zip(numbers, rows, strict=True):
+        own = np.ones(len(row.counts), dtype=np.float32) if row.position_weights is None else row.position_weights
+        yield row._replace(position_weights=own * factors[number])
 
 
 def text_row(sequence: TokenSequence) -> MixedRow:

@@ -12,13 +12,16 @@ from typing import TypeVar
 
 __all__ = ["prefetched"]
 
+_PATIENCE_S = 1.0
+
 _Item = TypeVar("_Item")
 
 
 def prefetched(items: Iterator[_Item], *, ahead: int) -> Generator[_Item]:
     """The items, of which at most `ahead` are made before they are asked for; 0: none, and no thread.
 
-    Closing the generator ends the thread once the item in hand is made.
+    Closing the generator ends the thread once the item in hand is made. That is waited for, but only for a second: a
+    Ctrl-C must not hang on a store that does not answer.
     """
     if not ahead:
         yield from items
@@ -52,4 +55,4 @@ def prefetched(items: Iterator[_Item], *, ahead: int) -> Generator[_Item]:
     finally:
         closed.set()
         room.release()
-        thread.join()
+        thread.join(timeout=_PATIENCE_S)

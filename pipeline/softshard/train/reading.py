@@ -19,8 +19,8 @@ from softshard.shard.manifest import Manifest
 from softshard.shard.read import PartReader, read_checked
 from softshard.shard.schema import PartMetadata
 from softshard.storage import Store
-from softshard.train.filters import RowFilter
-from softshard.train.mixed import MixedRow, Mixing, mixed_rows
+from softshard.train.filters import GroupWeights, RowFilter
+from softshard.train.mixed import MixedRow, Mixing, mixed_rows, weighed
 from softshard.train.order import batch_bounds, generator_of, through_buffer
 from softshard.train.rows import RowIndex, index_rows
 
@@ -40,6 +40,8 @@ class TargetSet:
     split: str = "train"
     where: RowFilter = field(default_factory=RowFilter)
     """Sequences that take part."""
+    groups: GroupWeights | None = None
+    """Factors of their weights in the loss; None: all are 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,6 @@ class SetReader:
         self._receipts = targets.manifest.of_split(targets.split)
         if not any(receipt.num_sequences for receipt in self._receipts):
             raise CorpusEmpty(counts={"sequences": 0}, split=targets.split)
-        self._checked: set[str] = set()
 
     @property
     def digest(self) -> str:
@@ -110,7 +111,9 @@ class SetReader:
     def index(self) -> RowIndex:
         """Of the split's rows; read once."""
         targets = self._targets
-        index = index_rows(targets.store, self._receipts, where=targets.where, with_names=self._with_names)
+        index = index_rows(
+            targets.store, self._receipts, where=targets.where, groups=targets.groups, with_names=self._with_names
+        )
         if not index.passing.any():
             raise NothingPasses(uri=targets.store.uri, split=targets.split, where=str(targets.where))
         return index
@@ -123,7 +126,9 @@ class SetReader:
     def rows(self, plan: EpochPlan, batches: Sequence[int], *, draw: int) -> Iterator[MixedRow]:
         """Rows of some batches, in order; row groups that hold none of them are not decoded, nor parts read."""
         order = plan.rows_of(batches)
-        return in_order(order, self.arriving(self.arrivals(plan, order), draw=draw))
+        return weighed(
+            in_order(order, self.arriving(self.arrivals(plan, order), draw=draw)), order, factors=self.index.factors
+        )
 
     def arrivals(self, plan: EpochPlan, order: Sequence[int]) -> Iterator[Arrival]:
         """The row groups that hold some rows, as they come in an epoch."""
@@ -151,11 +156,9 @@ class SetReader:
                 first += len(block.lengths)
 
     def _open(self, part: int) -> PartReader:
-        """A part, whose bytes are checked against the receipt when it is opened for the first time."""
+        """A part, whose bytes are checked against the receipt each time they are read: none are kept."""
         receipt, store = self._receipts[part], self._targets.store
-        content = store.read(receipt.path) if receipt.path in self._checked else read_checked(store, receipt)
-        self._checked.add(receipt.path)
-        return PartReader(content, uri=f"{store.uri}/{receipt.path}")
+        return PartReader(read_checked(store, receipt), uri=f"{store.uri}/{receipt.path}")
 
 
 def in_order(order: Sequence[int], arriving: Iterator[dict[int, MixedRow]]) -> Iterator[MixedRow]:

@@ -17,6 +17,7 @@ from softshard.storage import Store, sha256_of
 
 __all__ = [
     "FileName",
+    "SweptTraining",
     "Trained",
     "TrainingReceipt",
     "check_files",
@@ -57,6 +58,16 @@ class TrainingReceipt(BaseModel):
     """Mean NLL of the hold-out's own tokens; null where there is no hold-out."""
 
 
+class SweptTraining(BaseModel):
+    """One training of a sweep, and what it costs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    training: TrainingReceipt
+    retention_nll_nats: float | None
+    """Mean NLL on the held-out retention text; null without one."""
+
+
 class Trained(BaseModel):
     """`adapter.json`: what the job's present settings have led to."""
 
@@ -66,6 +77,8 @@ class Trained(BaseModel):
     baseline: TrainingReceipt | None
     candidates: tuple[TrainingReceipt, ...]
     """Trainings of the baseline, one a learning rate."""
+    sweep: tuple[SweptTraining, ...] = ()
+    """Trainings that the adapter was chosen from, in the order of the grid; empty without a sweep."""
 
 
 def read_trained(store: Store) -> Trained | None:

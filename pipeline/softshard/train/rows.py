@@ -2,7 +2,7 @@
 
 In: receipts and the store that their parts lie in. Out: what an order is made of, read from the small columns of each
 part; row groups whose statistics rule out every row are not read. Sizes are checked against the receipts here, hashes
-when rows are first read.
+whenever rows are read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from softshard.shard.decode import open_part
 from softshard.shard.manifest import Receipt
 from softshard.shard.schema import PartMetadata
 from softshard.storage import Store
-from softshard.train.filters import RowFilter
+from softshard.train.filters import GroupWeights, RowFilter
 
 __all__ = ["RowIndex", "index_rows"]
 
@@ -40,21 +40,29 @@ class RowIndex:
     """Numbers of the first row and past the last one, by part and row group."""
     names: NDArray[np.bytes_] | None
     """[R] sequence ids, where they were asked for; then no row group is left out."""
+    factors: NDArray[np.float32] | None
+    """[R] factors of the weights of each row's labels; None: all are 1."""
     metadata: PartMetadata
     """Of the first part; the others have the same sketch settings."""
 
 
 def index_rows(
-    store: Store, receipts: Sequence[Receipt], *, where: RowFilter | None = None, with_names: bool = False
+    store: Store,
+    receipts: Sequence[Receipt],
+    *,
+    where: RowFilter | None = None,
+    groups: GroupWeights | None = None,
+    with_names: bool = False,
 ) -> RowIndex:
     """Number the rows of some parts.
 
     Raises:
         PartCorrupt: a part is missing or unreadable, has not the size or the sequences that its receipt names, or has
             other sketch settings than the first.
+        BalanceImpossible: a row is of a group without a factor.
     """
     where = where or RowFilter()
-    parts = [_part_index(store, receipt, where, with_names) for receipt in receipts]
+    parts = [_part_index(store, receipt, where, groups, with_names) for receipt in receipts]
     shared = parts[0].metadata
     for receipt, part in zip(receipts, parts, strict=True):
         for name in _SETTINGS:
@@ -63,6 +71,7 @@ def index_rows(
                 raise PartCorrupt(uri=f"{store.uri}/{receipt.path}", problem=problem)
     firsts = np.cumsum([0, *(len(part.lengths) for part in parts)]).tolist()
     names = [part.names for part in parts if part.names is not None]
+    factors = [part.factors for part in parts if part.factors is not None]
     return RowIndex(
         lengths=np.concatenate([part.lengths for part in parts]),
         passing=np.concatenate([part.passing for part in parts]),
@@ -71,18 +80,21 @@ def index_rows(
             for first, part in zip(firsts, parts, strict=False)
         ],
         names=np.concatenate(names) if names else None,
+        factors=np.concatenate(factors) if factors else None,
         metadata=shared,
     )
 
 
-def _part_index(store: Store, receipt: Receipt, where: RowFilter, with_names: bool) -> RowIndex:
+def _part_index(
+    store: Store, receipt: Receipt, where: RowFilter, weights: GroupWeights | None, with_names: bool
+) -> RowIndex:
     """The index of one part alone; of the file, only its footer and small columns are read."""
     uri = f"{store.uri}/{receipt.path}"
     try:
         with store.open(receipt.path) as stream:
             if (size := stream.seek(0, os.SEEK_END)) != receipt.num_bytes:
                 raise PartCorrupt(uri=uri, problem=f"has {size} bytes, its receipt names {receipt.num_bytes}")
-            index = _indexed(stream, where, with_names, uri=uri)
+            index = _indexed(stream, where, weights, with_names, uri=uri)
     except FileNotFoundError as error:
         raise PartCorrupt(uri=uri, problem="the part is missing") from error
     except (pa.ArrowException, OSError) as error:
@@ -93,7 +105,9 @@ def _part_index(store: Store, receipt: Receipt, where: RowFilter, with_names: bo
     return index
 
 
-def _indexed(stream: BinaryIO, where: RowFilter, with_names: bool, *, uri: str) -> RowIndex:
+def _indexed(
+    stream: BinaryIO, where: RowFilter, weights: GroupWeights | None, with_names: bool, *, uri: str
+) -> RowIndex:
     stream.seek(0)
     file, metadata = open_part(stream, uri=uri)
     footers = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
@@ -101,7 +115,9 @@ def _indexed(stream: BinaryIO, where: RowFilter, with_names: bool, *, uri: str) 
     lengths = np.zeros(stops[-1], dtype=np.int64)
     passing = np.zeros(stops[-1], dtype=np.bool_)
     names = np.zeros(stops[-1], dtype="S32") if with_names else None
-    columns = list(dict.fromkeys(["first_label", "entropy", *where.conditions, *(["sequence_id"] * with_names)]))
+    factors = None if weights is None else np.ones(stops[-1], dtype=np.float32)
+    extra = [*(["sequence_id"] if with_names else []), *([] if weights is None else [weights.column])]
+    columns = list(dict.fromkeys(["first_label", "entropy", *where.conditions, *extra]))
     groups = [group for group, footer in enumerate(footers) if with_names or where.may_pass(footer)]
     if groups:
         table = file.read_row_groups(groups, columns=columns)
@@ -109,7 +125,9 @@ def _indexed(stream: BinaryIO, where: RowFilter, with_names: bool, *, uri: str) 
         labels = table["entropy"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
         lengths[rows] = labels.astype(np.int64) + table["first_label"].to_numpy()
         passing[rows] = where.passes(table)
+        if factors is not None and weights is not None:
+            factors[rows[passing[rows]]] = weights.of(table.filter(pa.array(passing[rows])), uri=uri)
         if names is not None:
             names[rows] = np.array(table["sequence_id"].to_pylist(), dtype="S32")
     spans = [(stops[group], stops[group + 1]) for group in range(len(footers))]
-    return RowIndex(lengths=lengths, passing=passing, groups=[spans], names=names, metadata=metadata)
+    return RowIndex(lengths=lengths, passing=passing, groups=[spans], names=names, factors=factors, metadata=metadata)

@@ -30,6 +30,10 @@ class BatchSource(Protocol):
     def digest(self) -> str:
         """Names what the batches hold, whatever their order."""
 
+    @property
+    def order(self) -> StreamState:
+        """What the order hangs on, by name: plain values, the same wherever the iterator is."""
+
     def batches_per_epoch(self, epoch: int) -> int:
         """Batches that the iterator gives in an epoch."""
 
@@ -70,7 +74,8 @@ class TextBatches:
         if not sequences:
             raise CorpusEmpty(counts={"sequences": 0}, split=name)
         self._content = digest_of(["text", name, [sequence.sequence_id for sequence in sequences]])
-        self._order = {"manifest": self._content, "seed": seed, "batch_tokens": batch_tokens, "packing": packing}
+        self.order = {"manifest": self._content, "seed": seed, "batch_tokens": batch_tokens, "packing": packing}
+        """What the order hangs on, by name."""
         self._sequences, self._seed = sequences, seed
         self._batch_tokens, self._packing = batch_tokens, packing
         self._lengths = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
@@ -101,11 +106,11 @@ class TextBatches:
     def state_dict(self) -> StreamState:
         """What the order hangs on, the epoch, and how many of its batches were given."""
         epoch, consumed = standing(self._epoch, self._consumed, num_batches=self.batches_per_epoch(self._epoch))
-        return {**self._order, "epoch": epoch, "consumed": consumed}
+        return {**self.order, "epoch": epoch, "consumed": consumed}
 
     def load_state_dict(self, state: StreamState) -> None:
         """Take up a state; iterators that run already do not see it. Raises ResumeMismatch for another order."""
-        check_order(state, self._order)
+        check_order(state, self.order)
         self._epoch, self._consumed = state["epoch"], state["consumed"]
 
     def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,0 +1,134 @@
+"""Groups of a target set's sequences: how much of the text each has, and weights that change their shares of the loss.
+
+In: a target set and one of its plain columns (author, source, style, ...). Out: labels of each group, and a weight for
+each that brings its share of the loss to a given one, as far as the clipping lets it. Small columns alone are read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from softshard.errors import BalanceImpossible, PartCorrupt
+from softshard.shard.decode import open_part
+from softshard.train.filters import GroupWeights
+from softshard.train.reading import TargetSet
+
+__all__ = ["Balance", "GroupShare", "Tally", "balanced", "tally_authors", "tally_groups"]
+
+Tally = dict[str, float]
+"""Labels of each group, or its share of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupShare:
+    """One group before and after it is weighed."""
+
+    group: str
+    share_before: float
+    """Of the labels."""
+    share_wanted: float
+    weight: float
+    clipped: bool
+    """Whether the weight that the wanted share needs lies outside the range."""
+    share_after: float
+    """Of the summed weights of labels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """Weights of groups towards given shares, and how near they come."""
+
+    column: str
+    clip: tuple[float, float]
+    groups: tuple[GroupShare, ...]
+    """By name."""
+
+    @property
+    def weights(self) -> GroupWeights:
+        """What a target set takes."""
+        return GroupWeights(column=self.column, weights={one.group: one.weight for one in self.groups})
+
+
+def tally_groups(targets: TargetSet, column: str) -> Tally:
+    """Labels of each group among the sequences that pass the set's filter, by name."""
+    counts: Counter[str] = Counter()
+    for table, labels in _tables(targets, [column]):
+        for value, count in zip(table[column].to_pylist(), labels, strict=True):
+            counts[str(value)] += count
+    return dict(sorted(counts.items()))
+
+
+def tally_authors(targets: TargetSet, *, consent: Mapping[str, Collection[str]]) -> Tally:
+    """Labels of each author by name; under "" those of authors who agreed, and of sources that name no authors.
+
+    Where a source has no group field, its rows are of a group with the name of the source.
+    """
+    counts: Counter[str] = Counter()
+    for table, labels in _tables(targets, ["group", "source"]):
+        columns = (table[name].to_pylist() for name in ("group", "source"))
+        for group, source, count in zip(*columns, labels, strict=True):
+            counts["" if group == source or group in consent.get(source, ()) else group] += count
+    return dict(sorted(counts.items()))
+
+
+def _tables(targets: TargetSet, columns: list[str]) -> Iterator[tuple[pa.Table, list[int]]]:
+    """Of each part: the rows that pass, and how many labels each has."""
+    where = targets.where
+    names = list(dict.fromkeys([*columns, "entropy", *where.conditions]))
+    for receipt in targets.manifest.of_split(targets.split):
+        uri = f"{targets.store.uri}/{receipt.path}"
+        try:
+            with targets.store.open(receipt.path) as stream:
+                table = open_part(stream, uri=uri)[0].read(columns=names)
+        except FileNotFoundError as error:
+            raise PartCorrupt(uri=uri, problem="the part is missing") from error
+        except (pa.ArrowException, OSError) as error:
+            raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
+        table = table.filter(pa.array(where.passes(table)))
+        yield table, table["entropy"].combine_chunks().value_lengths().to_pylist()
+
+
+def balanced(
+    tally: Tally, *, column: str, shares: Mapping[str, float] | Literal["equal"], clip: tuple[float, float]
+) -> Balance:
+    """The weight wanted share / share of each group, clipped.
+
+    Groups that `shares` does not name have what it leaves, each in proportion to its labels.
+
+    Raises:
+        BalanceImpossible: a named group has no label, or the shares leave nothing, or something, for no group.
+    """
+    total = sum(tally.values())
+    wanted = _wanted(tally, column, dict.fromkeys(tally, 1 / len(tally)) if shares == "equal" else shares)
+    needed = {group: wanted[group] * total / count for group, count in tally.items()}
+    weights = {group: min(max(weight, clip[0]), clip[1]) for group, weight in needed.items()}
+    after = sum(weights[group] * count for group, count in tally.items())
+    groups = tuple(
+        GroupShare(
+            group=group,
+            share_before=count / total,
+            share_wanted=wanted[group],
+            weight=weights[group],
+            clipped=weights[group] != needed[group],
+            share_after=weights[group] * count / after,
+        )
+        for group, count in sorted(tally.items())
+    )
+    return Balance(column=column, clip=clip, groups=groups)
+
+
+def _wanted(tally: Tally, column: str, shares: Mapping[str, float]) -> dict[str, float]:
+    if absent := sorted(set(shares) - set(tally)):
+        raise BalanceImpossible(column=column, problem=f"no train sequence is of group {absent[0]!r}")
+    others = sum(count for group, count in tally.items() if group not in shares)
+    left = 1 - sum(shares.values())
+    if abs(left) < 1e-9:
+        left = 0.0
+    if left > 0 and not others:
+        raise BalanceImpossible(column=column, problem=f"the shares sum to {1 - left:g}, and no group is left")
+    return {group: shares[group] if group in shares else left * count / others for group, count in tally.items()}

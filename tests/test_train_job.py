@@ -1,0 +1,175 @@
+"""What a job file says of the data of its trainings is what they are fed: packing, filters, weights, other targets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from softshard.cli import main
+from softshard.errors import BlendInvalid, ManifestMissing
+from softshard.jobfile import load_job
+from softshard.run.feed import open_feed
+from softshard.run.job import run_job
+from softshard.run.workspace import open_workspace
+from softshard.shard.manifest import read_manifest
+from softshard.shard.read import read_rows
+from softshard.storage import LocalStore
+from softshard.telemetry import SilentReporter
+
+TRAIN = ("corpus", "teacher", "targets", "train")
+
+
+@pytest.fixture(scope="module")
+def other(tiny_job, tmp_path_factory):
+    """Output of a job that scored the same sequences without a style teacher."""
+    folder = tmp_path_factory.mktemp("other")
+    job = load_job(tiny_job(folder, name="other", teacher={"folds": 0}))
+    run_job(job, SilentReporter(), stages=TRAIN[:3])
+    return folder / "out"
+
+
+@pytest.fixture
+def changed(finished, tmp_path):
+    """A copy of the finished output, and the job file of it with other settings of its training and no baseline."""
+    shutil.copytree(finished, tmp_path / "out")
+
+    def write(name="job.yaml", **train) -> Path:
+        job = yaml.safe_load((finished / "job.yaml").read_text())
+        job["out"] = str(tmp_path / "out")
+        job["train"] |= {"baseline": None, "retention": None, **train}
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(job))
+        return path
+
+    return write
+
+
+def fed(path, *, alpha=0.5):
+    """Batches of one epoch as the train stage gets them."""
+    job = load_job(path)
+    workspace = open_workspace(job)
+    feed = open_feed(workspace, read_manifest(workspace.targets))
+    return list(feed.dataset(workspace, alpha=alpha, optimizer=job.train.optimizer))
+
+
+def trained(path):
+    return run_job(load_job(path), SilentReporter(), stages=TRAIN).trained.adapter
+
+
+def train_rows(out):
+    store = LocalStore(Path(out) / "targets")
+    return [row for part in read_manifest(store).of_split("train") for row, _ in read_rows(store, part)]
+
+
+def test_each_setting_is_part_of_the_trainings_name_and_changes_what_is_trained(changed, other):
+    settings = [
+        {},
+        {"packing": True},
+        {"where": {"group": ["author 1"]}, "author_cap": 1},
+        {"label_weights": {"label_logprob": [[-12, 0], [-2, 1]]}},
+        {"balance": {"shares": {"author 0": 0.6}}},
+        {"targets": {"others": [{"out": str(other)}]}},
+        {"targets": {"how": "blend", "others": [{"out": str(other)}]}},
+    ]
+    receipts = [trained(changed(**one)) for one in settings]
+    assert len({receipt.folder for receipt in receipts}) == len(settings)
+    assert len({receipt.files["adapter_model.safetensors"] for receipt in receipts}) == len(settings)
+
+
+def test_packing_makes_one_row_of_all_tokens_of_a_batch(changed):
+    batches = fed(changed(packing=True))
+    assert all(batch.input_ids.shape == (1, batch.num_tokens) for batch in batches)
+
+
+def test_a_filter_lets_only_its_author_in(changed, finished):
+    wanted = [sequence for sequence, _ in train_rows(finished) if sequence.group == "author 1"]
+    batches = fed(changed(where={"group": ["author 1"]}))
+    assert 0 < sum(batch.num_tokens for batch in batches) == sum(len(one.token_ids) for one in wanted)
+
+
+def test_label_weights_follow_the_labels_log_probability(changed, finished):
+    expected = sum(
+        min(max((logprob + 12) / 10, 0), 1) for _, targets in train_rows(finished) for logprob in targets.label_logprob
+    )
+    batches = fed(changed(label_weights={"label_logprob": [[-12, 0], [-2, 1]]}))
+    assert sum(float(batch.position_weights.sum()) for batch in batches) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_mix_takes_its_shares_and_a_blend_each_sequence_once(changed, other, finished):
+    tokens = sum(len(sequence.token_ids) for sequence, _ in train_rows(finished))
+    mixed = fed(changed(targets={"others": [{"out": str(other), "weight": 3}]}))
+    blended = fed(changed(targets={"how": "blend", "others": [{"out": str(other), "weight": 3}]}))
+    assert 2 * tokens <= sum(batch.num_tokens for batch in mixed) < 2 * tokens + 512
+    assert sum(batch.num_tokens for batch in blended) == tokens
+
+
+def test_without_weight_of_its_own_a_job_trains_on_the_others_alone(changed, other):
+    alone = fed(changed(targets={"own_weight": 0, "others": [{"out": str(other)}]}), alpha=0)
+    job = yaml.safe_load((other / "job.yaml").read_text())
+    path = changed("theirs.yaml")
+    path.write_text(yaml.safe_dump(job))
+    theirs = fed(path, alpha=0)
+    assert [batch.entry_ids.tolist() for batch in alone] == [batch.entry_ids.tolist() for batch in theirs]
+
+
+def test_the_weights_of_a_mix_change_along_their_steps(changed, other):
+    """All tokens of the first steps are the job's own, all of the last ones the other's."""
+    weights = {"own_weight": [[0, 1], [2, 1], [3, 0]], "others": [{"out": str(other), "weight": [[2, 0], [3, 1]]}]}
+    path = changed(targets=weights)
+    job = load_job(path)
+    workspace = open_workspace(job)
+    feed = open_feed(workspace, read_manifest(workspace.targets))
+    turns = feed.dataset(workspace, alpha=0.5, optimizer=job.train.optimizer).turns(0)
+    assert [turn.source for turn in turns] == [0, 0, 0] + [1] * (len(turns) - 3)
+
+
+def test_an_older_manifest_of_another_job_can_be_named(changed, other):
+    digest = read_manifest(LocalStore(other / "targets")).digest
+    assert trained(changed(targets={"others": [{"out": str(other), "manifest": digest}]})).num_steps > 0
+    with pytest.raises(ManifestMissing, match="0000"):
+        trained(changed(targets={"others": [{"out": str(other), "manifest": "0" * 64}]}))
+
+
+def test_targets_of_other_temperatures_are_refused(changed, tiny_job, tmp_path):
+    (tmp_path / "warm").mkdir()
+    target = {"kind": "threshold", "temperature": 2.0}
+    warm = tiny_job(tmp_path / "warm", name="warm", teacher={"folds": 0}, target=target)
+    run_job(load_job(warm), SilentReporter(), stages=TRAIN[:3])
+    with pytest.raises(BlendInvalid, match="temperature 2"):
+        trained(changed(targets={"others": [{"out": str(tmp_path / "warm" / "out")}]}))
+
+
+@pytest.mark.parametrize(
+    ("train", "problem"),
+    [
+        ({"targets": {"others": []}}, "at least 1"),
+        ({"targets": {"how": "blend", "others": [{"out": "x", "weight": [[0, 1], [5, 2]]}]}}, "blend cannot change"),
+        ({"targets": {"own_weight": 0, "others": [{"out": "x", "weight": 0}]}}, "some set needs a weight"),
+        ({"targets": {"others": [{"out": "x", "weight": [[5, 1], [0, 1]]}]}}, "by rising value"),
+        ({"label_weights": {"entropy": [[2, 1], [1, 0]]}}, "by rising value"),
+        ({"where": {"mean_entropy": [3, 1]}}, "lets nothing pass"),
+        ({"balance": {"shares": {"a": 0.8, "b": 0.4}}}, "sum to 1.2"),
+        ({"sweep": {}}, "needs a list of values"),
+        ({"sweep": {"retention_weight": [0.1]}}, "needs `retention`"),
+        ({"objective": "ce", "sweep": {"alpha": [0.1]}}, "objective: kl"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_with_their_line(changed, capsys, train, problem):
+    assert main(["plan", str(changed(**train))]) == 2
+    said = capsys.readouterr().err
+    assert "line " in said
+    assert "train" in said
+    assert problem in said
+
+
+def test_a_blend_of_two_jobs_runs_from_the_command_line(changed, other, capsys):
+    path = changed(targets={"how": "blend", "others": [{"out": str(other)}]})
+    assert main(["run", "--json", str(path)]) == 0
+    values = json.loads(capsys.readouterr().out)
+    card = json.loads(Path(values["adapter_folder"], "card.json").read_text())
+    assert len(card["manifests"]) == 2
+    assert values["adapter"]["human_nll_nats"] > 0
