@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from softshard.config.adapter import DataType, Device, LoraSettings, OptimizerSettings
+from softshard.config.adapter import AdapterKind, DataType, Device, LoraSettings, OptimizerSettings
 from softshard.config.corpus import SourceSettings, refuse_equal_names
 from softshard.sketches import Settings
 
@@ -82,11 +82,23 @@ class TrainSettings(Settings):
     """Positions whose logits exist at one time in the loss."""
     shuffle_buffer: int = Field(default=4096, ge=1)
     """Sequences among which the stream shuffles."""
+    adapter: AdapterKind = "lora"
+    """Where the adapter is: `lora` on the linear layers of the decoder, `lora_and_lm_head` on the output layer too,
+    `lm_head` there alone; `post_norm` after the last norm, z = W (I + BA) h; `correction` beside the output matrix,
+    z = W h + U silu(D h). The last cannot be merged into the model's weights."""
     lora: LoraSettings = LoraSettings()
-    """Shape of the adapter."""
+    """Shape of the adapter: rank, alpha and dropout of every kind; which layers, for LoRA in the decoder."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """How it is trained."""
     retention: RetentionSettings | None = None
     """The loss on other data; without it, none."""
     baseline: BaselineSettings | None = BaselineSettings()
     """The fine-tuning that everything is compared with; null: none."""
+
+    @model_validator(mode="after")
+    def _adapter_has_its_settings(self) -> TrainSettings:
+        given = self.lora.target_modules != "all-linear" or self.lora.last_layers is not None
+        if given and self.adapter not in ("lora", "lora_and_lm_head"):
+            problem = f"`adapter: {self.adapter}` adapts no layer of the decoder"
+            raise ValueError(f"{problem}, so leave `lora.target_modules` and `lora.last_layers` out")
+        return self

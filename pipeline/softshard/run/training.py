@@ -21,10 +21,10 @@ from softshard.shard.read import read_rows
 from softshard.storage import sha256_of
 from softshard.teacher.style import training_precision
 from softshard.telemetry import Reporter
+from softshard.train.adapter import save_adapter
 from softshard.train.checkpoint import Checkpoint
 from softshard.train.dataset import SoftLabelDataset
 from softshard.train.loop import FineTuned, Step, fine_tune
-from softshard.train.lora import save_adapter
 from softshard.train.objective import CROSS_ENTROPY, Objective
 from softshard.train.reading import TargetSet
 from softshard.train.record import Trained, TrainingReceipt, find_training, write_trained
@@ -103,6 +103,7 @@ def _plans(
         "dtype": dtype,
         "device": device,
         "num_threads": settings.num_threads,
+        "adapter": settings.adapter,
         "lora": settings.lora,
         "truncated": settings.truncated if manifest.target["kind"] in {"topk", "nucleus"} else None,
         "temperature": settings.temperature,
@@ -182,6 +183,7 @@ def _train(
             load_model(student.folder, dtype=getattr(torch, dtype), device=device),
             stream,
             lora=settings.lora,
+            adapter=settings.adapter,
             objective=plan.objective,
             optimizer=plan.optimizer,
             retention=_retention(workspace, retention, plan),

@@ -22,7 +22,7 @@ __all__ = ["CROSS_ENTROPY", "Objective", "hidden_states", "mean_divisor"]
 
 
 def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
-    """[N, d] hidden states at the batch's positions, in the order of its labels."""
+    """[N, d] hidden states at the batch's positions, in the order of its labels, before any adapter of the output."""
     with _mixed_precision(decoder):
         states = decoder.body(**batch.model_inputs()).last_hidden_state
     chosen: Tensor = states.flatten(0, 1)[batch.positions]
@@ -64,7 +64,7 @@ class Objective:
                 batches of a step, over gradient accumulation and ranks, as transformers counts labels. Sum the
                 gradients over ranks; where they are averaged, multiply the loss by the number of ranks.
         """
-        hidden = hidden_states(decoder, batch)
+        hidden, low_rank = decoder.adapted(hidden_states(decoder, batch))
         target: dict[str, Any] = {
             "entry_ids": batch.entry_ids,
             "entry_weights": batch.entry_weights,
@@ -75,6 +75,7 @@ class Objective:
             "bias": decoder.bias,
             "transform": decoder.transform,
             "temperature": self.temperature,
+            "low_rank": low_rank,
             "num_valid": num_valid,
             "chunk_positions": chunk_positions,
         }
