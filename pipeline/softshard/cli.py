@@ -127,6 +127,13 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", type=_positive, nargs="+", metavar="W", help="a weight for each output (default: all the same)"
     )
 
+    export = _command(commands, "export", "merge the adapter into its base and write a plain model folder", _export)
+    _add_out(export)
+    export.add_argument("--to", required=True, metavar="FOLDER", help="a new or empty folder for the model")
+    export.add_argument(
+        "--dtype", choices=("base", "float32"), default="base", help="type of the weights: the base's (base) or float32"
+    )
+
     schema = _command(commands, "schema", "print, write or check the published schemas", _schema)
     schema.add_argument("name", nargs="?", help="job, manifest, report, part or reference; without it, a list")
     schema.add_argument("--write", metavar="DIR", help="write all schemas into a folder")
@@ -361,6 +368,14 @@ def _blend(arguments: argparse.Namespace) -> int:
 
     blending = blend_of(arguments.outs, weights=arguments.weights)
     _print(arguments, blending, render_blend(blending))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from softshard.run.export import export_model, render_exported
+
+    exported = export_model(arguments.out, arguments.to, dtype=arguments.dtype)
+    _print(arguments, exported, render_exported(exported))
     return 0
 
 

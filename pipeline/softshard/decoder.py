@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from softshard.errors import ModelInvalid
 from softshard.target.types import TokenSequence
 
-__all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "batches_by_length"]
+__all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "LowRank", "batches_by_length"]
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -47,13 +47,22 @@ class LogitTransform:
         return product if self.scale == 1 else product * self.scale
 
 
+class LowRank(NamedTuple):
+    """What an adapter of the output layer adds to its product: `factor @ features`."""
+
+    features: Tensor
+    """[..., r]"""
+    factor: Tensor
+    """[V, r]"""
+
+
 PLAIN_LOGITS = LogitTransform()
 """Nothing is done to the product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """Logits of a position are `transform(weight @ hidden + bias)`."""
+    """Logits of a position are `transform(weight @ hidden + bias)`, with what an adapter of the output layer adds."""
 
     body: nn.Module
     """Everything before the output layer, the last norm included; adapters on its layers stay in force."""
@@ -62,6 +71,8 @@ class Decoder:
     bias: Tensor | None
     """[V]"""
     transform: LogitTransform = PLAIN_LOGITS
+    output: nn.Module | None = None
+    """The output layer with its adapter; None: it has none. `weight` and `bias` are those of the layer below it."""
 
     @classmethod
     def of(cls, model: Any) -> Decoder:
@@ -73,13 +84,21 @@ class Decoder:
         """
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         name = str(inner.name_or_path) or type(inner).__name__
-        output = inner.get_output_embeddings()
+        adapted = inner.get_output_embeddings()
+        output = adapted.get_base_layer() if hasattr(adapted, "get_base_layer") else adapted
         if not isinstance(output, nn.Linear):
             problem = f"its output layer is {type(output).__name__}, it must be a linear one"
             raise ModelInvalid(model=name, problem=problem)
         transforms, said = _transforms_of(inner.config.get_text_config())
         halves = (
-            cls(body=inner.get_decoder(), weight=output.weight, bias=output.bias, transform=one) for one in transforms
+            cls(
+                body=inner.get_decoder(),
+                weight=output.weight,
+                bias=output.bias,
+                transform=one,
+                output=None if adapted is output else adapted,
+            )
+            for one in transforms
         )
         differences = [(decoder._difference(inner), decoder) for decoder in halves]
         difference, nearest = min(differences, key=lambda pair: pair[0])
@@ -132,9 +151,38 @@ class Decoder:
         hidden = self.body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
         return torch.cat([hidden[row, s.first_label - 1 : len(s.token_ids) - 1] for row, s in enumerate(sequences)])
 
+    def adapted(self, states: Tensor) -> tuple[Tensor, LowRank | None]:
+        """What the output matrix is multiplied with, and what is added: the adapter of the output layer, if it has one.
+
+        Without one, or where it is switched off, the states themselves and nothing. Differentiable in states and
+        adapter, whose products are taken in its own type.
+        """
+        if self.output is None:
+            return states, None
+        output: Any = self.output
+        if hasattr(output, "adapted"):
+            found: tuple[Tensor, LowRank | None] = output.adapted(states)
+            return found
+        return states, _low_rank_of(output, states)
+
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] logits of some hidden states."""
-        return self.transform(nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias))
+        states, low_rank = self.adapted(states)
+        product = nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias)
+        if low_rank is not None:
+            product = product + nn.functional.linear(*low_rank).to(product.dtype)
+        return self.transform(product)
+
+
+def _low_rank_of(layer: Any, states: Tensor) -> LowRank | None:
+    """What a LoRA layer of peft adds, unless it is switched off."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or not names:
+        return None
+    (name,) = names
+    first = layer.lora_A[name]
+    features = first(layer.lora_dropout[name](states.to(first.weight.dtype))) * layer.scaling[name]
+    return LowRank(features, layer.lora_B[name].weight)
 
 
 def _transforms_of(config: Any) -> tuple[list[LogitTransform], str]:

@@ -5,7 +5,7 @@ The core takes plain typed values from here. `softshard.jobfile` reads them from
 
 from __future__ import annotations
 
-from softshard.config.adapter import DataType, LoraSettings, OptimizerSettings
+from softshard.config.adapter import AdapterKind, DataType, LoraSettings, OptimizerSettings
 from softshard.config.cluster import AdaptiveSettings, ClusterSettings
 from softshard.config.corpus import CorpusSettings, SourceSettings
 from softshard.config.digest import digest_of
@@ -23,6 +23,7 @@ from softshard.config.train import BaselineSettings, RetentionSettings, SweepSet
 from softshard.sketches import FullSketch, NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
 
 __all__ = [
+    "AdapterKind",
     "AdaptiveSettings",
     "BalanceSettings",
     "BaselineSettings",

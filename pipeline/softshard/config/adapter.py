@@ -9,6 +9,7 @@ from pydantic import Field
 from softshard.sketches import Settings
 
 __all__ = [
+    "AdapterKind",
     "DataType",
     "Device",
     "LoraSettings",
@@ -16,6 +17,7 @@ __all__ = [
 ]
 
 
+AdapterKind = Literal["lora", "lora_and_lm_head", "lm_head", "post_norm", "correction"]
 DataType = Literal["auto", "float32", "bfloat16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 

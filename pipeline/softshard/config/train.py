@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from softshard.config.adapter import DataType, Device, LoraSettings, OptimizerSettings
+from softshard.config.adapter import AdapterKind, DataType, Device, LoraSettings, OptimizerSettings
 from softshard.config.corpus import SourceSettings, refuse_equal_names
 from softshard.config.feed import BalanceSettings, LabelWeightSettings, MoreTargetsSettings, WhereSettings
 from softshard.sketches import Settings, takes_temperature
@@ -122,8 +122,12 @@ class TrainSettings(Settings):
     """Most share of the train tokens that one author may have without `consent`; 1: any."""
     sweep: SweepSettings | None = None
     """Several trainings, of which the best is taken; without it, one."""
+    adapter: AdapterKind = "lora"
+    """Where the adapter is: `lora` on the linear layers of the decoder, `lora_and_lm_head` on the output layer too,
+    `lm_head` there alone; `post_norm` after the last norm, z = W (I + BA) h; `correction` beside the output matrix,
+    z = W h + U silu(D h). The last cannot be merged into the model's weights."""
     lora: LoraSettings = LoraSettings()
-    """Shape of the adapter."""
+    """Shape of the adapter: rank, alpha and dropout of every kind; which layers, for LoRA in the decoder."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """How it is trained."""
     retention: RetentionSettings | None = None
@@ -177,3 +181,11 @@ class TrainSettings(Settings):
         elif kind != "full" and self.truncated != "ghost":
             problem = f"needs the mass that {kind} leaves out; set `train.truncated: ghost`"
         return None if problem is None else f"train.divergence {self.divergence} {problem}"
+
+    @model_validator(mode="after")
+    def _adapter_has_its_settings(self) -> TrainSettings:
+        given = self.lora.target_modules != "all-linear" or self.lora.last_layers is not None
+        if given and self.adapter not in ("lora", "lora_and_lm_head"):
+            problem = f"`adapter: {self.adapter}` adapts no layer of the decoder"
+            raise ValueError(f"{problem}, so leave `lora.target_modules` and `lora.last_layers` out")
+        return self

@@ -7,6 +7,7 @@ from softshard.errors.base import EXIT_JOB, SoftshardError
 __all__ = [
     "EngineMissing",
     "ExtraMissing",
+    "FolderTaken",
     "JobInvalid",
     "ManifestMissing",
     "OutputForeign",
@@ -50,6 +51,16 @@ class ExtraMissing(SoftshardError):
         super().__init__(f"{what}: {package} is not installed here; install softshard[{extra}]{way_out}")
 
 
+class FolderTaken(SoftshardError):
+    """Something was to be written to a folder in which there is something already."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, folder: str) -> None:
+        self.folder = folder
+        super().__init__(f"{folder}: is there already, and nothing is written over it; name another folder")
+
+
 class OutputForeign(SoftshardError):
     """The output folder belongs to another job, or to something else altogether."""
 
@@ -66,9 +77,9 @@ class OutputUnusable(SoftshardError):
 
     exit_code = EXIT_JOB
 
-    def __init__(self, *, uri: str, problem: str) -> None:
-        self.uri, self.problem = uri, problem
-        super().__init__(f"{uri}: cannot be written: {problem}; give `out` a folder on a disk that can be")
+    def __init__(self, *, uri: str, problem: str, setting: str = "out") -> None:
+        self.uri, self.problem, self.setting = uri, problem, setting
+        super().__init__(f"{uri}: cannot be written: {problem}; give `{setting}` a folder on a disk that can be")
 
 
 class StoreUnusable(SoftshardError):

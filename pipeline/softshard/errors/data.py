@@ -7,6 +7,8 @@ from softshard.errors.base import DataInvalid
 __all__ = [
     "AdapterMissing",
     "AdapterNotInForce",
+    "AdapterNotMergeable",
+    "AdapterWithoutEffect",
     "ArchitectureUnsupported",
     "BlendIncomplete",
     "BlendInvalid",
@@ -15,6 +17,7 @@ __all__ = [
     "FoldEmpty",
     "HoldoutEmpty",
     "LogitsInvalid",
+    "MergeDiffers",
     "ModelInvalid",
     "NotMendable",
     "NothingPasses",
@@ -78,6 +81,33 @@ class AdapterNotInForce(DataInvalid):
             f"{model}: on a known text the engine shows {share:.0%} of what the adapter changes, and is"
             f" {difference:.2g} nats a token from the adapted model (allowed: {allowed:g}), so the adapter is not"
             " proven to be in force; use `teacher.engine: transformers`, or `teacher.dtype: float32`"
+        )
+
+
+class AdapterNotMergeable(DataInvalid):
+    """An adapter that no weights of the model's own shape can stand for."""
+
+    def __init__(self, *, kind: str, reason: str) -> None:
+        self.kind, self.reason = kind, reason
+        super().__init__(f"adapter {kind}: {reason}; train with another `train.adapter` to export a whole model")
+
+
+class AdapterWithoutEffect(DataInvalid):
+    """A model with an adapter whose distributions are those of the base."""
+
+    def __init__(self, *, adapter: str) -> None:
+        self.adapter = adapter
+        super().__init__(f"{adapter}: on a known text the adapter changes nothing, so there is nothing to export")
+
+
+class MergeDiffers(DataInvalid):
+    """A merged model whose logits are not those of the base with its adapter."""
+
+    def __init__(self, *, model: str, difference: float, allowed: float) -> None:
+        self.model, self.difference, self.allowed = model, difference, allowed
+        super().__init__(
+            f"{model}: merged, a logit differs by {difference:.2g} (allowed: {allowed:g}), so nothing is written;"
+            " serve base and adapter, or train with a smaller learning rate"
         )
 
 

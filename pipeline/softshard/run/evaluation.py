@@ -36,7 +36,7 @@ from softshard.shard.schema import PartMetadata
 from softshard.storage import Store
 from softshard.teacher.style import training_precision
 from softshard.telemetry import Progress, Reporter
-from softshard.train.lora import load_adapter
+from softshard.train.adapter import load_adapter
 from softshard.train.record import Trained, TrainingReceipt, read_log
 
 __all__ = ["ensure_report", "read_report"]
@@ -166,7 +166,7 @@ def _measure_models(
         model = load_model(workspace.student_model.folder, dtype=getattr(torch, dtype), device=device)
         if receipt is not None:
             folder = workspace.adapter.local_folder(receipt.folder, receipt.files)
-            model = load_adapter(model, folder, adapter_name="default", device=device)
+            model = load_adapter(model, folder, device=device)
         labels = sum(part.num_labels for part in manifest.of_split("test"))
         with reporter.progress(f"evaluate {name}", total=labels, unit="positions") as progress:
             measured[name] = _measure(workspace, retention, manifest, prompts, model, device, progress)

@@ -24,11 +24,11 @@ from softshard.shard.read import read_rows
 from softshard.storage import sha256_of
 from softshard.teacher.style import training_precision
 from softshard.telemetry import Reporter
+from softshard.train.adapter import load_adapter, save_adapter
 from softshard.train.card import card_files
 from softshard.train.checkpoint import Checkpoint
 from softshard.train.groups import Tally
 from softshard.train.loop import FineTuned, Step, fine_tune
-from softshard.train.lora import load_adapter, save_adapter
 from softshard.train.record import SweptTraining, Trained, TrainingReceipt, find_training, write_trained
 from softshard.train.retention import Retention
 from softshard.train.stream import TextBatches
@@ -102,6 +102,7 @@ def _train(
             load_model(student.folder, dtype=getattr(torch, dtype), device=device),
             stream,
             lora=settings.lora,
+            adapter=settings.adapter,
             objective=plan.objective,
             optimizer=plan.optimizer,
             retention=_retention(workspace, retention, plan),
@@ -139,7 +140,7 @@ def _retention_cost(
     model = load_model(workspace.student_model.folder, dtype=getattr(torch, dtype), device=device)
     folder = store.local_folder(receipt.folder, receipt.files)
     nll = retention_nll(
-        load_adapter(model, folder, adapter_name="default", device=device),
+        load_adapter(model, folder, device=device),
         iter_sequences(workspace.retention, retention, split="test"),
         num_valid=manifest.vocab_size,
         batch_tokens=workspace.job.evaluate.batch_tokens,

@@ -101,6 +101,7 @@ def _shared(workspace: Workspace, feed: Feed) -> dict[str, Any]:
         "dtype": dtype,
         "device": device,
         "num_threads": settings.num_threads,
+        "adapter": settings.adapter,
         "lora": settings.lora,
         "truncated": settings.truncated if feed.kinds & {"topk", "nucleus"} else None,
         "temperature": settings.temperature,

@@ -26,10 +26,10 @@ from softshard.target.types import TokenSequence
 from softshard.teacher.protocol import TeacherIdentity
 from softshard.train.lora import load_adapter
 
-__all__ = ["Canary", "check_canary", "merged_model"]
+__all__ = ["CANARY_TEXT", "Canary", "check_canary", "merged_model"]
 
 _CANARY_FILE = "canary.json"
-_TEXT = (
+CANARY_TEXT = (
     "The lamp had burned all night and nobody had noticed. In the morning the wick was a black curl, the glass was"
     " warm, and the letter beside it lay as it had been left: three lines, no name, and a coin to hold it down."
     " Whoever wrote it knew the house. The dog had not barked; the latch, which stuck, had been lifted without a sound."
@@ -104,7 +104,7 @@ def merged_model(model: Path, adapter: Path, *, identity: TeacherIdentity, vocab
 
 
 def _merge(model: Path, adapter: Path, *, folder: Path, dtype: torch.dtype, vocab_size: int) -> None:
-    ids = load_tokenizer(model).encode([_TEXT])[0]
+    ids = load_tokenizer(model).encode([CANARY_TEXT])[0]
     base = load_model(model, dtype=torch.float32, device="cpu")
     before = _label_logprobs(base, ids, vocab_size)
     adapted = load_adapter(base, adapter, adapter_name="merged", device="cpu")

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from softshard.config import LoraSettings, OptimizerSettings, digest_of
+from softshard.config import AdapterKind, LoraSettings, OptimizerSettings, digest_of
 from softshard.decoder import Decoder
 from softshard.errors import TrainingDiverged
+from softshard.train.adapter import attach_adapter
 from softshard.train.checkpoint import Checkpoint
-from softshard.train.lora import attach_lora
 from softshard.train.objective import CROSS_ENTROPY, Objective
 from softshard.train.order import seed_of
+from softshard.train.output import OutputAdapted
 from softshard.train.retention import Retention
 from softshard.train.stream import BatchSource, endless
 
@@ -57,7 +58,7 @@ class Step:
 class FineTuned:
     """A finished training."""
 
-    model: PeftModel
+    model: PeftModel | OutputAdapted
     """In evaluation mode; its `unload()` is the base model again."""
     log: tuple[Step, ...]
     """All steps, those before an interruption too."""
@@ -80,6 +81,7 @@ def fine_tune(
     checkpoint: Checkpoint | None,
     identity: str,
     objective: Objective = CROSS_ENTROPY,
+    adapter: AdapterKind = "lora",
     on_step: Callable[[Step], None] = _ignore,
 ) -> FineTuned:
     """Train a new adapter on a frozen model, in place.
@@ -95,7 +97,9 @@ def fine_tune(
         seed: of the adapter's first weights and of its dropout.
         num_valid: vocabulary of the data.
         identity: names what the arguments do not: the base model's weights above all.
+        lora: shape of the adapter, of whichever kind.
         objective: how the model is compared with the targets.
+        adapter: its kind.
         on_step: called after each step, when it is complete.
 
     Raises:
@@ -104,12 +108,14 @@ def fine_tune(
     """
     total_steps = max(1, round(optimizer.epochs * batches.batches_per_epoch(0)))
     kept = retention if retention is not None and retention.weight > 0 else None
-    decoder = Decoder.of(model.eval())
-    settings = [lora, optimizer.model_dump(exclude={"checkpoint_steps"}), asdict(objective), seed, num_valid]
-    settings += [chunk_positions, total_steps, _named(batches), _kept(kept)]
+    # A model that cannot be trained is refused before it is changed; with its adapter it may be read in another way.
+    Decoder.of(model.eval())
+    settings: list[Any] = [adapter, lora, optimizer.model_dump(exclude={"checkpoint_steps"}), asdict(objective), seed]
+    settings += [num_valid, chunk_positions, total_steps, _named(batches), _kept(kept)]
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed_of("softshard.dropout", seed))
-        adapted = attach_lora(model, lora, seed=seed)
+        adapted = attach_adapter(model, adapter, lora, seed=seed)
+        decoder = Decoder.of(adapted.eval())
         _only_adapter_drops(adapted)
         training = _Training(
             model=adapted,
@@ -153,7 +159,7 @@ class _Training:
     def __init__(
         self,
         *,
-        model: PeftModel,
+        model: PeftModel | OutputAdapted,
         decoder: Decoder,
         batches: BatchSource,
         settings: OptimizerSettings,
@@ -267,11 +273,11 @@ class _Training:
         self.log = [Step(**step) for step in saved["log"]]
 
 
-def _only_adapter_drops(model: PeftModel) -> None:
+def _only_adapter_drops(model: PeftModel | OutputAdapted) -> None:
     """Evaluation mode, but for the adapter's dropout: the base's own would blur the loss."""
     model.eval()
     for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] == "lora_dropout":
+        if name.rsplit(".", 1)[-1] in ("lora_dropout", "adapter_dropout"):
             module.train()
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -28,11 +28,14 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> PeftModel:
+def attach_lora(
+    model: Any, lora: LoraSettings, *, seed: int, output: Literal["frozen", "also", "alone"] = "frozen"
+) -> PeftModel:
     """Put a new adapter, which changes nothing yet, on a model in place; `unload()` of the result gives the model back.
 
     `all-linear` is every linear layer of the decoder (Conv1D counts), the output layer left out. `last_layers` that
-    are more than there are mean all.
+    are more than there are mean all; they are layers of the decoder. `output` says whether the output layer is adapted,
+    which leaves a tied embedding as it is.
 
     Raises:
         ModelInvalid: a module that `target_modules` names is not there.
@@ -46,13 +49,19 @@ def attach_lora(model: Any, lora: LoraSettings, *, seed: int) -> PeftModel:
         raise ModelInvalid(model=str(model.name_or_path), problem=problem)
     num_layers = int(model.config.get_text_config().num_hidden_layers)
     last = None if lora.last_layers is None else list(range(max(0, num_layers - lora.last_layers), num_layers))
+    targets = [] if output == "alone" else names
+    if output != "frozen":
+        head = _output_name(model)
+        # peft would look for the number of a layer in the output layer's name too.
+        of_last = [] if last is None else _names_in_layers(model, set(targets), set(last))
+        targets, last = [*(targets if last is None else of_last), head], None
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=names,
+        target_modules=targets,
         layers_to_transform=last,
-        fan_in_fan_out=any(_is_conv1d(linear[name]) for name in names),
+        fan_in_fan_out=output != "alone" and any(_is_conv1d(linear[name]) for name in names),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
@@ -68,6 +77,22 @@ def _linear_modules(model: Any) -> dict[str, nn.Module]:
         for name, module in model.get_decoder().named_modules()
         if isinstance(module, nn.Linear) or _is_conv1d(module)
     }
+
+
+def _output_name(model: Any) -> str:
+    output = model.get_output_embeddings()
+    return next(str(name) for name, module in model.named_modules() if module is output)
+
+
+def _names_in_layers(model: Any, last_parts: set[str], layers: set[int]) -> list[str]:
+    """Full names of the linear layers of some layers of the decoder that end in one of some names."""
+    found = []
+    for name, module in model.named_modules():
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        linear = isinstance(module, nn.Linear) or _is_conv1d(module)
+        if linear and name.rsplit(".", 1)[-1] in last_parts and numbers and numbers[0] in layers:
+            found.append(name)
+    return found
 
 
 def _is_conv1d(module: nn.Module) -> bool:

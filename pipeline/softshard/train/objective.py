@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softshard.decoder import Decoder
+from softshard.decoder import Decoder, LowRank
 from softshard.target.codec import MASS_GRID
 from softshard.train.batch import Batch
 from softshard.train.loss import sparse_divergence, sparse_kl
@@ -22,7 +22,7 @@ __all__ = ["CROSS_ENTROPY", "Objective", "divisor_of", "hidden_states", "mean_di
 
 
 def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
-    """[N, d] hidden states at the batch's positions, in the order of its labels."""
+    """[N, d] hidden states at the batch's positions, in the order of its labels, before any adapter of the output."""
     with mixed_precision(decoder):
         states = decoder.body(**batch.model_inputs()).last_hidden_state
     chosen: Tensor = states.flatten(0, 1)[batch.positions]
@@ -64,10 +64,12 @@ class Objective:
                 batches of a step, over gradient accumulation and ranks, as transformers counts labels. Sum the
                 gradients over ranks; where they are averaged, multiply the loss by the number of ranks.
         """
+        hidden, low_rank = decoder.adapted(hidden_states(decoder, batch))
         return self.of_states(
-            hidden_states(decoder, batch),
+            hidden,
             decoder,
             batch.targets(),
+            low_rank=low_rank,
             num_valid=num_valid,
             chunk_positions=chunk_positions,
             num_items_in_batch=num_items_in_batch,
@@ -81,14 +83,19 @@ class Objective:
         *,
         num_valid: int,
         chunk_positions: int,
+        low_rank: LowRank | None = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        """The same from hidden states [N, d] and a batch's `targets()`; of the decoder it uses the output layer."""
+        """The same from hidden states [N, d] and a batch's `targets()`.
+
+        Of the decoder it uses the output layer, to whose product `low_rank` is added.
+        """
         target: dict[str, Any] = {
             **targets,
             "bias": decoder.bias,
             "transform": decoder.transform,
             "temperature": self.temperature,
+            "low_rank": low_rank,
             "num_valid": num_valid,
             "chunk_positions": chunk_positions,
         }

@@ -22,6 +22,8 @@ from softshard.train.stream import BatchSource
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from softshard.train.output import OutputAdapted
+
 __all__ = ["Retention"]
 
 
@@ -37,14 +39,17 @@ class Retention:
     """`kl`: KL(base || model) over the whole vocabulary, the base being the same model without its adapter;
     `ce`: cross-entropy on the text."""
 
-    def loss(self, model: PeftModel, decoder: Decoder, batch: Batch, *, num_valid: int, chunk_positions: int) -> Tensor:
+    def loss(
+        self, model: PeftModel | OutputAdapted, decoder: Decoder, batch: Batch, *, num_valid: int, chunk_positions: int
+    ) -> Tensor:
         """Mean loss per label, in nats, lambda left out; `batch` is on the model's device, `decoder` is the model's."""
         if self.objective == "ce":
             return CROSS_ENTROPY.loss(decoder, batch, num_valid=num_valid, chunk_positions=chunk_positions)
         with torch.no_grad(), model.disable_adapter():
             base = hidden_states(decoder, batch)
+        hidden, low_rank = decoder.adapted(hidden_states(decoder, batch))
         total = dense_kl(
-            hidden_states(decoder, batch),
+            hidden,
             base,
             decoder.weight,
             num_valid=num_valid,
@@ -52,5 +57,6 @@ class Retention:
             bias=decoder.bias,
             position_weights=batch.position_weights,
             transform=decoder.transform,
+            low_rank=low_rank,
         )
         return total / mean_divisor(batch)

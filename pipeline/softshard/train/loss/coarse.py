@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from softshard.decoder import PLAIN_LOGITS, LogitTransform
+from softshard.decoder import PLAIN_LOGITS, LogitTransform, LowRank
 from softshard.train.loss.cells import Cells
 from softshard.train.loss.entries import ChunkEntries, SparseTarget
 from softshard.train.loss.projection import Readout, projected
@@ -51,6 +51,7 @@ def sparse_divergence(
     entry_in_head: Tensor | None = None,
     transform: LogitTransform = PLAIN_LOGITS,
     temperature: float = 1.0,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """Divergence between target and model over the cells of each position, summed over positions.
 
@@ -71,7 +72,7 @@ def sparse_divergence(
     """
     if divergence == "jensen_shannon" and not 0 < jsd_beta < 1:
         raise ValueError(f"jsd_beta is {jsd_beta}, it must be above 0 and below 1")
-    readout = Readout(weight, bias, transform, temperature, num_valid, chunk_positions)
+    readout = Readout(weight, bias, transform, temperature, num_valid, chunk_positions, low_rank)
     target = SparseTarget.of(
         hidden,
         readout,

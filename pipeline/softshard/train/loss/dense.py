@@ -1,7 +1,7 @@
 """Forward KL over the whole vocabulary to a frozen base that shares the output layer.
 
-In: hidden states of the model and of its base, one output layer. Out: the KL summed over positions, with the gradient
-of the model's hidden states.
+In: hidden states of the model and of its base, one output layer, and what an adapter adds to the model's. Out: the KL
+summed over positions, with the gradients of the model's hidden states and of the adapter's halves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softshard.decoder import PLAIN_LOGITS, LogitTransform
+from softshard.decoder import PLAIN_LOGITS, LogitTransform, LowRank
 from softshard.train.loss.projection import Buffers, Readout, accumulation, positions_with_weight, projected
 
 __all__ = ["dense_kl"]
@@ -27,15 +27,17 @@ def dense_kl(
     bias: Tensor | None = None,
     position_weights: Tensor | None = None,
     transform: LogitTransform = PLAIN_LOGITS,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
-    """KL(base || model) over the whole vocabulary, summed over positions; gradients reach `hidden` alone.
+    """KL(base || model) over the whole vocabulary, summed over positions; gradients reach `hidden` and `low_rank`.
 
-    `base_hidden` [N, d] goes through the same output matrix, bias and transform; other arguments as in `sparse_kl`.
+    `base_hidden` [N, d] goes through the same output matrix, bias and transform, without `low_rank`, which is the
+    model's alone; other arguments as in `sparse_kl`.
 
     Raises:
         ValueError: sizes that do not fit together, or an output matrix that is trained, which the base does not share.
     """
-    readout = Readout(weight, bias, transform, 1.0, num_valid, chunk_positions)
+    readout = Readout(weight, bias, transform, 1.0, num_valid, chunk_positions, low_rank)
     readout.check(hidden)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("the output layer is trained, so it is not the base's")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softshard.decoder import PLAIN_LOGITS, LogitTransform
+from softshard.decoder import PLAIN_LOGITS, LogitTransform, LowRank
 from softshard.train.loss.cells import Cells
 from softshard.train.loss.entries import ChunkEntries, SparseTarget
 from softshard.train.loss.projection import Readout, projected
@@ -35,6 +35,7 @@ def sparse_kl(
     entry_in_head: Tensor | None = None,
     transform: LogitTransform = PLAIN_LOGITS,
     temperature: float = 1.0,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """KL(target || model), up to the target's own entropy, summed over positions.
 
@@ -63,11 +64,12 @@ def sparse_kl(
         entry_in_head: [E] bool, the entries that the ghost token does not stand for; None: all of them.
         transform: from the output layer's product to the logits.
         temperature: T.
+        low_rank: what an adapter of the output layer adds to the product, [N, r] features and [V, r] factor.
 
     Raises:
         ValueError: sizes that do not fit together, or an id that is not below `num_valid`.
     """
-    readout = Readout(weight, bias, transform, temperature, num_valid, chunk_positions)
+    readout = Readout(weight, bias, transform, temperature, num_valid, chunk_positions, low_rank)
     target = SparseTarget.of(
         hidden,
         readout,
