@@ -20,7 +20,7 @@ from softshard.target.types import TokenSequence
 from softshard.teacher.documents import DOCUMENTS_FILE
 from softshard.teacher.record import LOG_FILE, AdapterReceipt, adapter_folder
 from softshard.train.checkpoint import Checkpoint
-from softshard.train.loop import Step, fine_tune
+from softshard.train.loop import FineTuned, Step, fine_tune
 from softshard.train.lora import adapter_digest, save_adapter
 from softshard.train.stream import TextBatches
 
@@ -119,6 +119,14 @@ def train_fold(
         identity=plan.adapter_id,
         on_step=on_step,
     )
+    receipt = _save(plan, sequences, tuned, documents=documents, store=store)
+    checkpoint.remove()
+    return receipt
+
+
+def _save(
+    plan: FoldPlan, sequences: Sequence[TokenSequence], tuned: FineTuned, *, documents: bytes, store: Store
+) -> AdapterReceipt:
     weights = save_adapter(tuned.model, base_model=plan.model)
     files = {**weights, DOCUMENTS_FILE: documents}
     for name, content in files.items():
@@ -137,5 +145,4 @@ def train_fold(
     log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
     store.replace(f"{plan.folder}/{LOG_FILE}", log.encode())
     store.put_once(f"{plan.folder}/receipt.json", canonical_json(receipt))
-    checkpoint.remove()
     return receipt

@@ -97,9 +97,8 @@ def fine_tune(
         seed: of the adapter's first weights and of its dropout.
         num_valid: vocabulary of the data.
         identity: names what the arguments do not: the base model's weights above all.
-        lora: shape of the adapter, of whichever kind.
+        lora, adapter: shape and kind of the adapter.
         objective: how the model is compared with the targets.
-        adapter: its kind.
         on_step: called after each step, when it is complete.
 
     Raises:
@@ -107,22 +106,19 @@ def fine_tune(
         TrainingDiverged, StorageFull: a loss or gradient is not finite; no space for the checkpoint.
     """
     total_steps = max(1, round(optimizer.epochs * batches.batches_per_epoch(0)))
-    kept = retention if retention is not None and retention.weight > 0 else None
+    retention = retention if retention is not None and retention.weight > 0 else None
     # A model that cannot be trained is refused before it is changed; with its adapter it may be read in another way.
     Decoder.of(model.eval())
     settings: list[Any] = [adapter, lora, optimizer.model_dump(exclude={"checkpoint_steps"}), asdict(objective), seed]
-    settings += [num_valid, chunk_positions, total_steps, _named(batches), _kept(kept)]
+    settings += [num_valid, chunk_positions, total_steps, _named(batches), _kept(retention)]
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed_of("softshard.dropout", seed))
         adapted = attach_adapter(model, adapter, lora, seed=seed)
-        decoder = Decoder.of(adapted.eval())
-        _only_adapter_drops(adapted)
         training = _Training(
             model=adapted,
-            decoder=decoder,
             batches=batches,
             settings=optimizer,
-            retention=kept,
+            retention=retention,
             objective=objective,
             num_valid=num_valid,
             chunk_positions=chunk_positions,
@@ -160,7 +156,6 @@ class _Training:
         self,
         *,
         model: PeftModel | OutputAdapted,
-        decoder: Decoder,
         batches: BatchSource,
         settings: OptimizerSettings,
         retention: Retention | None,
@@ -171,7 +166,8 @@ class _Training:
         checkpoint: Checkpoint | None,
         identity: str,
     ) -> None:
-        self._model, self._decoder = model, decoder
+        self._model, self._decoder = model, Decoder.of(model.eval())
+        _only_adapter_drops(model)
         self._batches, self._retention, self._settings = batches, retention, settings
         self._objective = objective
         self._num_valid, self._chunk_positions, self._total_steps = num_valid, chunk_positions, total_steps

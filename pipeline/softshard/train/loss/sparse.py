@@ -60,9 +60,8 @@ def sparse_kl(
         position_weights: [N]; None: all 1. Positions of weight 0 cost nothing and are not looked at.
         num_valid: vocabulary of the data; logits from there on are padding and left out.
         chunk_positions: positions whose logits exist at one time.
-        bias: [V] of the output layer.
+        bias, transform: [V] of the output layer; from its product to the logits.
         entry_in_head: [E] bool, the entries that the ghost token does not stand for; None: all of them.
-        transform: from the output layer's product to the logits.
         temperature: T.
         low_rank: what an adapter of the output layer adds to the product, [N, r] features and [V, r] factor.
 
