@@ -191,7 +191,7 @@ def _(place):
 def _(place):
     """a token outside the vocabulary
     999,999 as a token of the text; receipt and manifest vouch for it
-    OUT/targets/data/train/part-00000-….parquet: sequence …: a token of the text lies outside the vocabulary
+    OUT/targets/data/train/part-00000-….parquet: sequence …: a token of the text lies outside the vocabulary …
     """
     vouched(place, with_row(lambda row, metadata: row["token_ids"].__setitem__(0, 999_999)))
 

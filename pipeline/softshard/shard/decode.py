@@ -103,14 +103,13 @@ class Decoder:
             rows.append((TokenSequence(**own, token_ids=row.pop("token_ids")), SequenceTargets(**row)))
         return rows
 
-    def _check_bounds(self, numbers: NDArray[np.int32]) -> None:
-        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self._by_rank):
-            problem = f"a token lies outside the vocabulary of {len(self._by_rank)}"
-            raise PartCorrupt(uri=self._uri, problem=problem)
-
     def _lists(self, batch: pa.RecordBatch) -> _Lists:
         lists = _Lists.of(batch, draws=self.metadata.draws, uri=self._uri)
-        self._check_bounds(lists.flat["token_ids"])
+        tokens, size = lists.flat["token_ids"], len(self._by_rank)
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+            place = int(np.argmax((tokens < 0) | (tokens >= size)))
+            row = int(np.searchsorted(offsets_of(lists.lengths["token_ids"]), place, side="right")) - 1
+            raise _corrupt(batch, row, f"a token of the text lies outside the vocabulary of {size}", uri=self._uri)
         return lists
 
     def _logprobs(self, lists: _Lists) -> NDArray[np.float32]:
@@ -120,7 +119,9 @@ class Decoder:
 
     def _ids(self, ranks: NDArray[np.int32]) -> NDArray[np.int32]:
         """Ids of ranks. A sum that left int32 has passed a rank outside the vocabulary, so the bounds see it."""
-        self._check_bounds(ranks)
+        if len(ranks) and not 0 <= int(ranks.min()) <= int(ranks.max()) < len(self._by_rank):
+            problem = f"an entry lies outside the vocabulary of {len(self._by_rank)}"
+            raise PartCorrupt(uri=self._uri, problem=problem)
         # Clipping does nothing to ranks in bounds, and spares them a second check.
         return np.take(self._by_rank, ranks, mode="clip")
 
@@ -155,6 +156,13 @@ def decode_batch(
     return Decoder(metadata, uri=uri).rows(batch)
 
 
+def _corrupt(batch: pa.RecordBatch, row: int | None, what: str, *, uri: str) -> PartCorrupt:
+    """What to raise of a row of a batch; no row where none is to blame."""
+    known = "sequence_id" in batch.schema.names
+    who = f"sequence {batch.column('sequence_id')[row].as_py()}: " if known and row is not None else ""
+    return PartCorrupt(uri=uri, problem=who + what)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Lists:
     """The lists of a record batch as they are stored, end to end; they are known to fit together."""
@@ -177,10 +185,7 @@ class _Lists:
             draws=draws,
         )
         if (problem := lists._problem()) is not None:
-            row, what = problem
-            known = "sequence_id" in batch.schema.names
-            who = f"sequence {batch.column('sequence_id')[row].as_py()}: " if known and row is not None else ""
-            raise PartCorrupt(uri=uri, problem=who + what)
+            raise _corrupt(batch, *problem, uri=uri)
         return lists
 
     def _problem(self) -> tuple[int | None, str] | None:

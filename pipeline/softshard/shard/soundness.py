@@ -33,22 +33,19 @@ def problems_of(draws: Sequence[Block], *, sequence_ids: Sequence[str], metadata
     first = draws[0]
     owner = np.repeat(np.arange(len(sequence_ids)), first.lengths - first.first_labels)
 
-    def note(bad: NDArray[np.bool_], of: NDArray[np.int64], problem: str) -> None:
-        for row in np.unique(of[bad]).tolist():
+    def note(bad: NDArray[np.bool_], problem: str) -> None:
+        for row in np.unique(owner[bad]).tolist():
             found.setdefault(row, problem)
 
-    outside = (first.token_ids < 0) | (first.token_ids >= metadata.vocab_size)
-    row_of_token = np.repeat(np.arange(len(sequence_ids)), first.lengths)
-    note(outside, row_of_token, "a token of the text lies outside the vocabulary")
     finite = np.isfinite(first.targets.label_logprob) & (first.targets.label_logprob <= 0)
-    note(~finite, owner, "a label has a log-probability above 0, or none")
+    note(~finite, "a label has a log-probability above 0, or none")
     most = np.log(metadata.vocab_size) + LOGPROB_GRID
     possible = (first.targets.entropy >= 0) & (first.targets.entropy <= most)
-    note(~possible, owner, "an entropy is not one of a distribution over the vocabulary")
+    note(~possible, "an entropy is not one of a distribution over the vocabulary")
     for block in draws:
         twice, wrong = _check_entries(block.targets, metadata)
-        note(twice, owner, "a label holds a token twice")
-        note(wrong, owner, "a label has a mass that is not 1")
+        note(twice, "a label holds a token twice")
+        note(wrong, "a label has a mass that is not 1")
     return [f"sequence {sequence_ids[row]}: {found[row]}" for row in sorted(found)]
 
 
