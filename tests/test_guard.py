@@ -10,11 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from softshard import weight_of_step
 from softshard.cli import main
+from softshard.decoder import Decoder
 from softshard.errors import AuthorDominates, BalanceImpossible
 from softshard.jobfile import load_job
+from softshard.models import load_model
 from softshard.run.feed import check_authors, open_feed
 from softshard.run.job import STAGES, run_job
 from softshard.run.workspace import open_workspace
@@ -24,6 +28,7 @@ from softshard.storage import LocalStore
 from softshard.telemetry import SilentReporter
 from softshard.train.filters import RowFilter
 from softshard.train.groups import balanced
+from softshard.train.objective import CROSS_ENTROPY
 
 
 @pytest.fixture
@@ -95,6 +100,24 @@ def test_the_loss_has_the_shares_that_were_asked_for(changed, finished):
         batches = only.dataset(workspace, alpha=0.5, optimizer=job.train.optimizer)
         weight = sum(float(batch.position_weights.sum()) for batch in batches)
         assert weight / total == pytest.approx(share, rel=1e-5)
+
+
+def test_a_batch_of_one_group_alone_keeps_the_weight_of_its_group(changed, finished, tiny_model):
+    """The loss is a mean over labels, and a weight that all labels of a batch share must not cancel in it."""
+    wanted = {"author 0": 0.2, "author 1": 0.5, "author 2": 0.3}
+    job, workspace, feed = feed_of(changed(balance={"shares": wanted}))
+    decoder = Decoder.of(load_model(tiny_model, dtype=torch.float32, device="cpu"))
+    (whole,) = feed.sets
+    counts = labels_by_author(finished)
+    sizes = {"num_valid": whole.targets.manifest.vocab_size, "chunk_positions": 64}
+    for author, share in wanted.items():
+        own = replace(whole, targets=replace(whole.targets, where=RowFilter(group=(author,))))
+        data = replace(feed, sets=(own,)).dataset(workspace, alpha=0.5, optimizer=job.train.optimizer)
+        batch = next(iter(data))
+        plain = replace(batch, position_weights=torch.ones_like(batch.position_weights), counted=None)
+        ratio = CROSS_ENTROPY.loss(decoder, batch, **sizes) / CROSS_ENTROPY.loss(decoder, plain, **sizes)
+        assert float(ratio) == pytest.approx(share * sum(counts.values()) / counts[author], rel=1e-5)
+        assert float(weight_of_step(batch.features())) == len(batch.labels)
 
 
 def test_the_card_has_the_groups_the_rights_and_what_was_measured(changed, finished):

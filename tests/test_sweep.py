@@ -60,7 +60,9 @@ def test_the_reports_adapter_is_the_chosen_one_and_its_cost_is_that_of_the_table
 
 def test_the_table_stands_in_the_report_the_status_and_the_summary(swept, capsys):
     path, outcome = swept
-    assert "Trainings of the sweep" in (path.parent / "out" / "report" / "index.html").read_text()
+    page = (path.parent / "out" / "report" / "index.html").read_text()
+    assert "Trainings of the sweep" in page
+    assert "trainings on this very hold-out, which favours it" in page
     assert main(["status", outcome.out]) == 0
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if line.startswith(("*", "  ")) and "0.5" in line]

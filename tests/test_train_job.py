@@ -32,6 +32,17 @@ def other(tiny_job, tmp_path_factory):
     return folder / "out"
 
 
+def test_another_set_that_trains_on_the_jobs_hold_out_is_refused(tiny_job, changed, tmp_path):
+    """The same documents, of which another seed holds out others."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    job = load_job(tiny_job(folder, name="elsewhere", seed=7, teacher={"folds": 0}))
+    run_job(job, SilentReporter(), stages=TRAIN[:3])
+    path = changed(targets={"others": [{"out": str(folder / "out")}]})
+    with pytest.raises(BlendInvalid, match="documents that this job holds out and is measured on"):
+        trained(path)
+
+
 @pytest.fixture
 def changed(finished, tmp_path):
     """A copy of the finished output, and the job file of it with other settings of its training and no baseline."""

@@ -301,7 +301,8 @@ class AuthorDominates(DataInvalid):
         self.author, self.share, self.cap = author, share, cap
         super().__init__(
             f"train.author_cap: author {author!r} has {share:.1%} of the train tokens, at most {cap:.1%} may be one"
-            " author's; add other writing, or name the author in the `consent` of the source if there is consent"
+            " author's; add other writing, name the author in the `consent` of the source if there is consent, or leave"
+            " `group_field` out where it does not name authors"
         )
 
 

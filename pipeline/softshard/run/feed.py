@@ -7,6 +7,7 @@ consent stands in the `job.yaml` of each output, and where there is none, nobody
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,6 +114,7 @@ def open_feed(workspace: Workspace, manifest: Manifest) -> Feed:
     )
     more = settings.targets
     sets = [own, *_others(workspace, manifest)]
+    _refuse_holdout(own, sets[1:])
     if more is not None and more.how == "blend" and own.weight == 0:
         first = replace(sets[1].targets, where=own.targets.where)
         sets[1] = replace(sets[1], targets=first)
@@ -124,6 +126,20 @@ def open_feed(workspace: Workspace, manifest: Manifest) -> Feed:
     balance = balanced(tally, column=asked.column, shares=asked.shares, clip=asked.clip)
     weighed = [replace(one, targets=replace(one.targets, groups=balance.weights)) for one in feed.sets]
     return replace(feed, sets=tuple(weighed), balance=balance)
+
+
+def _refuse_holdout(own: FeedSet, others: Sequence[FeedSet]) -> None:
+    """Refuse sets that would train on what the job measures on. Raises BlendInvalid."""
+    if not others:
+        return
+    held = set(tally_groups(replace(own.targets, split="test", where=RowFilter()), "document_id"))
+    for one in others:
+        if known := held & set(tally_groups(one.targets, "document_id")):
+            problem = (
+                f"its train split has {len(known)} of the {len(held)} documents that this job holds out and is measured"
+                " on; give both jobs the same `seed` and `corpus.holdout_fraction`"
+            )
+            raise BlendInvalid(uri=one.targets.store.uri, problem=problem)
 
 
 def _others(workspace: Workspace, manifest: Manifest) -> list[FeedSet]:

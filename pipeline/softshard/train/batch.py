@@ -27,7 +27,15 @@ from softshard.train.mixed import LabelWeights, MixedRow, Mixing, mixed_rows, te
 
 __all__ = ["TARGET_NAMES", "Batch", "collate", "collate_mixed", "collate_text"]
 
-TARGET_NAMES = ("entry_ids", "entry_weights", "entry_offsets", "entry_in_head", "tail_mass", "position_weights")
+TARGET_NAMES = (
+    "entry_ids",
+    "entry_weights",
+    "entry_offsets",
+    "entry_in_head",
+    "tail_mass",
+    "position_weights",
+    "counted",
+)
 """Of a batch's tensors, those that are arguments of a loss."""
 
 
@@ -61,6 +69,9 @@ class Batch:
     """[N] float32 mass of the ghost token; None without one."""
     position_weights: Tensor
     """[N] float32."""
+    counted: Tensor | None
+    """[N] float32, what the mean over labels counts them as where that is not their weight: groups have weights that
+    are to change their share of the whole, and not of the batch that they are in alone."""
     num_tokens: int
     """Tokens without padding; 0 in a batch of weight zero."""
     cursor: tuple[int, int] | None = None
@@ -111,7 +122,8 @@ class Batch:
 
     def without_weight(self) -> Batch:
         """The same batch with weights of zero, for a rank that has none of its own in the last round of an epoch."""
-        return replace(self, position_weights=torch.zeros_like(self.position_weights), num_tokens=0)
+        none = torch.zeros_like(self.position_weights)
+        return replace(self, position_weights=none, counted=None, num_tokens=0)
 
     def _with_tensors(self, change: Any) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -181,6 +193,7 @@ def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token:
         entry_in_head=None if tail is None else _in_head(offsets, own_token=own_token),
         tail_mass=None if tail is None else torch.from_numpy(tail),
         position_weights=_position_weights(rows, len(positions)),
+        counted=None if rows[0].counted is None else torch.from_numpy(np.concatenate([row.counted for row in rows])),
         num_tokens=total,
     )
 

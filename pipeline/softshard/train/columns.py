@@ -35,7 +35,7 @@ def target_rows(
 
     `input_ids` [L]; `first_label`; of P labels `entry_counts` [P] and their `entry_ids`, `entry_weights` [E], the
     label's own token first where `own_token`; `tail_mass` [P] where there is a ghost token; `position_weights` [P]
-    where they are not all 1.
+    where they are not all 1, and `counted` [P] where groups have weights.
 
     Raises:
         CorpusEmpty, NothingPasses, PartCorrupt: as `SoftLabelDataset`.
@@ -51,6 +51,7 @@ def target_rows(
             "entry_weights": row.entry_weights,
             "tail_mass": row.tail_mass,
             "position_weights": row.position_weights,
+            "counted": row.counted,
         }
         yield {name: value for name, value in columns.items() if value is not None}
 
@@ -87,6 +88,7 @@ class SoftLabelCollator:
                 np.asarray(row["entry_weights"], dtype=np.float32),
                 _floats(row, "tail_mass"),
                 _floats(row, "position_weights"),
+                _floats(row, "counted"),
             )
             for row in features
         ]

@@ -50,8 +50,9 @@ class Balance:
 
     @property
     def weights(self) -> GroupWeights:
-        """What a target set takes."""
-        return GroupWeights(column=self.column, weights={one.group: one.weight for one in self.groups})
+        """What a target set takes: the weights over their mean, so that they leave the size of the loss as it is."""
+        mean = sum(one.weight * one.share_before for one in self.groups)
+        return GroupWeights(column=self.column, weights={one.group: one.weight / mean for one in self.groups})
 
 
 def tally_groups(targets: TargetSet, column: str) -> Tally:

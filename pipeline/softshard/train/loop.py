@@ -94,8 +94,7 @@ def fine_tune(
     Args:
         model: causal language model without an adapter, on its device; its own dropout stays off.
         batches: one a step, from the state they are in when a training starts anew.
-        seed: of the adapter's first weights and of its dropout.
-        num_valid: vocabulary of the data.
+        seed, num_valid: of the adapter's first weights and of its dropout; vocabulary of the data.
         identity: names what the arguments do not: the base model's weights above all.
         lora, adapter: shape and kind of the adapter.
         objective: how the model is compared with the targets.

@@ -39,6 +39,8 @@ class MixedRow(NamedTuple):
     """[P] mass of the ghost token; None without one."""
     position_weights: NDArray[np.float32] | None
     """[P]; None: all 1."""
+    counted: NDArray[np.float32] | None = None
+    """[P] the same without the weight of the sequence's group; None: as they are."""
 
 
 _Points = tuple[tuple[float, float], ...]
@@ -168,7 +170,7 @@ def weighed(
         return
     for number, row in zip(numbers, rows, strict=True):
         own = np.ones(len(row.counts), dtype=np.float32) if row.position_weights is None else row.position_weights
-        yield row._replace(position_weights=own * factors[number])
+        yield row._replace(position_weights=own * factors[number], counted=own)
 
 
 def text_row(sequence: TokenSequence) -> MixedRow:

@@ -50,7 +50,7 @@ class Objective:
         chunk_positions: int,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        """Mean loss over labels by their weights, in nats, 0 where all are 0.
+        """Mean loss over labels by their weights, in nats, 0 where all are 0; weights of groups count in the sum alone.
 
         The forward one is the KL to the target plus the target's entropy, which no model can change, and so has the
         KL's gradient; the others are the divergences themselves.
@@ -90,8 +90,9 @@ class Objective:
 
         Of the decoder it uses the output layer, to whose product `low_rank` is added.
         """
+        counted = targets.get("counted")
         target: dict[str, Any] = {
-            **targets,
+            **{name: item for name, item in targets.items() if name != "counted"},
             "bias": decoder.bias,
             "transform": decoder.transform,
             "temperature": self.temperature,
@@ -107,7 +108,9 @@ class Objective:
                 target["tail_mass"] = target["tail_mass"].clamp(min=MASS_GRID / 4)
             kind, beta = self.divergence, self.jsd_beta
             total = sparse_divergence(hidden, decoder.weight, divergence=kind, jsd_beta=beta, **target)
-        return total / (divisor_of(target["position_weights"]) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            num_items_in_batch = divisor_of(target["position_weights"] if counted is None else counted)
+        return total / num_items_in_batch
 
 
 CROSS_ENTROPY = Objective()
@@ -115,8 +118,8 @@ CROSS_ENTROPY = Objective()
 
 
 def mean_divisor(batch: Batch) -> Tensor:
-    """What makes a sum over a batch's labels their mean: the sum of their weights, 1 where all are 0."""
-    return divisor_of(batch.position_weights)
+    """What makes a sum over a batch's labels their mean: the sum of what they count as, 1 where that is 0."""
+    return divisor_of(batch.position_weights if batch.counted is None else batch.counted)
 
 
 def divisor_of(position_weights: Tensor) -> Tensor:

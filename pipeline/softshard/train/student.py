@@ -64,7 +64,7 @@ def weight_of_step(*batches: Mapping[str, Any]) -> Tensor:
     Args:
         batches: features of this rank's batches of the step, as many as gradients are accumulated over.
     """
-    weight = torch.stack([batch["position_weights"].sum() for batch in batches]).sum()
+    weight = torch.stack([batch.get("counted", batch["position_weights"]).sum() for batch in batches]).sum()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(weight)
     return torch.where(weight > 0, weight, 1.0)

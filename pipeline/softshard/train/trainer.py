@@ -103,7 +103,8 @@ class SoftLabelTraining:
         """Batches of a step, and the weight of their labels over all processes, which need not be a whole number."""
         parent: Any = super()
         batches, _ = parent.get_batch_samples(epoch_iterator, num_batches, device)
-        moved = [{"position_weights": batch["position_weights"].to(device)} for batch in batches]
+        weights = (batch.get("counted", batch["position_weights"]) for batch in batches)
+        moved = [{"position_weights": one.to(device)} for one in weights]
         return batches, weight_of_step(*moved) if moved else None
 
     def compute_loss(
