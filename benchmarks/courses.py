@@ -140,7 +140,7 @@ def _job(out: Path, text: Path, model: Path, *, style: str, folds: int, size: Si
             "lora": LORA,
             "optimizer": {"learning_rate": 1e-3, "epochs": size.teacher_epochs, "batch_tokens": 1024},
             "dtype": "float32",
-            "training_dtype": "float32",
+            "training_dtype": "bfloat16",
         },
         "target": {"kind": "threshold", "tau": 1 / 24},
         "cluster": {"workers": 2},

@@ -48,7 +48,7 @@ class Plan:
 
 
 _FULL = Plan(
-    size=Size(num_documents=64, document_characters=2_600, teacher_epochs=2, epochs=3),
+    size=Size(num_documents=48, document_characters=2_400, teacher_epochs=2, epochs=3),
     courses=("literary", "conversational"),
     students=("same", "smaller"),
     learning_rates={"same": (5e-4, 1e-3, 2e-3), "smaller": (1e-3, 2e-3, 4e-3)},

@@ -1,0 +1,206 @@
+"""Does a student that is trained from stored targets end where one ends that asks its teacher at each step?
+
+A literary text under the adapters of two folds, as in `dft.py`. Two trainings begin alike and take the same batches in
+the same order. One reads the targets that a job stored (threshold sampling, tau = 1/24, one draw, the same in every
+epoch); the other runs the teacher of each sequence's fold beside the student and takes its whole distribution, all of
+the vocabulary, with the same weight of the person's own token. Before that, what the live teachers say of the people's
+own tokens is held against what the parts have stored of them. Differences of the hold-out's loss are paired by seed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from courses import MODEL, Course, Size, open_course
+from harness import Options, Result, require, run, say, say_table
+from softshard.decoder import Decoder
+from softshard.models import load_model
+from softshard.run.adapters import named_teacher
+from softshard.shard.read import read_rows
+from softshard.storage import open_store
+from softshard.train.batch import Batch, collate
+from softshard.train.lora import load_adapter
+from softshard.train.objective import Objective, hidden_states, mean_divisor, mixed_precision
+from trials import PRECISION, Records, School, Trial
+
+_TEACHER = "k2"
+_MOST_OFF = 0.1
+"""Nats, in the mean over labels: the grid of stored log-probabilities is 1/16, and stored ones are of float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    size: Size
+    alphas: tuple[float, ...]
+    seeds: int
+    learning_rate: float = 1e-3
+
+
+_FULL = Plan(
+    size=Size(num_documents=48, document_characters=2_400, teacher_epochs=2, epochs=2), alphas=(0.0, 0.5), seeds=3
+)
+_QUICK = Plan(size=Size(num_documents=12, document_characters=900, teacher_epochs=1, epochs=1), alphas=(0.5,), seeds=1)
+
+
+class FoldTeachers:
+    """The model that scored the targets of a course, with the adapters of all folds, in memory."""
+
+    def __init__(self, course: Course, model: Path) -> None:
+        targets = course.targets(_TEACHER)
+        manifest, out = targets.manifest, course.outputs[_TEACHER]
+        adapters = named_teacher(open_store(str(out)).below("teacher"), manifest.teacher["adapters"]).adapters
+        base: Any = load_model(model, dtype=PRECISION, device="cpu")
+        for receipt in adapters:
+            base = load_adapter(base, out / "teacher" / receipt.folder, adapter_name=str(receipt.fold), device="cpu")
+        self._model = base.eval().requires_grad_(requires_grad=False)
+        self._fold_of = {
+            sequence.token_ids.tobytes(): receipt.fold
+            for receipt in manifest.of_split("train")
+            for (sequence, _), _ in read_rows(targets.store, receipt)
+        }
+
+    @torch.no_grad()
+    def distributions(self, batch: Batch, num_valid: int) -> Tensor:
+        """[N, V] float32 probabilities at the batch's positions, each of the teacher of its sequence's fold."""
+        folds = torch.tensor([self._fold(row) for row in self._rows(batch)])
+        of_label = folds[batch.positions // batch.input_ids.shape[1]]
+        whole = torch.empty((len(batch.labels), num_valid))
+        for fold in folds.unique().tolist():
+            self._model.set_adapter(str(fold))
+            decoder = Decoder.of(self._model)
+            chosen = of_label == fold
+            states = hidden_states(decoder, batch)[chosen]
+            with mixed_precision(decoder):
+                whole[chosen] = torch.softmax(decoder.logits(states)[:, :num_valid].float(), 1)
+        return whole
+
+    def _rows(self, batch: Batch) -> list[Tensor]:
+        if batch.attention_mask is None:
+            raise ValueError("the batch is packed")
+        lengths = batch.attention_mask.sum(1).tolist()
+        return [row[:length] for row, length in zip(batch.input_ids, lengths, strict=True)]
+
+    def _fold(self, row: Tensor) -> int:
+        return self._fold_of[row.numpy().astype(np.int32).tobytes()]
+
+
+class LiveTeacher(Objective):
+    """Cross-entropy to alpha on the label and the rest as the teachers have it now, whatever the batch has stored."""
+
+    def __init__(self, teachers: FoldTeachers, *, alpha: float) -> None:
+        super().__init__()
+        self._teachers, self._alpha = teachers, alpha
+
+    def loss(
+        self,
+        decoder: Decoder,
+        batch: Batch,
+        *,
+        num_valid: int,
+        chunk_positions: int,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:
+        wanted = (1 - self._alpha) * self._teachers.distributions(batch, num_valid)
+        wanted[torch.arange(len(wanted)), batch.labels] += self._alpha
+        logits = decoder.logits(hidden_states(decoder, batch))[:, :num_valid].float()
+        losses = -(wanted * torch.log_softmax(logits, 1)).sum(1)
+        total = (losses * batch.position_weights).sum()
+        return total / (mean_divisor(batch) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _check(course: Course, teachers: FoldTeachers) -> None:
+    """The live teachers are those of the stored targets: a part of each fold has the same loss on its labels."""
+    targets = course.targets(_TEACHER)
+    firsts = {receipt.fold: receipt for receipt in reversed(targets.manifest.of_split("train"))}
+    for fold, receipt in sorted(firsts.items()):
+        rows = list(read_rows(targets.store, receipt))[:4]
+        scored = torch.from_numpy(np.concatenate([stored.label_logprob for (_, stored), _ in rows])).double()
+        metadata = rows[0][1]
+        batch = collate([row for row, _ in rows], metadata=metadata, alpha=0.0, truncated="ghost")
+        live = teachers.distributions(batch, metadata.vocab_size)
+        logprobs = live[torch.arange(len(live)), batch.labels].double().log()
+        off = float((logprobs - scored).abs().mean())
+        require(
+            off < _MOST_OFF, f"fold {fold}: live log-probabilities of labels are the stored ones, {off:.3f} nats off"
+        )
+
+
+def measure(options: Options) -> Result:
+    plan = _QUICK if options.quick else _FULL
+    course = open_course("literary", plan.size, (_TEACHER,), options.cache)
+    school = School(
+        course=course,
+        student="same",
+        epochs=plan.size.epochs,
+        cache=options.cache,
+        records=Records(None),
+        say=say,
+    )
+    teachers = FoldTeachers(course, options.cache / MODEL)
+    _check(course, teachers)
+    rows = [
+        _pair(
+            school,
+            teachers,
+            Trial(method="dft", teacher=_TEACHER, alpha=alpha, learning_rate=plan.learning_rate, seed=seed),
+        )
+        for alpha in plan.alphas
+        for seed in range(plan.seeds)
+    ]
+    base = school.score(school.train(Trial(method="base")).model, half=1).human_nll_nats
+    say_table(
+        ("alpha, seed", "stored", "online", "difference", "online/stored s"),
+        [
+            (
+                f"{row['alpha']:g}, {row['seed']}",
+                f"{row['stored_nll']:.4f}",
+                f"{row['online_nll']:.4f}",
+                f"{row['stored_nll'] - row['online_nll']:+.4f}",
+                f"{row['online_s'] / row['stored_s']:.2f}",
+            )
+            for row in rows
+        ],
+    )
+    return Result(figures=_figures(rows, base, plan.alphas), details={"rows": rows})
+
+
+def _pair(school: School, teachers: FoldTeachers, trial: Trial) -> dict[str, float]:
+    found: dict[str, float] = {"alpha": trial.alpha, "seed": trial.seed}
+    for name, objective in (("stored", None), ("online", LiveTeacher(teachers, alpha=trial.alpha))):
+        started = time.monotonic()
+        trained = school.train(trial, objective)
+        found[f"{name}_s"] = time.monotonic() - started
+        found[f"{name}_nll"] = school.score(trained.model, half=1).human_nll_nats
+    return found
+
+
+def _figures(rows: Sequence[Mapping[str, float]], base: float, alphas: Sequence[float]) -> dict[str, Any]:
+    """`stored_minus_online` is the mean over seeds of the weight where it is largest in size."""
+
+    def gap(alpha: float) -> float:
+        return statistics.mean(row["stored_nll"] - row["online_nll"] for row in rows if row["alpha"] == alpha)
+
+    gaps = {alpha: gap(alpha) for alpha in alphas}
+    return {
+        "base_nll": round(base, 4),
+        "stored_nll": round(statistics.mean(row["stored_nll"] for row in rows), 4),
+        "online_nll": round(statistics.mean(row["online_nll"] for row in rows), 4),
+        "stored_minus_online": round(max(gaps.values(), key=abs), 4),
+        **{f"stored_minus_online_alpha_{alpha:g}": round(value, 4) for alpha, value in gaps.items()},
+        "largest_difference_of_a_seed": round(max(abs(row["stored_nll"] - row["online_nll"]) for row in rows), 4),
+        "online_time_over_stored": round(sum(r["online_s"] for r in rows) / sum(r["stored_s"] for r in rows), 2),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run("online", measure, description="Training from stored targets beside training with a live teacher."))
