@@ -80,7 +80,10 @@ class Trial:
 
 
 class Records:
-    """Finished trials, a line each, in a file that only grows; in memory alone where there is no file."""
+    """Finished trials, a line each, in a file that only grows; in memory alone where there is no file.
+
+    Processes may share the file if no two of them have the same school: each knows what was there when it began.
+    """
 
     def __init__(self, file: Path | None) -> None:
         self._file = file

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softshard.cli import main
@@ -15,6 +16,7 @@ from softshard.models import load_model
 from softshard.run.export import export_model
 from softshard.run.job import run_job
 from softshard.storage import sha256_of
+from softshard.teacher.merged import CANARY_TEXT
 from softshard.telemetry import SilentReporter
 from softshard.train.adapter import load_adapter
 
@@ -57,6 +59,7 @@ def test_an_exported_model_is_the_base_with_its_adapter(done, tiny_model, tmp_pa
     assert code == 0
     assert said["canary_kl_nats"] > 0
     assert said["merge_difference"] <= 1e-4
+    assert said["rounding_kl_nats"] < 1e-6
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     base = load_model(tiny_model, dtype=torch.float32, device="cpu")
     before = logits(base)
@@ -75,14 +78,20 @@ def test_an_exported_model_is_the_base_with_its_adapter(done, tiny_model, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_the_weights_are_of_the_bases_type_unless_float32_is_asked_for(finished, tiny_model, tmp_path):
-    out = shutil.copytree(finished, tmp_path / "out")
-    half = tmp_path / "half"
+def halved(out, tiny_model, folder):
+    """Folder of the model in bfloat16, of which the output's job is now."""
+    half = folder / "half"
     load_model(tiny_model, dtype=torch.bfloat16, device="cpu").save_pretrained(half)
     for file in tiny_model.glob("tokenizer*"):
         shutil.copyfile(file, half / file.name)
     job = (out / "job.yaml").read_text()
     (out / "job.yaml").write_text(job.replace(str(tiny_model), str(half)))
+    return half
+
+
+def test_the_weights_are_of_the_bases_type_unless_float32_is_asked_for(finished, tiny_model, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    halved(out, tiny_model, tmp_path)
     for choice, expected in (("base", torch.bfloat16), ("float32", torch.float32)):
         export_model(str(out), tmp_path / choice, dtype=choice)
         kinds = {item.dtype for item in load_file(tmp_path / choice / "model.safetensors").values()}
@@ -140,6 +149,35 @@ def test_an_adapter_that_changes_nothing_is_not_exported(finished, tmp_path, cap
     assert main(["export", str(out), "--to", str(tmp_path / "model")]) == 3
     assert "the adapter changes nothing" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+def test_what_rounding_leaves_of_an_adapter_is_said(finished, tiny_model, tmp_path):
+    half = halved(out := changed(finished, tmp_path, 1.0), tiny_model, tmp_path)
+    said = export_model(str(out), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = torch.tensor([tokenizer.encode(CANARY_TEXT)[:64]])
+
+    def distribution(model):
+        with torch.no_grad():
+            return model(input_ids=ids).logits[0, :, : len(tokenizer)].double().log_softmax(1)
+
+    base = load_model(half, dtype=torch.float32, device="cpu")
+    before = distribution(base)
+    adapted = distribution(load_adapter(base, adapter_folder(out), device="cpu"))
+    written = distribution(load_model(tmp_path / "model", dtype=torch.float32, device="cpu"))
+    mean = {"reduction": "batchmean", "log_target": True}
+    assert said.canary_kl_nats == pytest.approx(float(kl_div(written, before, **mean)), rel=1e-3)
+    assert said.rounding_kl_nats == pytest.approx(float(kl_div(written, adapted, **mean)), rel=1e-3)
+    assert 0 < said.rounding_kl_nats < said.canary_kl_nats
+
+
+def test_an_adapter_that_is_lost_in_rounding_is_not_exported_but_in_float32(finished, tiny_model, tmp_path, capsys):
+    out = changed(finished, tmp_path, 1e-3)
+    halved(out, tiny_model, tmp_path)
+    assert main(["export", str(out), "--to", str(tmp_path / "model")]) == 3
+    assert "rounded to bfloat16, the merged model is nearer to the base" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    assert main(["export", str(out), "--to", str(tmp_path / "model"), "--dtype", "float32"]) == 0
 
 
 def test_a_merge_that_does_not_give_the_adapters_logits_is_not_exported(finished, tmp_path, capsys, monkeypatch):

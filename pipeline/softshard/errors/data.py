@@ -93,11 +93,16 @@ class AdapterNotMergeable(DataInvalid):
 
 
 class AdapterWithoutEffect(DataInvalid):
-    """A model with an adapter whose distributions are those of the base."""
+    """A model with an adapter whose distributions are those of the base, or would be once its weights are rounded."""
 
-    def __init__(self, *, adapter: str) -> None:
-        self.adapter = adapter
-        super().__init__(f"{adapter}: on a known text the adapter changes nothing, so there is nothing to export")
+    def __init__(self, *, adapter: str, rounded_to: str | None = None) -> None:
+        self.adapter, self.rounded_to = adapter, rounded_to
+        super().__init__(
+            f"{adapter}: on a known text the adapter changes nothing, so there is nothing to export"
+            if rounded_to is None
+            else f"{adapter}: rounded to {rounded_to}, the merged model is nearer to the base than to base and adapter,"
+            " so nothing is written; export it with --dtype float32"
+        )
 
 
 class MergeDiffers(DataInvalid):

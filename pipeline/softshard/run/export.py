@@ -1,9 +1,10 @@
 """A trained adapter merged into its base, as a plain Hugging Face folder that needs neither softshard nor peft.
 
 In: the output folder of a job whose training is complete. Out: a folder of model, tokenizer and model card, there whole
-or not at all. Three things are proven before it appears, in float32 on a known text: the adapter changes the base's
-distribution; merged, the logits are those of base and adapter within 1e-4; the folder, loaded anew, gives the logits
-of the weights that were written.
+or not at all. Four things are proven before it appears, on a known text: the adapter changes the base's distribution;
+merged in float32, the logits are those of base and adapter within 1e-4; the folder, loaded anew, gives the logits of
+the weights that were written; and where these were rounded to the base's type, the model is still nearer to base and
+adapter than to the base.
 """
 
 from __future__ import annotations
@@ -58,9 +59,29 @@ class Exported:
     tied: bool
     """Whether embedding and output layer still share one matrix."""
     canary_kl_nats: float
-    """Mean KL(base || adapted) over the positions of a known text."""
+    """Mean KL(base || written) over the positions of a known text: what the written weights have of the adapter."""
+    rounding_kl_nats: float
+    """Mean KL(adapted || written) there: what the type of the written weights costs."""
     merge_difference: float
     """Largest difference of a logit between merged and unmerged, in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Merged:
+    """A merged model in float32, and what was measured of it on the known text."""
+
+    model: Any
+    base: Tensor
+    """[T, V] float64 log-probabilities without the adapter."""
+    adapted: Tensor
+    """[T, V] float64, base and adapter."""
+    difference: float
+
+    def moved(self, written: Any, ids: list[int]) -> tuple[float, float]:
+        """Mean KL of the base, and of base and adapter, to a model."""
+        size = self.base.shape[1]
+        now = _logits(written, ids)[:, :size].double().log_softmax(1)
+        return _mean_kl(self.base, now), _mean_kl(self.adapted, now)
 
 
 def export_model(out: str, to: str | Path, *, dtype: Literal["base", "float32"] = "base") -> Exported:
@@ -87,31 +108,37 @@ def export_model(out: str, to: str | Path, *, dtype: Literal["base", "float32"] 
         check_files(workspace.adapter, receipt.folder, receipt.files)
     except FileNotFoundError as error:
         raise PartCorrupt(uri=f"{workspace.adapter.uri}/{receipt.folder}", problem="lacks a file") from error
-    merged, measured = _merged(workspace, receipt)
+    merged = _merged(workspace, receipt)
     kind = _dtype_of(workspace.student_model.folder) if dtype == "base" else torch.float32
-    _set_type(merged, kind)
+    # In place, and back at once: what is written is rounded, what is computed with is float32.
+    _set_type(merged.model, kind)
+    _set_type(merged.model, torch.float32)
+    left, lost = merged.moved(merged.model, _canary_ids(workspace))
+    if not lost < left:
+        raise AdapterWithoutEffect(adapter=f"{workspace.adapter.uri}/{receipt.folder}", rounded_to=_name_of(kind))
     exported = Exported(
         folder=str(to),
         base=workspace.student_model.name,
         kind=receipt.settings["adapter"],
         adapter=digest_of(receipt.files),
         manifest=receipt.manifest,
-        dtype=str(kind).removeprefix("torch."),
-        tied=bool(merged.config.tie_word_embeddings),
-        canary_kl_nats=measured[0],
-        merge_difference=measured[1],
+        dtype=_name_of(kind),
+        tied=bool(merged.model.config.tie_word_embeddings),
+        canary_kl_nats=left,
+        rounding_kl_nats=lost,
+        merge_difference=merged.difference,
     )
     try:
-        _write(workspace, merged, folder, card=_model_card(exported, receipt))
+        _write(workspace, merged.model, folder, kind=kind, card=_model_card(exported, receipt))
     except OSError as error:
         raise OutputUnusable(uri=str(to), problem=str(error), setting="--to") from error
     return exported
 
 
-def _merged(workspace: Workspace, receipt: TrainingReceipt) -> tuple[Any, tuple[float, float]]:
-    """The merged model in float32; the mean KL by which the adapter moves it, and what merging moved a logit by."""
+def _merged(workspace: Workspace, receipt: TrainingReceipt) -> _Merged:
+    """Raises AdapterWithoutEffect, MergeDiffers, and what cannot be loaded or merged."""
     student = workspace.student_model
-    ids = student.tokenizer.encode([CANARY_TEXT])[0][:_CANARY_TOKENS]
+    ids = _canary_ids(workspace)
     model = load_model(student.folder, dtype=torch.float32, device="cpu")
     base = _logits(model, ids)
     folder = workspace.adapter.local_folder(receipt.folder, receipt.files)
@@ -119,15 +146,23 @@ def _merged(workspace: Workspace, receipt: TrainingReceipt) -> tuple[Any, tuple[
     adapted = _logits(adapted_model, ids)
     size = student.tokenizer.vocab_size
     before, after = (one[:, :size].double().log_softmax(1) for one in (base, adapted))
-    moved = float((before.exp() * (before - after)).sum(1).mean())
     name = f"{workspace.adapter.uri}/{receipt.folder}"
-    if not moved > 0 or torch.equal(base, adapted):
+    if not _mean_kl(before, after) > 0 or torch.equal(base, adapted):
         raise AdapterWithoutEffect(adapter=name)
     merged = merge_adapter(adapted_model)
     difference = float((_logits(merged, ids) - adapted).abs().max())
     if not difference <= _ALLOWED:
         raise MergeDiffers(model=name, difference=difference, allowed=_ALLOWED)
-    return merged, (moved, difference)
+    return _Merged(model=merged, base=before, adapted=after, difference=difference)
+
+
+def _canary_ids(workspace: Workspace) -> list[int]:
+    return workspace.student_model.tokenizer.encode([CANARY_TEXT])[0][:_CANARY_TOKENS]
+
+
+def _mean_kl(first: Tensor, second: Tensor) -> float:
+    """Mean KL(first || second), nats a position, of log-probabilities [T, V]."""
+    return float((first.exp() * (first - second)).sum(1).mean())
 
 
 @torch.inference_mode()
@@ -144,14 +179,19 @@ def _dtype_of(folder: Path) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else getattr(torch, str(found or "float32"))
 
 
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _set_type(model: Any, dtype: torch.dtype) -> None:
     """Give the weights another type; buffers, such as the frequencies of positions, are not saved and would suffer."""
     for item in model.parameters():
         item.data = item.data.to(dtype)
 
 
-def _write(workspace: Workspace, merged: Any, folder: Path, *, card: str) -> None:
+def _write(workspace: Workspace, merged: Any, folder: Path, *, kind: torch.dtype, card: str) -> None:
     """Put the model's folder in its place, once it is complete and gives, loaded anew, what was written."""
+    _set_type(merged, kind)
     student = workspace.student_model
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:
@@ -161,7 +201,7 @@ def _write(workspace: Workspace, merged: Any, folder: Path, *, card: str) -> Non
             for file in student.folder.glob(pattern):
                 shutil.copyfile(file, made / file.name)
         (made / "README.md").write_text(card)
-        ids = student.tokenizer.encode([CANARY_TEXT])[0][:_CANARY_TOKENS]
+        ids = _canary_ids(workspace)
         _set_type(merged, torch.float32)
         again = load_model(made, dtype=torch.float32, device="cpu")
         difference = float((_logits(again, ids) - _logits(merged, ids)).abs().max())
@@ -190,7 +230,8 @@ def _model_card(exported: Exported, receipt: TrainingReceipt) -> str:
         "",
         f"- Adapter: `{exported.adapter}`",
         f"- Manifest of the targets: `{exported.manifest}`",
-        f"- Mean KL(base || adapted) on a known text: {exported.canary_kl_nats:.4g} nats a token",
+        f"- Mean KL(base || this model) on a known text: {exported.canary_kl_nats:.4g} nats a token",
+        f"- Mean KL(base and adapter || this model) there: {exported.rounding_kl_nats:.2g} nats a token",
         "",
         "## Text that it was trained on",
         "",
@@ -205,6 +246,7 @@ def render_exported(exported: Exported) -> str:
     """What was written, as lines for a person."""
     return (
         f"{exported.folder}: {exported.base} with adapter {exported.adapter[:16]} ({exported.kind}), {exported.dtype}\n"
-        f"adapter moves a known text by {exported.canary_kl_nats:.4g} nats a token;"
+        f"on a known text it is {exported.canary_kl_nats:.4g} nats a token from the base and"
+        f" {exported.rounding_kl_nats:.2g} from base and adapter;"
         f" merging moved a logit by at most {exported.merge_difference:.2g}\n"
     )
