@@ -6,8 +6,9 @@ the whole batch exist at once, as they do in the code that these losses come fro
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +24,12 @@ _SLOPE = 0.01
 """Of the log-sigmoid in GEM's published code."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelSmoothing(Objective):
-    """Cross-entropy to (1 - epsilon) on the label and epsilon / V on every token (Szegedy et al., 2016)."""
+class _OfLogits(Objective, ABC):
+    """A loss that looks at all logits and the labels alone."""
 
-    epsilon: float
+    @abstractmethod
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[N] losses of [N, V] logits."""
 
     def loss(
         self,
@@ -35,15 +37,26 @@ class LabelSmoothing(Objective):
         batch: Batch,
         *,
         num_valid: int,
-        chunk_positions: int,
         num_items_in_batch: float | Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
-        logits, labels = _logits(decoder, batch, num_valid)
-        return _mean(smoothed(logits, labels, self.epsilon), batch, num_items_in_batch)
+        logits = decoder.logits(hidden_states(decoder, batch))[:, :num_valid].float()
+        total = (self.losses(logits, batch.labels) * batch.position_weights).sum()
+        return total / (mean_divisor(batch) if num_items_in_batch is None else num_items_in_batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EntropicMatching(Objective):
+class LabelSmoothing(_OfLogits):
+    """Cross-entropy to (1 - epsilon) on the label and epsilon / V on every token (Szegedy et al., 2016)."""
+
+    epsilon: float
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return smoothed(logits, labels, self.epsilon)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntropicMatching(_OfLogits):
     """GEM (Li et al., 2024, arXiv 2408.16673): with q = softmax(z / beta) held fixed, and f = softmax(z),
 
     sum_k q_k h_k (log f_k - log f_label), h being 1 (`linear`) or sigmoid((z_k - z_label) / 100) (`logsigmoid`).
@@ -52,17 +65,8 @@ class EntropicMatching(Objective):
     beta: float
     h: Literal["linear", "logsigmoid"]
 
-    def loss(
-        self,
-        decoder: Decoder,
-        batch: Batch,
-        *,
-        num_valid: int,
-        chunk_positions: int,
-        num_items_in_batch: float | Tensor | None = None,
-    ) -> Tensor:
-        logits, labels = _logits(decoder, batch, num_valid)
-        return _mean(entropic(logits, labels, self.beta, self.h), batch, num_items_in_batch)
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return entropic(logits, labels, self.beta, self.h)
 
 
 def smoothed(logits: Tensor, labels: Tensor, epsilon: float) -> Tensor:
@@ -80,16 +84,6 @@ def entropic(logits: Tensor, labels: Tensor, beta: float, h: str) -> Tensor:
         weights = weights * torch.sigmoid(_SLOPE * (fixed - fixed.gather(1, labels[:, None])))
     logprobs = torch.log_softmax(logits, 1)
     return (weights * (logprobs - logprobs.gather(1, labels[:, None]))).sum(1)
-
-
-def _logits(decoder: Decoder, batch: Batch, num_valid: int) -> tuple[Tensor, Tensor]:
-    """[N, V] logits and [N] labels."""
-    return decoder.logits(hidden_states(decoder, batch))[:, :num_valid].float(), batch.labels
-
-
-def _mean(losses: Tensor, batch: Batch, num_items: float | Tensor | None) -> Tensor:
-    total = (losses * batch.position_weights).sum()
-    return total / (mean_divisor(batch) if num_items is None else num_items)
 
 
 def check_rivals() -> None:

@@ -73,7 +73,7 @@ def test_an_exported_model_is_the_base_with_its_adapter(done, tiny_model, tmp_pa
     ).encode("The dog")
     card = (tmp_path / "model" / "README.md").read_text()
     receipt = json.loads((out / "adapter" / "adapter.json").read_bytes())["adapter"]
-    for named in (str(tiny_model), said["adapter"], receipt["manifest"], "CC0-1.0, owned"):
+    for named in (str(tiny_model), said["adapter"], *receipt["manifests"], "CC0-1.0, owned"):
         assert named in card
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections import Counter
@@ -15,11 +14,15 @@ import yaml
 
 from softshard import weight_of_step
 from softshard.cli import main
+from softshard.corpus.documents import train_groups
+from softshard.corpus.manifest import read_corpus_manifest
+from softshard.corpus.tally import GroupCount
 from softshard.decoder import Decoder
 from softshard.errors import AuthorDominates, BalanceImpossible
 from softshard.jobfile import load_job
 from softshard.models import load_model
-from softshard.run.feed import check_authors, open_feed
+from softshard.run.feed import open_feed
+from softshard.run.guard import CountedText, check_feed, expected_shares
 from softshard.run.job import STAGES, run_job
 from softshard.run.workspace import open_workspace
 from softshard.shard.manifest import read_manifest
@@ -131,15 +134,13 @@ def test_the_card_has_the_groups_the_rights_and_what_was_measured(changed, finis
     assert groups["author 1"]["weight"] == 1.5
     assert groups["author 1"]["share_before"] == pytest.approx(counts["author 1"] / sum(counts.values()))
     assert card["author_shares"] == pytest.approx(
-        {name: n / sum(counts.values()) for name, n in sorted(counts.items())}
+        {name: max(counts[name] / sum(counts.values()), one["share_after"]) for name, one in groups.items()}
     )
     assert card["author_cap"] == 0.75
-    assert card["manifests"] == [receipt.manifest]
+    assert card["manifests"] == list(receipt.manifests)
     assert card["holdout_nll_nats"] == receipt.holdout_nll_nats
     assert card["sources"][0]["license"] == "CC0-1.0"
     assert card["settings"]["balance"]["clip"] == [0.5, 1.5]
-    for name in ("card.json", "README.md"):
-        assert receipt.files[name] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
 
 def test_the_header_of_the_card_is_what_the_hub_reads(finished):
@@ -172,8 +173,8 @@ def test_an_author_above_the_cap_ends_the_training_with_one_line_that_names_the_
     assert repr(author) in line
     assert f"{share:.1%}" in line
     assert {file.name for file in (path.parent / "out" / "adapter").iterdir()} == adapters
-    _, _, feed = feed_of(changed(author_cap=share - 0.001))
-    check_authors(feed, cap=share)
+    _, workspace, feed = feed_of(changed(author_cap=share))
+    check_feed(workspace, feed, None)
 
 
 def test_writing_under_consent_is_not_counted_and_no_part_is_computed_for_it(changed, finished):
@@ -183,7 +184,7 @@ def test_writing_under_consent_is_not_counted_and_no_part_is_computed_for_it(cha
     before = read_manifest(LocalStore(finished / "targets")).digest
     if second == most:
         pytest.fail("the material has two authors of one size")
-    assert train(path).manifest == before
+    assert train(path).manifests == (before,)
 
 
 def test_consent_is_for_one_source_and_needs_a_field_that_names_authors(changed, finished, capsys):
@@ -198,3 +199,169 @@ def test_consent_is_for_one_source_and_needs_a_field_that_names_authors(changed,
 def test_one_author_after_a_filter_is_all_of_what_is_trained_on(changed):
     with pytest.raises(AuthorDominates, match=r"100\.0%"):
         train(changed(where={"group": ["author 2"]}))
+
+
+def test_weights_of_groups_do_not_lift_an_author_above_the_cap(changed):
+    path = changed(balance={"shares": {"author 1": 0.9}, "clip": [0.01, 100]})
+    _, workspace, feed = feed_of(path)
+    with pytest.raises(AuthorDominates, match=r"'author 1' has 90\.0% of their weight in the loss"):
+        check_feed(workspace, feed, None)
+    with pytest.raises(AuthorDominates, match=r"90\.0% of their weight"):
+        run_job(load_job(path), SilentReporter(), stages=STAGES[:2])
+
+
+def test_weights_of_labels_count_where_they_give_an_author_more_than_the_text_does(changed, finished):
+    points = [[-7, 0], [-5, 1]]
+    store, text, loss = LocalStore(finished / "targets"), Counter(), Counter()
+    for part in read_manifest(store).of_split("train"):
+        for (sequence, targets), _ in read_rows(store, part):
+            text[sequence.group] += sequence.num_labels
+            loss[sequence.group] += sum(min(max((one + 7) / 2, 0), 1) for one in targets.label_logprob)
+    expected = {
+        author: max(text[author] / sum(text.values()), loss[author] / sum(loss.values())) for author in sorted(text)
+    }
+    assert expected != {author: text[author] / sum(text.values()) for author in text}
+    _, workspace, feed = feed_of(changed(label_weights={"label_logprob": points}))
+    assert check_feed(workspace, feed, None) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_author_named_like_the_source_or_not_at_all_is_an_author_where_a_field_names_them(changed):
+    counts = (GroupCount("tales", "literary", "tales", 0, 60), GroupCount("tales", "literary", "", 1, 40))
+    path = changed()
+    job = yaml.safe_load(path.read_text())
+    for field, expected in (("author", {"": 0.4, "tales": 0.6}), (None, {})):
+        job["corpus"]["sources"][0]["group_field"] = field
+        path.write_text(yaml.safe_dump(job))
+        shares = expected_shares(open_workspace(load_job(path)), CountedText(style=counts, retention=()))
+        assert {author: one.share for author, one in shares.items()} == pytest.approx(expected)
+
+
+def test_another_jobs_sources_are_authors_unless_its_own_file_says_that_nobody_is_named(changed, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "theirs")
+    job = yaml.safe_load((finished / "job.yaml").read_text())
+    path = changed(author_cap=1, targets={"own_weight": 0, "others": [{"out": str(tmp_path / "theirs")}]})
+
+    def counted():
+        _, workspace, feed = feed_of(path)
+        return set(check_feed(workspace, feed, None))
+
+    assert counted() == {"author 0", "author 1", "author 2"}
+    job["corpus"]["sources"][0]["group_field"] = None
+    (tmp_path / "theirs" / "job.yaml").write_text(yaml.safe_dump(job))
+    assert counted() == set()
+    (tmp_path / "theirs" / "job.yaml").unlink()
+    assert counted() == {"author 0", "author 1", "author 2"}
+
+
+def test_no_teacher_is_trained_on_an_author_above_the_cap(tiny_job, tmp_path):
+    path = tiny_job(tmp_path, train={"author_cap": 0.2})
+    with pytest.raises(AuthorDominates, match="of the train tokens"):
+        run_job(load_job(path), SilentReporter(), stages=STAGES[:2])
+    assert not (tmp_path / "out" / "teacher").exists()
+
+
+def test_the_plan_tells_what_the_cap_will_say(tiny_job, tmp_path, capsys):
+    path = tiny_job(tmp_path, train={"author_cap": 0.2})
+    assert main(["plan", str(path), "--tokens-per-second", "1000"]) == 0
+    said = capsys.readouterr().out
+    assert "authors         3 counted, the largest has" in said
+    assert "before any teacher is trained: train.author_cap: author 'author" in said
+    assert max(len(line) for line in said.splitlines()) <= 80
+    with pytest.raises(AuthorDominates) as refused:
+        run_job(load_job(path), SilentReporter(), stages=STAGES[:2])
+    assert main(["plan", "--json", str(path), "--tokens-per-second", "1000"]) == 0
+    assert json.loads(capsys.readouterr().out)["authors"]["refusal"] == str(refused.value)
+
+
+def test_what_a_count_of_the_corpus_tells_is_what_its_targets_tell(changed, finished):
+    path = changed(balance={"shares": {"author 1": 0.5}}, where={"style": ["literary"]})
+    _, workspace, feed = feed_of(path)
+    corpus = read_corpus_manifest(LocalStore(finished / "corpus"))
+    text = CountedText(style=train_groups(LocalStore(finished / "corpus"), corpus.documents), retention=())
+    shares = {author: one.share for author, one in expected_shares(workspace, text).items()}
+    assert shares == pytest.approx(check_feed(workspace, feed, None), rel=1e-6)
+
+
+@pytest.mark.parametrize("train", [{"where": {"mean_entropy": [0, 99]}}, {"targets": {"others": [{"out": "none"}]}}])
+def test_what_cannot_be_told_before_there_are_targets_is_left_to_the_train_stage(changed, train):
+    text = CountedText(style=(GroupCount("tales", "literary", "a", 0, 1),), retention=())
+    assert expected_shares(open_workspace(load_job(changed(**train))), text) is None
+
+
+def test_weights_of_a_mix_beyond_the_last_step_do_not_count(changed, finished):
+    def check(points):
+        other = {"out": str(finished), "where": {"group": ["author 1"]}, "weight": points}
+        _, workspace, feed = feed_of(changed(targets={"others": [other]}))
+        return check_feed(workspace, feed, None)
+
+    assert max(check([[0, 0], [1000, 0], [1001, 1]]).values()) < 0.5
+    for points in ([[0, 1], [1, 0]], [[0, 0], [1, 1]], [[0, 0], [2, 1], [1000, 1], [1001, 0]]):
+        with pytest.raises(AuthorDominates, match=r"'author 1' has 6\d"):
+            check(points)
+
+
+def with_retention(finished, objective, **settings):
+    job = yaml.safe_load((finished / "job.yaml").read_text())
+    return {**job["train"]["retention"], "objective": objective, **settings}
+
+
+@pytest.mark.parametrize(
+    ("weight", "batch_tokens", "share"),
+    [(0.1, 512, (50 + 50) / 150), (3.0, 512, (0.5 + 3) / 4), (0.25, 1, (0.5 + 0.25) / 1.25)],
+)
+def test_retention_text_whose_tokens_are_learnt_counts_for_its_authors(changed, finished, weight, batch_tokens, share):
+    """By its part of a step's tokens, or of its loss, whichever gives an author more."""
+    retention = with_retention(finished, "ce", weight=weight, batch_tokens=batch_tokens)
+    path = changed(retention=retention, optimizer={"batch_tokens": 1024})
+    text = CountedText(
+        style=(GroupCount("tales", "literary", "a", 0, 50), GroupCount("tales", "literary", "b", 0, 50)),
+        retention=(GroupCount("other", "literary", "b", -1, 7),),
+    )
+    shares = {author: one.share for author, one in expected_shares(open_workspace(load_job(path)), text).items()}
+    assert shares == pytest.approx({"a": 0.5, "b": share})
+
+
+def test_retention_text_whose_tokens_are_not_learnt_does_not_count(changed, finished):
+    text = read_corpus_manifest(LocalStore(finished / "retention"))
+    _, workspace, feed = feed_of(changed())
+    alone = check_feed(workspace, feed, None)
+    for objective, weight, same in (("kl", 1.0, True), ("ce", 0.0, True), ("ce", 1.0, False)):
+        path = changed(retention=with_retention(finished, objective, weight=weight))
+        _, workspace, feed = feed_of(path)
+        assert (check_feed(workspace, feed, text) == alone) == same
+
+
+def test_the_card_names_the_retention_text_and_who_agreed(changed, finished):
+    retention = with_retention(finished, "ce", weight=0.2)
+    retention["sources"][0] |= {"consent": ["author 2"]}
+    path = changed(consent=["author 1"], retention=retention)
+    receipt = train(path)
+    folder = path.parent / "out" / "adapter" / receipt.folder
+    card = json.loads((folder / "card.json").read_text())
+    assert [one["name"] for one in card["retention_sources"]] == ["other"]
+    assert card["consent"] == {"tales": ["author 1"], "other": ["author 2"]}
+    assert "author 0" in card["author_shares"]
+    assert "| other | literary | CC0-1.0 | owned |" in (folder / "README.md").read_text()
+    assert [one.name for one in receipt.sources] == ["tales", "other"]
+
+
+def test_a_card_follows_the_job_and_the_adapter_and_its_receipt_stay_as_they_are(changed):
+    def files(receipt):
+        folder = path.parent / "out" / "adapter" / receipt.folder
+        return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+    path = changed(author_cap=0.7)
+    first = files(train(path))
+    receipt = train(changed(author_cap=0.8))
+    second = files(receipt)
+    assert {name for name in first if first[name] != second[name]} == {"README.md", "card.json"}
+    assert not {"README.md", "card.json"} & set(receipt.files)
+    assert json.loads(second["card.json"])["author_cap"] == 0.8
+    (path.parent / "out" / "adapter" / receipt.folder / "README.md").unlink()
+    assert files(train(path)) == second
+
+
+def test_an_author_who_is_brought_to_the_cap_is_not_above_it(changed):
+    path = changed(balance={"shares": {"author 0": 0.6}}, author_cap=0.6)
+    _, workspace, feed = feed_of(path)
+    assert check_feed(workspace, feed, None)["author 0"] == pytest.approx(0.6)

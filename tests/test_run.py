@@ -237,9 +237,15 @@ def test_how_often_is_checkpointed_changes_no_id(finished, tmp_path, section):
     job = yaml.safe_load(path.read_text())
     job[section]["optimizer"]["checkpoint_steps"] = 3
     path.write_text(yaml.safe_dump(job, sort_keys=False))
-    before = times(tmp_path / "out/teacher") | times(tmp_path / "out/adapter")
+
+    def written():
+        """When each file was, but for the cards, which have all settings."""
+        found = times(tmp_path / "out/teacher") | times(tmp_path / "out/adapter")
+        return {file: at for file, at in found.items() if not str(file).endswith("/card.json")}
+
+    before = written()
     run(path, "train")
-    assert times(tmp_path / "out/teacher") | times(tmp_path / "out/adapter") == before
+    assert written() == before
 
 
 def test_a_wrong_model_leaves_a_finished_output_as_it_was(finished, tmp_path):

@@ -12,6 +12,8 @@ from softshard.cli import main
 from softshard.errors import JobInvalid
 from softshard.jobfile import load_job
 from softshard.run.job import STAGES, run_job
+from softshard.run.summary import render_summary
+from softshard.run.trainings import count_trainings
 from softshard.telemetry import SilentReporter
 from softshard.train.record import read_trained
 
@@ -63,11 +65,15 @@ def test_the_table_stands_in_the_report_the_status_and_the_summary(swept, capsys
     page = (path.parent / "out" / "report" / "index.html").read_text()
     assert "Trainings of the sweep" in page
     assert "trainings on this very hold-out, which favours it" in page
+    assert "the best of 4 trainings on this very hold-out, which favours it" in render_summary(outcome)
+    card = (path.parent / "out" / "adapter" / outcome.trained.adapter.folder / "README.md").read_text()
+    assert "One of 4 trainings, of which the best on this very hold-out is taken" in card
     assert main(["status", outcome.out]) == 0
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if line.startswith(("*", "  ")) and "0.5" in line]
     assert len(lines) >= 2
-    assert sum(line.startswith("* ") for line in shown.splitlines()) == 1
+    assert sum(line.startswith("*    ") for line in shown.splitlines()) == 1
+    assert "* the best of 4 trainings on this very hold-out" in shown
     assert max(len(line) for line in shown.splitlines()) <= 80
     assert main(["status", "--json", outcome.out]) == 0
     (train,) = (stage for stage in json.loads(capsys.readouterr().out)["stages"] if stage["stage"] == "train")
@@ -101,6 +107,22 @@ def test_another_sweep_reuses_the_trainings_that_it_shares(swept, tmp_path):
     folders = {one.training.folder for one in read_trained_in(tmp_path / "out").sweep}
     assert outcome.trained.sweep[3].training.folder in folders
     assert len(folders - {one.training.folder for one in outcome.trained.sweep}) == 1
+
+
+def test_a_point_of_the_sweep_that_is_the_baseline_is_trained_once(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    before = {name.name for name in (tmp_path / "out" / "adapter").iterdir()}
+    job = yaml.safe_load((finished / "job.yaml").read_text())
+    job["out"] = str(tmp_path / "out")
+    job["train"]["sweep"] = {"alpha": [1.0], "retention_weight": [0.0], "learning_rate": [1e-3, 2e-3]}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    trained = run_job(load_job(path), SilentReporter(), stages=STAGES[:4]).trained
+    shared, other = (one.training for one in trained.sweep)
+    assert shared in trained.candidates
+    assert other not in trained.candidates
+    assert {name.name for name in (tmp_path / "out" / "adapter").iterdir()} - before == {other.folder}
+    assert count_trainings(load_job(path).train) == len({one.folder for one in (*trained.candidates, other)})
 
 
 def read_trained_in(out):

@@ -21,6 +21,7 @@ from softshard.train.loop import fine_tune
 from softshard.train.objective import CROSS_ENTROPY
 from softshard.train.retention import Retention
 from softshard.train.stream import TextBatches
+from tiny_students import adapted
 from tiny_targets import sequence
 
 KINDS = ["lora", "lora_and_lm_head", "lm_head", "post_norm", "correction"]
@@ -52,14 +53,7 @@ def fresh(folder, dtype=torch.float32):
 
 
 def disturbed(folder, kind, *, dtype=torch.float32):
-    """A model with an adapter as some training might leave it."""
-    model = attach_adapter(fresh(folder, dtype), kind, SHAPE, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model.eval()
+    return adapted(folder, kind, SHAPE, dtype=dtype)
 
 
 def logits(model):

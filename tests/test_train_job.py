@@ -14,9 +14,11 @@ from softshard.errors import BlendInvalid, ManifestMissing
 from softshard.jobfile import load_job
 from softshard.run.feed import open_feed
 from softshard.run.job import run_job
+from softshard.run.trainings import training_plans
 from softshard.run.workspace import open_workspace
-from softshard.shard.manifest import read_manifest
+from softshard.shard.manifest import Receipt, read_manifest
 from softshard.shard.read import read_rows
+from softshard.shard.spool import Spool
 from softshard.storage import LocalStore
 from softshard.telemetry import SilentReporter
 
@@ -167,6 +169,11 @@ def test_targets_of_other_temperatures_are_refused(changed, tiny_job, tmp_path):
         ({"sweep": {}}, "needs a list of values"),
         ({"sweep": {"retention_weight": [0.1]}}, "needs `retention`"),
         ({"objective": "ce", "sweep": {"alpha": [0.1]}}, "objective: kl"),
+        ({"baseline": {"retention_weight": 0.1}}, "baseline.retention_weight needs `retention`"),
+        ({"label_weights": {"entropy": [[0, 0], [9, 0]]}}, "leaves no label"),
+        ({"targets": {"own_weight": [[0, 0]], "others": [{"out": "x"}]}, "where": {"style": ["a"]}}, "leaves out"),
+        ({"targets": {"others": [{"out": "x", "weight": 0}]}}, "weight 0 leaves x out"),
+        ({"targets": {"others": [{"out": "x", "weight": [[0, 0], [7, 0]]}]}}, "weight 0 leaves x out"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_with_their_line(changed, capsys, train, problem):
@@ -175,6 +182,72 @@ def test_settings_that_mean_nothing_are_refused_with_their_line(changed, capsys,
     assert "line " in said
     assert "train" in said
     assert problem in said
+
+
+def ids(path, manifest=None):
+    workspace = open_workspace(load_job(path))
+    feed = open_feed(workspace, manifest or read_manifest(workspace.targets))
+    return [plan.training_id for plan in training_plans(workspace, feed, None)[0]]
+
+
+def test_another_hold_out_gives_another_training_even_where_the_jobs_own_targets_are_left_out(changed, other):
+    path = changed(targets={"own_weight": 0, "others": [{"out": str(other)}]})
+    whole = read_manifest(LocalStore(path.parent / "out" / "targets"))
+    first, *rest = whole.of_split("test")
+    smaller = whole.model_copy(update={"parts": Spool(Receipt, [*whole.of_split("train"), *rest])})
+    fewer = whole.model_copy(update={"parts": Spool(Receipt, [*whole.of_split("train")[1:], first, *rest])})
+    assert ids(path) != ids(path, smaller)
+    assert ids(path) == ids(path, fewer)
+
+
+def test_a_receipt_names_the_targets_that_were_trained_on_and_no_others(changed, other):
+    theirs, own = (read_manifest(LocalStore(out / "targets")).digest for out in (other, changed().parent / "out"))
+    more = {"others": [{"out": str(other)}]}
+    assert trained(changed(targets={**more, "own_weight": 0})).manifests == (theirs,)
+    assert trained(changed(targets=more)).manifests == (own, theirs)
+
+
+@pytest.mark.parametrize("how", ["mix", "blend"])
+def test_a_factor_that_all_weights_share_changes_no_id(changed, other, how):
+    def with_weights(own, theirs):
+        return ids(changed(targets={"how": how, "own_weight": own, "others": [{"out": str(other), "weight": theirs}]}))
+
+    assert with_weights(1, 3) == with_weights(2, 6) == with_weights(0.1, 0.3)
+    assert with_weights(1, 3) != with_weights(3, 1)
+
+
+def test_of_one_set_neither_weight_nor_how_is_part_of_an_id(changed, other):
+    def alone(**targets):
+        return ids(changed(targets={"own_weight": 0, **targets}))
+
+    one = alone(others=[{"out": str(other)}])
+    assert one == alone(how="blend", others=[{"out": str(other), "weight": 5}])
+    assert one == alone(others=[{"out": str(other), "weight": [[0, 1], [9, 2]]}])
+
+
+def test_label_weights_of_a_blend_are_the_sets_mean_for_the_adapter_and_the_baseline(changed, other, finished):
+    def weights(out, wanted):
+        rows = {sequence.sequence_id: targets.label_logprob for sequence, targets in train_rows(out)}
+        return {name: [min(max((one + 12) / 10, 0), 1) for one in rows[name]] for name in wanted}
+
+    names = [sequence.sequence_id for sequence, _ in train_rows(finished)]
+    sets = [weights(out, names) for out in (finished, other)]
+    expected = sum(sum(a) + 3 * sum(b) for a, b in zip(*(one.values() for one in sets), strict=True)) / 4
+    path = changed(
+        label_weights={"label_logprob": [[-12, 0], [-2, 1]]},
+        targets={"how": "blend", "others": [{"out": str(other), "weight": 3}]},
+    )
+    for alpha in (0.5, 1.0):
+        found = sum(float(batch.position_weights.sum()) for batch in fed(path, alpha=alpha))
+        assert found == pytest.approx(expected, rel=1e-5)
+    _, own = (sum(map(sum, one.values())) for one in sets)
+    assert own != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("where", [{"mean_entropy": [90, 99]}, {"group": ["nobody"]}])
+def test_groups_of_nothing_are_named_as_nothing(changed, capsys, where):
+    assert main(["train", str(changed(balance={}, where=where))]) == 3
+    assert "no sequence of the train split passes the filter" in capsys.readouterr().err
 
 
 def test_a_blend_of_two_jobs_runs_from_the_command_line(changed, other, capsys):

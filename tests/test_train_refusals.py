@@ -151,6 +151,17 @@ def test_leaving_does_not_wait_for_a_store_that_does_not_answer():
     answer.set()
 
 
+def test_whatever_ends_the_thread_that_works_ahead_reaches_whoever_takes_its_items():
+    def leaving():
+        yield 1
+        raise SystemExit(4)
+
+    items = prefetched(leaving(), ahead=2)
+    assert next(items) == 1
+    with pytest.raises(SystemExit):
+        next(items)
+
+
 def test_iterating_changes_nothing_of_the_process(tmp_path, monkeypatch):
     """The size of the block by which glibc is told to keep memory is allocated by the command line alone."""
     data = SoftLabelDataset(targets_in(tmp_path), alpha=0.5, **SETTINGS)

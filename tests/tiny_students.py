@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from softshard.models import load_model
+from softshard.train.adapter import attach_adapter
+
 
 def student(*, dtype=torch.float32, tied=False):
     torch.manual_seed(0)
@@ -22,3 +25,14 @@ def student(*, dtype=torch.float32, tied=False):
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).to(dtype)
+
+
+def adapted(folder, kind, shape, *, dtype=torch.float32):
+    """A model from a folder with an adapter as some training might leave it, in evaluation mode."""
+    model = attach_adapter(load_model(folder, dtype=dtype, device="cpu"), kind, shape, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()

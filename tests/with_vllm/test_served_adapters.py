@@ -13,22 +13,12 @@ from vllm.lora.request import LoRARequest
 
 from softshard.config import LoraSettings
 from softshard.models import load_model
-from softshard.train.adapter import attach_adapter, merge_adapter, save_adapter
+from softshard.train.adapter import merge_adapter, save_adapter
+from tiny_students import adapted
 
 IDS = [int(token) for token in np.random.default_rng(0).integers(0, VOCAB, 24)]
+SHAPE = LoraSettings(rank=8, alpha=16)
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-
-
-def adapted(folder, kind):
-    model = attach_adapter(
-        load_model(folder, dtype=torch.float32, device="cpu"), kind, LoraSettings(rank=8, alpha=16), seed=0
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model.eval()
 
 
 def by_transformers(model):
@@ -67,7 +57,7 @@ def base(request, tmp_path_factory):
 
 
 def served_and_expected(base, kind, folder):
-    model = adapted(base, kind)
+    model = adapted(base, kind, SHAPE)
     expected = by_transformers(model)
     folder.mkdir()
     for name, content in save_adapter(model, base_model="tiny").items():
@@ -83,7 +73,7 @@ def test_a_lora_of_the_decoder_is_served_as_it_is(base, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora_and_lm_head", "post_norm"])
 def test_a_merged_adapter_of_the_output_is_served_as_a_model(base, kind, tmp_path):
-    model = adapted(base, kind)
+    model = adapted(base, kind, SHAPE)
     expected = by_transformers(model)
     merge_adapter(model).save_pretrained(tmp_path / "model")
     for file in base.glob("tokenizer*"):

@@ -59,6 +59,8 @@ class LabelWeightSettings(Settings):
     @classmethod
     def _rising(cls, points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
         _refuse_unless_rising([value for value, _ in points])
+        if points and not any(weight for _, weight in points):
+            raise ValueError("every weight is 0, which leaves no label to train on")
         return points
 
 
@@ -107,13 +109,13 @@ class MoreTargetsSettings(Settings):
         if self.how == "blend":
             if self.changes:
                 raise ValueError("the weights of a blend cannot change with the step; use `how: mix`")
-            if any(other.weight == 0 for other in self.others):
-                raise ValueError("the others of a blend need weights above 0")
             if any(other.where != WhereSettings() for other in self.others):
                 raise ValueError("the sets of a blend have one filter, `train.where`")
         starts = {0, *(step for weight in weights if isinstance(weight, tuple) for step, _ in weight)}
         if any(all(weight_at(weight, step) == 0 for weight in weights) for step in starts):
             raise ValueError("at each step some set needs a weight above 0")
+        if unused := [other.out for other in self.others if other.weight == 0]:
+            raise ValueError(f"weight 0 leaves {unused[0]} out at every step; give it one above 0, or do not name it")
         return self
 
     @property
@@ -144,12 +146,14 @@ class BalanceSettings(Settings):
 
 
 def _usable_weight(weight: WeightOverSteps) -> WeightOverSteps:
-    """The weight, if its steps rise and there is one; else ValueError."""
-    if isinstance(weight, tuple):
-        if not weight:
-            raise ValueError("a weight that changes needs [step, weight] at least once")
-        _refuse_unless_rising([step for step, _ in weight])
-    return weight
+    """The weight, as a number where it is the same at all steps. ValueError: there is none, or steps do not rise."""
+    if not isinstance(weight, tuple):
+        return weight
+    if not weight:
+        raise ValueError("a weight that changes needs [step, weight] at least once")
+    _refuse_unless_rising([step for step, _ in weight])
+    values = {value for _, value in weight}
+    return values.pop() if len(values) == 1 else weight
 
 
 def weight_at(weight: WeightOverSteps, step: int) -> float:

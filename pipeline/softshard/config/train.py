@@ -118,8 +118,9 @@ class TrainSettings(Settings):
     """Targets of other jobs; without it, the job's own alone."""
     balance: BalanceSettings | None = None
     """Weights of groups towards given shares of the loss; without it, each has its share of the tokens."""
-    author_cap: float = Field(default=0.5, gt=0, le=1)
-    """Most share of the train tokens that one author may have without `consent`; 1: any."""
+    author_cap: float = Field(default=0.6, gt=0, le=1)
+    """Most share that one author may have without `consent`, of the train tokens and of their weight in the loss; 1:
+    any."""
     sweep: SweepSettings | None = None
     """Several trainings, of which the best is taken; without it, one."""
     adapter: AdapterKind = "lora"
@@ -157,6 +158,8 @@ class TrainSettings(Settings):
             raise ValueError("sweep.alpha needs `objective: kl`; `ce` is alpha 1")
         if self.sweep is not None and self.sweep.retention_weight and self.retention is None:
             raise ValueError("sweep.retention_weight needs `retention`, with its sources")
+        if self.baseline is not None and self.baseline.retention_weight > 0 and self.retention is None:
+            raise ValueError("baseline.retention_weight needs `retention`, with its sources")
         more = self.targets
         if more is not None and more.own_weight == 0 and more.how == "mix" and self.where != WhereSettings():
             raise ValueError("where chooses among the job's own sequences, which targets.own_weight 0 leaves out")

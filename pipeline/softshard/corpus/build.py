@@ -1,8 +1,8 @@
 """The corpus stage: settings and a tokenizer in, slices of sequences, the list of documents and a manifest out.
 
 Documents are streamed: screened, tokenised in small batches, cut into windows, dealt into slices. What is held does not
-grow with the corpus, but for 16 bytes and a set's entry a document. Same input, same bytes; a corpus that is complete
-and was made from the same input is not read again.
+grow with the corpus, but for 16 bytes and a set's entry a document, and a counter's an author. Same input, same bytes;
+a corpus that is complete and was made from the same input is not read again.
 """
 
 from __future__ import annotations

@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 
 from softshard.corpus.manifest import CorpusStatistics, DocumentsFile
 from softshard.corpus.screen import ScreenedDocument
+from softshard.corpus.tally import GroupCount
 from softshard.errors import PartCorrupt
 from softshard.storage import Store, sha256_of
 
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["DOCUMENTS_SCHEMA", "DocumentsWriter", "corpus_statistics", "train_documents_outside"]
+__all__ = ["DOCUMENTS_SCHEMA", "DocumentsWriter", "corpus_statistics", "train_documents_outside", "train_groups"]
 
 _ROWS_PER_FILE = 2**15
 
@@ -113,6 +114,23 @@ def train_documents_outside(store: Store, files: Sequence[DocumentsFile], *, fol
         outside = rows.filter((pl.col("split") == "train") & (pl.col("fold") != fold))
         found.append(outside["document_id"].str.decode("hex"))
     return pl.concat(found)
+
+
+def train_groups(store: Store, files: Sequence[DocumentsFile]) -> tuple[GroupCount, ...]:
+    """Labels of the train split by source, style, group and fold, sorted by these.
+
+    Raises:
+        PartCorrupt: a list of documents is missing or is not the one that the manifest names.
+    """
+    import polars as pl
+
+    place = ["source", "style", "group", "fold"]
+    counts = pl.DataFrame()
+    for file in files:
+        rows = pl.read_parquet(io.BytesIO(_checked(store, file)), columns=[*place, "split", "labels"])
+        found = rows.filter(pl.col("split") == "train").group_by(place).agg(pl.col("labels").sum())
+        counts = pl.concat([counts, found]).group_by(place).agg(pl.col("labels").sum())
+    return tuple(GroupCount(*row) for row in sorted(counts.iter_rows()))
 
 
 def _checked(store: Store, file: DocumentsFile) -> bytes:

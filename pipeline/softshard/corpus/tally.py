@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,7 +15,17 @@ from softshard.corpus.windows import sequence_id_of, window_starts
 from softshard.errors import CorpusEmpty, FoldEmpty
 from softshard.models import Tokenizer
 
-__all__ = ["CorpusCount", "SplitCount", "Tally"]
+__all__ = ["CorpusCount", "GroupCount", "SplitCount", "Tally"]
+
+
+class GroupCount(NamedTuple):
+    """Labels of the train documents of one source, style, group and fold."""
+
+    source: str
+    style: str
+    group: str
+    fold: int
+    num_labels: int
 
 
 class SplitCount(BaseModel):
@@ -44,6 +55,8 @@ class CorpusCount(BaseModel):
     """Documents by outcome of the screening."""
     splits: tuple[SplitCount, ...]
     """The train split by fold, then the test split."""
+    groups: tuple[GroupCount, ...] = ()
+    """Of the train split, sorted."""
 
     def total(self, split: str | None = None) -> dict[str, int]:
         """Sum of every `num_` field over the folds of a split, or over all."""
@@ -71,6 +84,7 @@ class Tally:
     def __init__(self, settings: CorpusSettings, *, tokenizer: Tokenizer) -> None:
         self._settings, self._tokenizer = settings, tokenizer
         self._parts: dict[tuple[Split, int], _Counted] = {}
+        self._groups: Counter[tuple[str, str, str, int]] = Counter()
 
     def add(self, document: ScreenedDocument, *, num_tokens: int) -> int:
         """Count a document of num_tokens tokens, opening and closing ones counted; the number of its windows."""
@@ -89,6 +103,8 @@ class Tally:
                 overlap_tokens=overlap,
             )
             part.num_full_slices += part.cut.add(sequence_id) > 0
+        if document.split == "train":
+            self._groups[document.source, document.style, document.group, document.fold] += num_tokens - 1
         part.num_documents += 1
         part.num_bytes_text += document.num_bytes
         part.num_tokens += num_tokens + (len(starts) - 1) * overlap
@@ -113,7 +129,8 @@ class Tally:
             fold, documents = next(iter(train.items()))
             raise FoldEmpty(fold=fold, folds=folds, documents=documents)
         splits = (_split_count(place, self._parts[place]) for place in sorted(self._parts, key=_order))
-        return CorpusCount(counts=counts, splits=tuple(splits))
+        groups = (GroupCount(*place, num_labels) for place, num_labels in sorted(self._groups.items()))
+        return CorpusCount(counts=counts, splits=tuple(splits), groups=tuple(groups))
 
 
 def _order(place: tuple[Split, int]) -> tuple[bool, int]:

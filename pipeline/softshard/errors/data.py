@@ -296,16 +296,16 @@ class BalanceImpossible(DataInvalid):
 
     def __init__(self, *, column: str, problem: str) -> None:
         self.column, self.problem = column, problem
-        super().__init__(f"train.balance: by {column}: {problem}; `softshard status` and the report list what there is")
+        super().__init__(f"train.balance: by {column}: {problem}; change `shares`, or the `column`")
 
 
 class AuthorDominates(DataInvalid):
-    """One author's writing is more of what would be trained on than the job allows."""
+    """One author's writing is more of what would be trained on, or weighs more in the loss, than the job allows."""
 
-    def __init__(self, *, author: str, share: float, cap: float) -> None:
-        self.author, self.share, self.cap = author, share, cap
+    def __init__(self, *, author: str, share: float, cap: float, of: str) -> None:
+        self.author, self.share, self.cap, self.of = author, share, cap, of
         super().__init__(
-            f"train.author_cap: author {author!r} has {share:.1%} of the train tokens, at most {cap:.1%} may be one"
+            f"train.author_cap: author {author!r} has {share:.1%} of {of}, at most {cap:.1%} may be one"
             " author's; add other writing, name the author in the `consent` of the source if there is consent, or leave"
             " `group_field` out where it does not name authors"
         )

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from softshard.run.feed import Feed
-from softshard.run.trainings import TrainingPlan
+from softshard.run.feed import Feed, credits_of
 from softshard.run.workspace import Workspace
+from softshard.shard.manifest import SourceRights
+from softshard.train.authors import Credit
 from softshard.train.card import AdapterCard, CardBalance, CardGroup
 from softshard.train.groups import Tally
-from softshard.train.loop import FineTuned
+from softshard.train.record import TrainingReceipt
 
 __all__ = ["make_card"]
 
 
 def make_card(
-    workspace: Workspace, fed: tuple[Feed, Tally], plan: TrainingPlan, tuned: FineTuned, holdout_nll: float | None
+    workspace: Workspace,
+    fed: tuple[Feed, Tally],
+    receipt: TrainingReceipt,
+    retention: tuple[SourceRights, ...],
+    *,
+    num_compared: int,
 ) -> AdapterCard:
-    """The card. `fed` is the feed and the authors' shares of it."""
+    """The card.
+
+    Args:
+        workspace: of the job, as it is now.
+        fed: the feed, and the authors' shares of it.
+        receipt: of the training.
+        retention: sources of the retention text that it took.
+        num_compared: trainings among which one like this is chosen.
+    """
     (feed, authors), settings = fed, workspace.job.train
     balance = None
     if feed.balance is not None:
@@ -26,20 +40,37 @@ def make_card(
     return AdapterCard(
         job=workspace.job.name,
         base_model=workspace.student_model.name,
-        manifests=tuple(one.targets.manifest.digest for one in feed.sets),
+        manifests=receipt.manifests,
         sources=feed.sources,
+        retention_sources=retention,
+        consent=_consent(workspace, feed, bool(retention)),
         training={
-            "training_id": plan.training_id,
-            "objective": "ce" if plan.alpha == 1 else "kl",
-            "alpha": plan.alpha,
-            "learning_rate": plan.optimizer.learning_rate,
-            "retention_weight": plan.retention_weight,
-            "num_steps": len(tuned.log),
-            "num_tokens": sum(step.tokens for step in tuned.log),
+            "training_id": receipt.training_id,
+            "objective": receipt.objective,
+            "alpha": receipt.alpha,
+            "learning_rate": receipt.learning_rate,
+            "retention_weight": receipt.retention_weight,
+            "num_steps": receipt.num_steps,
+            "num_tokens": receipt.num_tokens,
         },
         settings=settings.model_dump(mode="json"),
         author_cap=settings.author_cap,
         author_shares=authors,
         balance=balance,
-        holdout_nll_nats=holdout_nll,
+        holdout_nll_nats=receipt.holdout_nll_nats,
+        num_compared=num_compared,
     )
+
+
+def _consent(workspace: Workspace, feed: Feed, with_retention: bool) -> dict[str, tuple[str, ...]]:
+    """Authors who agreed, by source; where sets have sources of one name, of all of them."""
+    retention = workspace.job.train.retention
+    known: list[dict[str, Credit]] = [one.credited for one in feed.sets]
+    if retention is not None and with_retention:
+        known.append(credits_of(retention.sources))
+    agreed: dict[str, set[str]] = {}
+    for credited in known:
+        for source, credit in credited.items():
+            if credit.consent:
+                agreed.setdefault(source, set()).update(credit.consent)
+    return {source: tuple(sorted(names)) for source, names in sorted(agreed.items())}

@@ -53,8 +53,8 @@ class Exported:
     """Of the adapter, as `train.adapter` has it."""
     adapter: str
     """SHA-256 of the adapter's files and their names, in hex."""
-    manifest: str
-    """Digest of the manifest of the targets."""
+    manifests: tuple[str, ...]
+    """Digests of the manifests of the targets."""
     dtype: str
     tied: bool
     """Whether embedding and output layer still share one matrix."""
@@ -121,7 +121,7 @@ def export_model(out: str, to: str | Path, *, dtype: Literal["base", "float32"] 
         base=workspace.student_model.name,
         kind=receipt.settings["adapter"],
         adapter=digest_of(receipt.files),
-        manifest=receipt.manifest,
+        manifests=receipt.manifests,
         dtype=_name_of(kind),
         tied=bool(merged.model.config.tie_word_embeddings),
         canary_kl_nats=left,
@@ -229,7 +229,7 @@ def _model_card(exported: Exported, receipt: TrainingReceipt) -> str:
         f"layer {tied}.",
         "",
         f"- Adapter: `{exported.adapter}`",
-        f"- Manifest of the targets: `{exported.manifest}`",
+        *(f"- Manifest of the targets: `{digest}`" for digest in exported.manifests),
         f"- Mean KL(base || this model) on a known text: {exported.canary_kl_nats:.4g} nats a token",
         f"- Mean KL(base and adapter || this model) there: {exported.rounding_kl_nats:.2g} nats a token",
         "",

@@ -1,32 +1,42 @@
-"""What the trainings of a job are fed: its own targets and other jobs', filtered, weighed, and within the author cap.
+"""What the trainings of a job are fed: its own targets and other jobs', filtered and weighed.
 
 In: the job and its manifest. Out: target sets of one tokenizer with the weight of each group, and the data set of a
-training. Authors and groups are columns of the targets themselves, so that a set whose corpus is gone will do; who gave
-consent stands in the `job.yaml` of each output, and where there is none, nobody has.
+training. Authors and groups are columns of the targets themselves, so that a set whose corpus is gone will do; who
+names authors and who gave consent stands in the `job.yaml` of each output. Where there is none, every group is taken
+for an author, and nobody has agreed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from softshard.config import LabelWeightSettings, OptimizerSettings, WeightOverSteps, WhereSettings, weight_at
-from softshard.errors import AuthorDominates, BlendInvalid, JobInvalid, TargetsUnsuitable
+from softshard.config import (
+    LabelWeightSettings,
+    OptimizerSettings,
+    SourceSettings,
+    WeightOverSteps,
+    WhereSettings,
+    digest_of,
+    weight_at,
+)
+from softshard.errors import BlendInvalid, JobInvalid, TargetsUnsuitable
 from softshard.models import check_tokenizer
 from softshard.run.status import job_values
 from softshard.run.workspace import Workspace
 from softshard.shard.manifest import Manifest, SourceRights, read_manifest
 from softshard.storage import open_store
+from softshard.train.authors import Credit
 from softshard.train.blend import Blend
 from softshard.train.dataset import SoftLabelDataset
 from softshard.train.filters import RowFilter
-from softshard.train.groups import Balance, Tally, balanced, tally_authors, tally_groups
+from softshard.train.groups import Balance, Tally, balanced, tally_groups
 from softshard.train.mix import MixWeights, SoftLabelMix
 from softshard.train.mixed import LabelWeights
 from softshard.train.reading import TargetSet
 
-__all__ = ["Feed", "FeedSet", "check_authors", "open_feed"]
+__all__ = ["Feed", "FeedSet", "credits_of", "label_weights_of", "open_feed", "other_sets", "row_filter_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +45,9 @@ class FeedSet:
 
     targets: TargetSet
     weight: WeightOverSteps
-    consent: dict[str, frozenset[str]]
-    """Authors who agreed, by source."""
+    """Of a feed's sets, the largest is 1 at some step."""
+    credited: dict[str, Credit]
+    """What is known of who wrote it, by source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +56,10 @@ class Feed:
 
     sets: tuple[FeedSet, ...]
     how: str
-    """`mix` or `blend`; of one set, either."""
+    """`mix` or `blend`; of one set, `mix`."""
     balance: Balance | None
+    holdout: str
+    """Digest of the job's own hold-out, which every training is measured on."""
 
     @property
     def temperature(self) -> float:
@@ -63,10 +76,21 @@ class Feed:
         """Where the text came from, of all sets, each once."""
         return tuple(dict.fromkeys(source for one in self.sets for source in one.targets.manifest.sources))
 
+    @property
+    def steps(self) -> list[int]:
+        """Steps at which a weight turns, the first one included."""
+        points = (one.weight for one in self.sets if isinstance(one.weight, tuple))
+        return sorted({0, *(step for weight in points for step, _ in weight)})
+
+    def weights(self, step: int) -> tuple[float, ...]:
+        """Of the sets at a step."""
+        return tuple(weight_at(one.weight, step) for one in self.sets)
+
     def digest_parts(self) -> list[Any]:
-        """All that can change a batch, as plain values."""
+        """All that can change a batch or what a training is measured on, as plain values."""
         sets = [[one.targets.manifest.digest, one.targets.where.conditions, one.weight] for one in self.sets]
-        return [self.how, sets, None if self.balance is None else self.balance.weights.digest_parts()]
+        groups = None if self.balance is None else self.balance.weights.digest_parts()
+        return [self.how, sets, groups, self.holdout]
 
     def dataset(self, workspace: Workspace, *, alpha: float, optimizer: OptimizerSettings) -> Any:
         """The batches of one training, from their beginning.
@@ -82,7 +106,7 @@ class Feed:
             "alpha": alpha,
             "truncated": settings.truncated,
             "temperature": settings.temperature,
-            "weights": _label_weights(settings.label_weights),
+            "weights": label_weights_of(settings.label_weights),
             "packing": settings.packing,
             "rank": 0,
             "world_size": 1,
@@ -91,10 +115,9 @@ class Feed:
         if len(sets) == 1:
             return SoftLabelDataset(sets[0], **common)
         if self.how == "blend":
-            weights = tuple(weight_at(one.weight, 0) for one in self.sets)
-            return SoftLabelDataset(Blend(sets=sets, weights=weights), **common)
+            return SoftLabelDataset(Blend(sets=sets, weights=self.weights(0)), **common)
         datasets = [SoftLabelDataset(one, **{**common, "prefetch": 0}) for one in sets]
-        points = tuple((step, tuple(weight_at(one.weight, step) for one in self.sets)) for step in _steps(self.sets))
+        points = tuple((step, self.weights(step)) for step in self.steps)
         return SoftLabelMix(datasets, MixWeights(points=points), rank=0, world_size=1)
 
 
@@ -104,33 +127,62 @@ def open_feed(workspace: Workspace, manifest: Manifest) -> Feed:
     Raises:
         ManifestMissing, JobInvalid: another job's targets are not there.
         TokenizerMismatch, BlendInvalid, TargetsUnsuitable: another set does not fit the student, or the job.
-        BalanceImpossible: its groups cannot have their shares.
+        BalanceImpossible, NothingPasses: its groups cannot have their shares, or none of a set is left to have any.
     """
     settings = workspace.job.train
     own = FeedSet(
-        targets=TargetSet(store=workspace.targets, manifest=manifest, where=_row_filter(settings.where)),
+        targets=TargetSet(store=workspace.targets, manifest=manifest, where=row_filter_of(settings.where)),
         weight=1.0 if settings.targets is None else settings.targets.own_weight,
-        consent={source.name: frozenset(source.consent) for source in workspace.job.corpus.sources},
+        credited=credits_of(workspace.job.corpus.sources),
     )
     more = settings.targets
-    sets = [own, *_others(workspace, manifest)]
+    sets = [own, *other_sets(workspace)]
+    _refuse_unfit(workspace, sets[1:], vocab_size=manifest.vocab_size)
     _refuse_holdout(own, sets[1:])
     if more is not None and more.how == "blend" and own.weight == 0:
         first = replace(sets[1].targets, where=own.targets.where)
         sets[1] = replace(sets[1], targets=first)
-    feed = Feed(sets=tuple(one for one in sets if one.weight != 0), how=more.how if more else "mix", balance=None)
+    used = _scaled([one for one in sets if one.weight != 0])
+    how = more.how if more is not None and len(used) > 1 else "mix"
+    holdout = digest_of([receipt.sha256 for receipt in manifest.of_split("test")])
+    feed = Feed(sets=used, how=how, balance=None, holdout=holdout)
     if settings.balance is None:
         return feed
     asked = settings.balance
-    tally = _together(feed, [tally_groups(one.targets, asked.column) for one in feed.sets], step=0)
+    tally = _together(feed, [tally_groups(one.targets, asked.column) for one in feed.sets])
     balance = balanced(tally, column=asked.column, shares=asked.shares, clip=asked.clip)
     weighed = [replace(one, targets=replace(one.targets, groups=balance.weights)) for one in feed.sets]
     return replace(feed, sets=tuple(weighed), balance=balance)
 
 
+def _scaled(sets: Sequence[FeedSet]) -> tuple[FeedSet, ...]:
+    """The sets with weights over the largest of them, so that a common factor changes nothing, nor any id.
+
+    One alone has the weight 1, whatever it was given.
+    """
+    if len(sets) == 1:
+        return (replace(sets[0], weight=1.0),)
+    largest = max(value for one in sets for value in _values(one.weight))
+
+    def scaled(value: float) -> float:
+        # Thirds of .3 and of 3 must come out alike.
+        return float(f"{value / largest:.12g}")
+
+    def over(weight: WeightOverSteps) -> WeightOverSteps:
+        if isinstance(weight, tuple):
+            return tuple((step, scaled(value)) for step, value in weight)
+        return scaled(weight)
+
+    return tuple(replace(one, weight=over(one.weight)) for one in sets)
+
+
+def _values(weight: WeightOverSteps) -> Iterator[float]:
+    yield from (value for _, value in weight) if isinstance(weight, tuple) else (weight,)
+
+
 def _refuse_holdout(own: FeedSet, others: Sequence[FeedSet]) -> None:
     """Refuse sets that would train on what the job measures on. Raises BlendInvalid."""
-    if not others:
+    if not others or not own.targets.manifest.of_split("test"):
         return
     held = set(tally_groups(replace(own.targets, split="test", where=RowFilter()), "document_id"))
     for one in others:
@@ -142,77 +194,73 @@ def _refuse_holdout(own: FeedSet, others: Sequence[FeedSet]) -> None:
             raise BlendInvalid(uri=one.targets.store.uri, problem=problem)
 
 
-def _others(workspace: Workspace, manifest: Manifest) -> list[FeedSet]:
-    settings, student = workspace.job.train, workspace.student_model
+def other_sets(workspace: Workspace) -> list[FeedSet]:
+    """The targets of other jobs that the job names, each with the weight that the job gives it.
+
+    Raises:
+        ManifestMissing, JobInvalid, PartCorrupt: they are not there, or not what they should be.
+    """
+    more = workspace.job.train.targets
     found = []
-    for other in () if settings.targets is None else settings.targets.others:
-        out = open_store(other.out)
-        store = out.below("targets")
-        theirs = read_manifest(store, digest=other.manifest)
-        print_of = theirs.tokenizer_fingerprint
-        check_tokenizer(student.tokenizer, model=student.name, data=store.uri, data_fingerprint=print_of)
-        if theirs.vocab_size != manifest.vocab_size:
-            problem = (
-                f"its vocabulary has {theirs.vocab_size} tokens, that of the job's own targets {manifest.vocab_size}"
-            )
-            raise BlendInvalid(uri=store.uri, problem=problem)
-        if (unfit := settings.problem_with(str(theirs.target["kind"]))) is not None:
-            raise TargetsUnsuitable(uri=store.uri, problem=unfit)
-        targets = TargetSet(store=store, manifest=theirs, where=_row_filter(other.where))
-        found.append(FeedSet(targets=targets, weight=other.weight, consent=_consent_in(other.out)))
+    for other in () if more is None else more.others:
+        store = open_store(other.out).below("targets")
+        manifest = read_manifest(store, digest=other.manifest)
+        targets = TargetSet(store=store, manifest=manifest, where=row_filter_of(other.where))
+        found.append(FeedSet(targets=targets, weight=other.weight, credited=_credits_in(other.out)))
     return found
 
 
-def _consent_in(out: str) -> dict[str, frozenset[str]]:
-    """Who agreed, as another job's own file says; nobody, where there is none."""
+def _refuse_unfit(workspace: Workspace, others: Sequence[FeedSet], *, vocab_size: int) -> None:
+    settings, student = workspace.job.train, workspace.student_model
+    for one in others:
+        uri, manifest = one.targets.store.uri, one.targets.manifest
+        fingerprint = manifest.tokenizer_fingerprint
+        check_tokenizer(student.tokenizer, model=student.name, data=uri, data_fingerprint=fingerprint)
+        if manifest.vocab_size != vocab_size:
+            problem = f"its vocabulary has {manifest.vocab_size} tokens, that of the job's own targets {vocab_size}"
+            raise BlendInvalid(uri=uri, problem=problem)
+        if (unfit := settings.problem_with(str(manifest.target["kind"]))) is not None:
+            raise TargetsUnsuitable(uri=uri, problem=unfit)
+
+
+def credits_of(sources: Iterable[SourceSettings]) -> dict[str, Credit]:
+    """What a job says of who wrote its sources, by name."""
+    return {
+        source.name: Credit(named=source.group_field is not None, consent=frozenset(source.consent))
+        for source in sources
+    }
+
+
+def _credits_in(out: str) -> dict[str, Credit]:
+    """The same of another job, as its own file says; nothing, where there is none."""
     try:
         values = job_values(open_store(out))
-        sources = values["corpus"]["sources"]
-        return {source["name"]: frozenset(source.get("consent", ())) for source in sources}
+        return {
+            source["name"]: Credit(
+                named=source.get("group_field") is not None, consent=frozenset(source.get("consent", ()))
+            )
+            for source in values["corpus"]["sources"]
+        }
     except (JobInvalid, KeyError, TypeError):
         return {}
 
 
-def check_authors(feed: Feed, *, cap: float) -> Tally:
-    """Share of each author of the train tokens, by name; where weights change, the most at any step.
-
-    Tokens are labels of sequences that pass the filters, each once, whatever they weigh in the loss. Writing under
-    consent, and of sources that name no authors, has part in the sum and in no author's share.
-
-    Raises:
-        AuthorDominates: one has more than `cap`.
-    """
-    tallies = [tally_authors(one.targets, consent=one.consent) for one in feed.sets]
-    most: Tally = {}
-    for step in _steps(feed.sets):
-        together = _together(feed, tallies, step=step)
-        for author, share in together.items():
-            if author:
-                most[author] = max(share / sum(together.values()), most.get(author, 0.0))
-    for author, share in sorted(most.items(), key=lambda item: (-item[1], item[0])):
-        if share > cap:
-            raise AuthorDominates(author=author, share=share, cap=cap)
-    return dict(sorted(most.items()))
-
-
-def _together(feed: Feed, tallies: list[Tally], *, step: int) -> Tally:
+def _together(feed: Feed, tallies: list[Tally]) -> Tally:
     """Tallies of all sets as shares, each set's by its weight; a blend has one set of sequences, the first one's."""
     if len(feed.sets) == 1 or feed.how == "blend":
         return tallies[0]
     shares: Tally = {}
-    for one, tally in zip(feed.sets, tallies, strict=True):
+    for tally, weight in zip(tallies, feed.weights(0), strict=True):
         for group, count in tally.items():
-            shares[group] = shares.get(group, 0.0) + weight_at(one.weight, step) * count / sum(tally.values())
+            shares[group] = shares.get(group, 0.0) + weight * count / sum(tally.values())
     return dict(sorted(shares.items()))
 
 
-def _steps(sets: tuple[FeedSet, ...]) -> list[int]:
-    return sorted({0, *(step for one in sets if isinstance(one.weight, tuple) for step, _ in one.weight)})
-
-
-def _row_filter(where: WhereSettings) -> RowFilter:
+def row_filter_of(where: WhereSettings) -> RowFilter:
+    """The filter that the job asks for."""
     return RowFilter(**where.model_dump())
 
 
-def _label_weights(settings: LabelWeightSettings) -> LabelWeights:
+def label_weights_of(settings: LabelWeightSettings) -> LabelWeights:
+    """The weights of labels that the job asks for."""
     return LabelWeights(entropy=settings.entropy, label_logprob=settings.label_logprob)

@@ -13,6 +13,7 @@ from softshard.errors import JobInvalid
 from softshard.evaluate.report import Report
 from softshard.run.adapters import ensure_teacher
 from softshard.run.evaluation import ensure_report
+from softshard.run.guard import check_corpora
 from softshard.run.lease import Lease, hold_lease
 from softshard.run.targets import ensure_corpora, ensure_targets, lazy_cluster
 from softshard.run.training import ensure_trained
@@ -75,6 +76,7 @@ def _run_stages(workspace: Workspace, reporter: Reporter, stages: Collection[str
         with stage("corpus") as compute:
             corpora = ensure_corpora(workspace, reporter, cluster, compute=compute)
         if last >= STAGES.index("teacher"):
+            check_corpora(workspace, corpora)
             with stage("teacher") as compute:
                 teacher = ensure_teacher(workspace, corpora.style, reporter, cluster, compute=compute)
         if last >= STAGES.index("targets"):

@@ -14,6 +14,7 @@ from typing import Any
 from softshard.config import Job, SketchSettings, ThresholdSketch
 from softshard.corpus.build import count_corpus, first_sequences
 from softshard.models import Tokenizer, check_context, load_tokenizer, resolve_model, weights_digest
+from softshard.run.guard import CountedAuthors, count_authors
 from softshard.run.pilot import (
     NUM_SEQUENCES,
     Extent,
@@ -25,6 +26,8 @@ from softshard.run.pilot import (
     setting_of,
     spread,
 )
+from softshard.run.terminal import wrapped
+from softshard.run.trainings import count_trainings
 from softshard.shard.commit import PartPlan
 from softshard.target.types import TokenSequence
 from softshard.teacher.engines import identity_of, open_teacher
@@ -77,6 +80,8 @@ class Plan:
     """The job's `budget_bytes` or `max_angle_degrees`; None where it gives the target itself."""
     pilot: Pilot | None
     """What other targets would cost; None where no pilot was run."""
+    authors: CountedAuthors | None
+    """Who has how much of what would be trained on; None where that cannot be told before there are targets."""
 
 
 def make_plan(
@@ -110,7 +115,7 @@ def make_plan(
     found = _measure(job, tokenizer, reporter, extent=extent, num_pilot=num_pilot)
     speed = tokens_per_second if tokens_per_second is not None else found.tokens_per_second
     hours = _teacher_hours(job, train_tokens=train["num_tokens"], test_tokens=test["num_tokens"], speed=speed)
-    trainings = job.train.num_trainings + (0 if job.train.baseline is None else len(job.train.baseline.learning_rates))
+    trainings = count_trainings(job.train)
     return Plan(
         job=job.name,
         out=job.out,
@@ -135,6 +140,7 @@ def make_plan(
         target=f"{job.target.kind} {setting_of(found.target.sketch)}",
         budget=_budget(job.target),
         pilot=found.pilot,
+        authors=count_authors(job, tokenizer, count.groups, reporter),
     )
 
 
@@ -248,10 +254,21 @@ def render_plan(plan: Plan) -> str:
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f}"))
     rows.append(("then", f"{plan.num_trainings} training(s) of the student, {plan.trained_tokens:,} tokens in all"))
+    rows.append(("authors", _of_authors(plan.authors)))
     lines = [f"{plan.out}: job {plan.job}", "", *(f"{name:<15} {value}" for name, value in rows)]
+    if plan.authors is not None and plan.authors.refusal is not None:
+        lines += ["", *wrapped(f"The run will end before any teacher is trained: {plan.authors.refusal}")]
     if plan.pilot is not None:
         lines += ["", *_table(plan.pilot), "", *_measured_on(plan, plan.pilot)]
     return "\n".join(lines) + "\n"
+
+
+def _of_authors(authors: CountedAuthors | None) -> str:
+    if authors is None:
+        return "their shares cannot be told before there are targets"
+    if authors.largest_share is None:
+        return "nobody is counted against train.author_cap"
+    return f"{authors.counted:,} counted, the largest has {authors.largest_share:.1%}, allowed are {authors.cap:.1%}"
 
 
 def _table(pilot: Pilot) -> Iterator[str]:

@@ -27,7 +27,7 @@ def sweep_rows(trained: Trained) -> list[dict[str, Any]]:
 
 
 def render_sweep(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as lines of at most 80 columns; `*` marks the one that was chosen."""
+    """The rows as lines of at most 80 columns, and how one of them was chosen, which `*` marks."""
     lines = [f"  {'alpha':>8}{'lambda':>10}{'learning rate':>16}{'hold-out NLL':>15}{'retention NLL':>16}"]
     for row in rows:
         nll, kept = (f"{row[name]:.4f}" if row[name] is not None else "-" for name in _MEASURED)
@@ -35,4 +35,5 @@ def render_sweep(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{mark} {row['alpha']:>8g}{row['retention_weight']:>10g}{row['learning_rate']:>16g}{nll:>15}{kept:>16}"
         )
+    lines.append(f"* the best of {len(rows)} trainings on this very hold-out, which favours it")
     return lines

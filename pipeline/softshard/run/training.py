@@ -1,11 +1,13 @@
 """The train stage: the adapter on the stored targets, and the baseline on the same tokens.
 
-Every training is named by a digest of everything that it depends on; one that is complete is not run again.
+Every training is named by a digest of everything that it depends on; one that is complete is not run again, whatever
+it was for then. Its card is renewed whenever the stage runs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -16,18 +18,18 @@ from softshard.errors import AdapterMissing
 from softshard.evaluate.scoring import retention_nll, score_holdout
 from softshard.models import check_context, check_tokenizer, check_vocabulary, load_model, output_size, resolve_device
 from softshard.run.adapter_card import make_card
-from softshard.run.feed import Feed, check_authors, open_feed
+from softshard.run.feed import Feed, open_feed
+from softshard.run.guard import check_feed
 from softshard.run.trainings import TrainingPlan, training_plans
 from softshard.run.workspace import Workspace
-from softshard.shard.manifest import Manifest, canonical_json
+from softshard.shard.manifest import Manifest, SourceRights, canonical_json
 from softshard.shard.read import read_rows
 from softshard.storage import sha256_of
 from softshard.teacher.style import training_precision
 from softshard.telemetry import Reporter
 from softshard.train.adapter import load_adapter, save_adapter
-from softshard.train.card import card_files
+from softshard.train.card import renew_card
 from softshard.train.checkpoint import Checkpoint
-from softshard.train.groups import Tally
 from softshard.train.loop import FineTuned, Step, fine_tune
 from softshard.train.record import SweptTraining, Trained, TrainingReceipt, find_training, write_trained
 from softshard.train.retention import Retention
@@ -46,24 +48,33 @@ def ensure_trained(
         TokenizerMismatch: the student's tokenizer is not the one that the targets were made with.
         VocabularyMismatch: the student has no logit for some token of the targets.
     """
-    student = workspace.student_model
-    data = workspace.targets.uri
-    check_tokenizer(student.tokenizer, model=student.name, data=data, data_fingerprint=manifest.tokenizer_fingerprint)
-    check_context(student.folder, context_tokens=workspace.job.corpus.context_tokens)
-    size = output_size(student.folder)
-    check_vocabulary(model=student.name, model_size=size, data=data, data_size=manifest.vocab_size)
+    _check_student(workspace, manifest)
     store = workspace.adapter
     feed = open_feed(workspace, manifest)
     grid, baselines = training_plans(workspace, feed, retention)
-    found = {plan.folder: find_training(store, plan.folder) for plan in (*grid, *baselines)}
+    plans: dict[str, TrainingPlan] = {}
+    for plan in (*grid, *baselines):
+        plans.setdefault(plan.training_id, plan)
+    found = {key: _find(workspace, plan) for key, plan in plans.items()}
     if not compute and None in found.values():
         raise AdapterMissing(uri=store.uri)
-    authors = check_authors(feed, cap=workspace.job.train.author_cap)
-    receipts = [
-        found[plan.folder] or _train(workspace, manifest, (feed, authors), retention, plan, reporter)
-        for plan in (*grid, *baselines)
-    ]
-    swept, candidates = tuple(receipts[: len(grid)]), tuple(receipts[len(grid) :])
+    authors = check_feed(workspace, feed, retention)
+    receipts = {}
+    for key, plan in plans.items():
+        receipt = found[key]
+
+        def describe(one: TrainingReceipt, plan: TrainingPlan = plan) -> None:
+            rights = _rights(retention, plan)
+            num_compared = len(grid if plan in grid else baselines)
+            card = make_card(workspace, (feed, authors), one, rights, num_compared=num_compared)
+            renew_card(store, one.folder, card)
+
+        if receipt is None:
+            receipt = _train(workspace, manifest, feed, retention, plan, describe, reporter)
+        elif compute:
+            describe(receipt)
+        receipts[key] = receipt
+    swept, candidates = (tuple(receipts[plan.training_id] for plan in some) for some in (grid, baselines))
     sweep = tuple(
         SweptTraining(training=one, retention_nll_nats=_retention_cost(workspace, manifest, retention, one))
         for one in swept
@@ -76,21 +87,42 @@ def ensure_trained(
     return trained
 
 
+def _check_student(workspace: Workspace, manifest: Manifest) -> None:
+    student, data = workspace.student_model, workspace.targets.uri
+    check_tokenizer(student.tokenizer, model=student.name, data=data, data_fingerprint=manifest.tokenizer_fingerprint)
+    check_context(student.folder, context_tokens=workspace.job.corpus.context_tokens)
+    size = output_size(student.folder)
+    check_vocabulary(model=student.name, model_size=size, data=data, data_size=manifest.vocab_size)
+
+
+def _find(workspace: Workspace, plan: TrainingPlan) -> TrainingReceipt | None:
+    """The receipt of a training that is complete, whatever it was for then. Raises PartCorrupt."""
+    receipts = (find_training(workspace.adapter, folder) for folder in plan.folders)
+    return next((receipt for receipt in receipts if receipt is not None), None)
+
+
+def _rights(retention: CorpusManifest | None, plan: TrainingPlan) -> tuple[SourceRights, ...]:
+    """Of the retention text that a training takes."""
+    return () if retention is None or plan.retention is None else retention.sources
+
+
 def _train(
     workspace: Workspace,
     manifest: Manifest,
-    fed: tuple[Feed, Tally],
+    feed: Feed,
     retention: CorpusManifest | None,
     plan: TrainingPlan,
+    describe: Callable[[TrainingReceipt], None],
     reporter: Reporter,
 ) -> TrainingReceipt:
+    """Run a training; `describe` writes its card, before the receipt makes it complete."""
     import torch
 
     settings, student, store = workspace.job.train, workspace.student_model, workspace.adapter
     set_training_threads(settings)
     dtype, _ = training_precision(settings.dtype, device=settings.device)
     checkpoint = Checkpoint(store=store, path=f".checkpoints/{plan.folder}.pt")
-    stream = fed[0].dataset(workspace, alpha=plan.alpha, optimizer=plan.optimizer)
+    stream = feed.dataset(workspace, alpha=plan.alpha, optimizer=plan.optimizer)
     with reporter.progress(f"train {plan.label}", total=None, unit="steps") as progress:
 
         def on_step(step: Step) -> None:
@@ -115,7 +147,10 @@ def _train(
         )
         progress(len(tuned.log), total=len(tuned.log), note="scoring the hold-out")
         holdout_nll = _holdout_nll(workspace, manifest, tuned.model)
-    receipt = _save(workspace, manifest, fed, plan, tuned, holdout_nll)
+    sources = (*feed.sources, *_rights(retention, plan))
+    receipt = _receipt(workspace, feed, sources, plan, tuned, holdout_nll)
+    describe(receipt)
+    store.put_once(f"{plan.folder}/receipt.json", canonical_json(receipt))
     checkpoint.remove()
     return receipt
 
@@ -186,27 +221,21 @@ def _holdout_nll(workspace: Workspace, manifest: Manifest, model: Any) -> float 
     return scores.human_nll_nats
 
 
-def _save(
+def _receipt(
     workspace: Workspace,
-    manifest: Manifest,
-    fed: tuple[Feed, Tally],
+    feed: Feed,
+    sources: tuple[SourceRights, ...],
     plan: TrainingPlan,
     tuned: FineTuned,
     holdout_nll: float | None,
 ) -> TrainingReceipt:
-    store = workspace.adapter
-    card = make_card(workspace, fed, plan, tuned, holdout_nll)
-    files = {**save_adapter(tuned.model, base_model=workspace.student_model.name), **card_files(card)}
-    for name, content in files.items():
-        store.put_once(f"{plan.folder}/{name}", content)
-    log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
-    store.replace(f"{plan.folder}/log.jsonl", log.encode())
-    receipt = TrainingReceipt(
+    """Of a training whose files are written here."""
+    return TrainingReceipt(
         training_id=plan.training_id,
         folder=plan.folder,
-        files={name: sha256_of(content) for name, content in files.items()},
-        manifest=manifest.digest,
-        sources=fed[0].sources,
+        files=_save(workspace, plan, tuned),
+        manifests=tuple(one.targets.manifest.digest for one in feed.sets),
+        sources=sources,
         settings=workspace.job.train.model_dump(mode="json"),
         objective="ce" if plan.alpha == 1 else "kl",
         alpha=plan.alpha,
@@ -216,5 +245,14 @@ def _save(
         num_tokens=sum(step.tokens for step in tuned.log),
         holdout_nll_nats=holdout_nll,
     )
-    store.put_once(f"{plan.folder}/receipt.json", canonical_json(receipt))
-    return receipt
+
+
+def _save(workspace: Workspace, plan: TrainingPlan, tuned: FineTuned) -> dict[str, str]:
+    """Write the adapter and its log; name and SHA-256 of each of the adapter's files."""
+    store = workspace.adapter
+    files = save_adapter(tuned.model, base_model=workspace.student_model.name)
+    for name, content in files.items():
+        store.put_once(f"{plan.folder}/{name}", content)
+    log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
+    store.replace(f"{plan.folder}/log.jsonl", log.encode())
+    return {name: sha256_of(content) for name, content in files.items()}

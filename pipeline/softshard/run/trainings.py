@@ -17,7 +17,9 @@ from softshard.run.workspace import Workspace
 from softshard.teacher.style import training_precision
 from softshard.train.objective import CROSS_ENTROPY, Objective
 
-__all__ = ["TrainingPlan", "training_plans"]
+__all__ = ["TrainingPlan", "count_trainings", "training_plans"]
+
+_NAMES = ("kl", "ce", "baseline")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,11 @@ class TrainingPlan:
     def folder(self) -> str:
         """Folder below `adapter/`."""
         return f"{self.name}-{self.training_id[:16]}"
+
+    @property
+    def folders(self) -> list[str]:
+        """Where the same training may lie under another name, after its own folder: a sweep may hold the baseline."""
+        return [self.folder, *(f"{name}-{self.training_id[:16]}" for name in _NAMES if name != self.name)]
 
     @property
     def label(self) -> str:
@@ -88,6 +95,16 @@ def training_plans(
         )
 
     return [plan(one) for one in _grid(settings)], [plan(one) for one in _baselines(settings)]
+
+
+def count_trainings(settings: TrainSettings) -> int:
+    """Trainings of a job: those of the grid and of the baseline, each once."""
+    return len(
+        {
+            (one.alpha, one.optimizer.learning_rate, one.retention_weight)
+            for one in (*_grid(settings), *_baselines(settings))
+        }
+    )
 
 
 def _shared(workspace: Workspace, feed: Feed) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class BlendReader:
         _, numbers = self._joined
         first, *others = self._readers
         streams = [in_order(order, first.arriving(first.arrivals(plan, order), draw=draw))]
-        if self._mixing.alpha == 1:
+        if self._mixing.alpha == 1 and not self._mixing.with_scores:
             yield from streams[0]
             return
         for reader, mapped in zip(others, numbers, strict=True):
@@ -147,9 +147,14 @@ def _follow(arrivals: Iterator[Arrival], mapped: NDArray[np.int64], index: RowIn
 def combine_rows(rows: Sequence[MixedRow], *, shares: Sequence[float], alpha: float) -> MixedRow:
     """alpha * delta(label) + (1 - alpha) * the weighted mean of rows of one sequence, none of which has the label in.
 
-    Weights of positions are the weighted mean of what the sets give.
+    Weights of positions are the weighted mean of what the sets give. With alpha 1 the rows are their labels alone, and
+    the first one's stand for all.
     """
     first = rows[0]
+    given = [row.position_weights for row in rows if row.position_weights is not None]
+    mean = np.average(given, axis=0, weights=shares).astype(np.float32) if given else None
+    if alpha == 1:
+        return first._replace(position_weights=mean)
     extra = 1 if alpha > 0 else 0
     counts = np.sum([row.counts for row in rows], axis=0) + extra
     offsets = offsets_of(counts)
@@ -163,8 +168,6 @@ def combine_rows(rows: Sequence[MixedRow], *, shares: Sequence[float], alpha: fl
         places = places_of(starts, row.counts)
         ids[places], weights[places] = row.entry_ids, (1 - alpha) * share * row.entry_weights
         starts = starts + row.counts
-    given = [row.position_weights for row in rows if row.position_weights is not None]
-    mean = np.average(given, axis=0, weights=shares).astype(np.float32) if given else None
     return first._replace(counts=counts, entry_ids=ids, entry_weights=weights, position_weights=mean)
 
 

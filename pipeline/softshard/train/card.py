@@ -1,6 +1,7 @@
 """The card of an adapter: `card.json` and a README.md with the metadata header of the Hugging Face hub.
 
-In: what it was trained on, with which settings, and what it measured. Out: two files, a function of that.
+In: what it was trained on, with which settings, and what it measured. Out: two files, a function of that. They speak of
+rights, consent and what else was tried too, which can change when the adapter does not, so that no receipt names them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from softshard.shard.manifest import SourceRights, canonical_json
+from softshard.storage import Store
 
-__all__ = ["AdapterCard", "CardBalance", "CardGroup", "card_files"]
+__all__ = ["AdapterCard", "CardBalance", "CardGroup", "card_files", "renew_card"]
 
 
 class _Record(BaseModel):
@@ -46,16 +48,31 @@ class AdapterCard(_Record):
     manifests: tuple[str, ...]
     """Digests of the target sets' manifests, the job's own first where it takes part."""
     sources: tuple[SourceRights, ...]
+    retention_sources: tuple[SourceRights, ...]
+    """Of the retention text; empty where the training takes none."""
+    consent: dict[str, tuple[str, ...]]
+    """Authors who agreed, by source, of all these."""
     training: dict[str, Any]
     """Id, objective, alpha, learning rate, retention weight, steps and tokens."""
     settings: dict[str, Any]
     """The job's train section, defaults included."""
     author_cap: float
     author_shares: dict[str, float]
-    """Most share of the train tokens of each author who is named and not under consent, at any step."""
+    """The most that each author who is named and not under consent has at any step, of the train tokens or of their
+    weight in the loss."""
     balance: CardBalance | None
     holdout_nll_nats: float | None
     """Mean NLL of the hold-out's own tokens; null without a hold-out."""
+    num_compared: int
+    """Trainings of which the one with the least NLL on this hold-out was to be taken, this one included."""
+
+
+def renew_card(store: Store, folder: str, card: AdapterCard) -> None:
+    """Write the card beside an adapter, unless it says so already."""
+    for name, content in card_files(card).items():
+        path = f"{folder}/{name}"
+        if not store.exists(path) or store.read(path) != content:
+            store.replace(path, content)
 
 
 def card_files(card: AdapterCard) -> dict[str, bytes]:
@@ -65,17 +82,26 @@ def card_files(card: AdapterCard) -> dict[str, bytes]:
     lines += ["| training | |", "|---|---|", *(f"| {name} | {value} |" for name, value in card.training.items())]
     if card.holdout_nll_nats is not None:
         lines.append(f"| hold-out NLL, nats a token | {card.holdout_nll_nats:.4f} |")
+    if card.num_compared > 1:
+        lines += ["", f"One of {card.num_compared} trainings, of which the best on this very hold-out is taken: that"]
+        lines += ["figure favours the one that is."]
     lines += ["", "## Data", "", *(f"- manifest `{digest}`" for digest in card.manifests), ""]
-    lines += ["| source | style | licence | rights |", "|---|---|---|---|"]
-    lines += [f"| {_cell(s.name)} | {_cell(s.style)} | {s.license} | {s.rights_basis} |" for s in card.sources]
-    lines += ["", *_authors(card), *_groups(card.balance)]
+    lines += [*_sources(card.sources), ""]
+    if card.retention_sources:
+        lines += ["Retention text:", "", *_sources(card.retention_sources), ""]
+    lines += [*_authors(card), *_groups(card.balance)]
     lines += ["`card.json` has all of this and the settings in full.", ""]
     return {"README.md": "\n".join(lines).encode(), "card.json": canonical_json(card)}
 
 
+def _sources(sources: tuple[SourceRights, ...]) -> list[str]:
+    rows = (f"| {_cell(s.name)} | {_cell(s.style)} | {s.license} | {s.rights_basis} |" for s in sources)
+    return ["| source | style | licence | rights |", "|---|---|---|---|", *rows]
+
+
 def _header(card: AdapterCard) -> dict[str, Any]:
     """Keys that the hub knows; it has one licence a model, and names several `other`."""
-    licences = sorted({source.license for source in card.sources})
+    licences = sorted({source.license for source in (*card.sources, *card.retention_sources)})
     header: dict[str, Any] = {
         "base_model": card.base_model,
         "library_name": "peft",
@@ -88,10 +114,12 @@ def _header(card: AdapterCard) -> dict[str, Any]:
 
 def _authors(card: AdapterCard) -> list[str]:
     largest = max(card.author_shares.values(), default=None)
+    agreed = sum(len(names) for names in card.consent.values())
+    consent = [f"{agreed} author(s) gave consent and are not counted.", ""] if agreed else []
     if largest is None:
-        return [f"No author is counted against the cap of {card.author_cap:.0%} of the train tokens.", ""]
-    shares = f"the largest has {largest:.1%} of the train tokens, the cap is {card.author_cap:.0%}"
-    return [f"{len(card.author_shares)} author(s) are counted; {shares}.", ""]
+        return [f"No author is counted against the cap of {card.author_cap:.0%} of the train tokens.", "", *consent]
+    shares = f"the largest has {largest:.1%} of the train tokens or of the loss, the cap is {card.author_cap:.0%}"
+    return [f"{len(card.author_shares)} author(s) are counted; {shares}.", "", *consent]
 
 
 def _groups(balance: CardBalance | None) -> list[str]:

@@ -7,18 +7,20 @@ each that brings its share of the loss to a given one, as far as the clipping le
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
 
-from softshard.errors import BalanceImpossible, PartCorrupt
+from softshard.errors import BalanceImpossible, NothingPasses, PartCorrupt
 from softshard.shard.decode import open_part
 from softshard.train.filters import GroupWeights
 from softshard.train.reading import TargetSet
 
-__all__ = ["Balance", "GroupShare", "Tally", "balanced", "tally_authors", "tally_groups"]
+__all__ = ["Balance", "GroupShare", "Tally", "balanced", "passing_tables", "tally_groups"]
+
+_NAMED = 5
 
 Tally = dict[str, float]
 """Labels of each group, or its share of them."""
@@ -56,31 +58,26 @@ class Balance:
 
 
 def tally_groups(targets: TargetSet, column: str) -> Tally:
-    """Labels of each group among the sequences that pass the set's filter, by name."""
-    counts: Counter[str] = Counter()
-    for table, labels in _tables(targets, [column]):
-        for value, count in zip(table[column].to_pylist(), labels, strict=True):
-            counts[str(value)] += count
-    return dict(sorted(counts.items()))
+    """Labels of each group among the sequences that pass the set's filter, by name.
 
-
-def tally_authors(targets: TargetSet, *, consent: Mapping[str, Collection[str]]) -> Tally:
-    """Labels of each author by name; under "" those of authors who agreed, and of sources that name no authors.
-
-    Where a source has no group field, its rows are of a group with the name of the source.
+    Raises:
+        NothingPasses: there is none.
+        PartCorrupt: a part is missing or unreadable.
     """
     counts: Counter[str] = Counter()
-    for table, labels in _tables(targets, ["group", "source"]):
-        columns = (table[name].to_pylist() for name in ("group", "source"))
-        for group, source, count in zip(*columns, labels, strict=True):
-            counts["" if group == source or group in consent.get(source, ()) else group] += count
+    for _, table in passing_tables(targets, [column, "entropy"]):
+        labels = table["entropy"].combine_chunks().value_lengths().to_pylist()
+        for value, count in zip(table[column].to_pylist(), labels, strict=True):
+            counts[str(value)] += count
+    if not counts:
+        raise NothingPasses(uri=targets.store.uri, split=targets.split, where=str(targets.where))
     return dict(sorted(counts.items()))
 
 
-def _tables(targets: TargetSet, columns: list[str]) -> Iterator[tuple[pa.Table, list[int]]]:
-    """Of each part: the rows that pass, and how many labels each has."""
+def passing_tables(targets: TargetSet, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    """Of each part: where it lies, and some columns of the rows that pass the set's filter. Raises PartCorrupt."""
     where = targets.where
-    names = list(dict.fromkeys([*columns, "entropy", *where.conditions]))
+    names = list(dict.fromkeys([*columns, *where.conditions]))
     for receipt in targets.manifest.of_split(targets.split):
         uri = f"{targets.store.uri}/{receipt.path}"
         try:
@@ -90,8 +87,7 @@ def _tables(targets: TargetSet, columns: list[str]) -> Iterator[tuple[pa.Table, 
             raise PartCorrupt(uri=uri, problem="the part is missing") from error
         except (pa.ArrowException, OSError) as error:
             raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
-        table = table.filter(pa.array(where.passes(table)))
-        yield table, table["entropy"].combine_chunks().value_lengths().to_pylist()
+        yield uri, table.filter(pa.array(where.passes(table)))
 
 
 def balanced(
@@ -125,7 +121,8 @@ def balanced(
 
 def _wanted(tally: Tally, column: str, shares: Mapping[str, float]) -> dict[str, float]:
     if absent := sorted(set(shares) - set(tally)):
-        raise BalanceImpossible(column=column, problem=f"no train sequence is of group {absent[0]!r}")
+        there = ", ".join(map(repr, list(tally)[:_NAMED])) + (", ..." if len(tally) > _NAMED else "")
+        raise BalanceImpossible(column=column, problem=f"no train sequence is of group {absent[0]!r}, but of {there}")
     others = sum(count for group, count in tally.items() if group not in shares)
     left = 1 - sum(shares.values())
     if abs(left) < 1e-9:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from softshard.train.batch import Batch
 
-__all__ = ["FineTuned", "Step", "fine_tune", "learning_rate_at"]
+__all__ = ["FineTuned", "Step", "fine_tune", "learning_rate_at", "num_steps"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def fine_tune(
 ) -> FineTuned:
     """Train a new adapter on a frozen model, in place.
 
-    The number of steps is epochs times the batches of epoch 0, rounded, at least 1. With `checkpoint`, the state is
+    The number of steps is `num_steps`. With `checkpoint`, the state is
     written there every `optimizer.checkpoint_steps` steps, at the end, and when KeyboardInterrupt or SystemExit stops
     the training; a state of the same `identity`, settings and data is taken up, any other is ignored, and where the
     streams stand when this is called is no part of it. The caller removes it when what was trained is saved.
@@ -104,7 +104,7 @@ def fine_tune(
         ModelInvalid: the loss would be wrong for this model, or a module to adapt is missing.
         TrainingDiverged, StorageFull: a loss or gradient is not finite; no space for the checkpoint.
     """
-    total_steps = max(1, round(optimizer.epochs * batches.batches_per_epoch(0)))
+    total_steps = num_steps(batches, optimizer=optimizer)
     retention = retention if retention is not None and retention.weight > 0 else None
     # A model that cannot be trained is refused before it is changed; with its adapter it may be read in another way.
     Decoder.of(model.eval())
@@ -128,6 +128,11 @@ def fine_tune(
         training.run(on_step)
     adapted.eval()
     return FineTuned(model=adapted, log=tuple(training.log))
+
+
+def num_steps(batches: BatchSource, *, optimizer: OptimizerSettings) -> int:
+    """Steps of a training: epochs times the batches of epoch 0, rounded, at least 1."""
+    return max(1, round(optimizer.epochs * batches.batches_per_epoch(0)))
 
 
 def _named(batches: BatchSource) -> list[Any]:

@@ -66,6 +66,11 @@ class LabelWeights:
             if values != sorted(set(values)) or not all(0 <= weight < np.inf for _, weight in points):
                 raise ValueError(f"{name} is {points}: values must rise, and weights must not be negative")
 
+    @property
+    def are_given(self) -> bool:
+        """Whether any label can have another weight than 1."""
+        return bool(self.entropy or self.label_logprob)
+
     def __call__(
         self, *, entropy: NDArray[np.float32], label_logprob: NDArray[np.float32]
     ) -> NDArray[np.float32] | None:
@@ -105,7 +110,7 @@ class Mixing:
     @property
     def with_scores(self) -> bool:
         """Whether weights are worked out from entropies and log-probabilities of labels."""
-        return bool(self.weights.entropy or self.weights.label_logprob)
+        return self.weights.are_given
 
     def digest_parts(self) -> list[Any]:
         """All of it, as plain values."""

@@ -37,7 +37,9 @@ def prefetched(items: Iterator[_Item], *, ahead: int) -> Generator[_Item]:
                 if closed.is_set():
                     return
             made.put((None, StopIteration()))
-        except BaseException as error:  # noqa: BLE001 - raised again where the item is taken
+        # This thread's failure is recorded here, of whatever kind: SystemExit too would end the thread alone, and
+        # whoever takes the items would wait for ever. It is raised again where the next item is taken.
+        except BaseException as error:  # noqa: BLE001
             made.put((None, error))
 
     thread = threading.Thread(target=work, name="softshard-prefetch", daemon=True)

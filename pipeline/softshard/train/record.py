@@ -41,11 +41,11 @@ class TrainingReceipt(BaseModel):
     folder: FileName
     """Folder of the adapter below `adapter/`."""
     files: dict[FileName, str]
-    """SHA-256 of each file."""
-    manifest: str
-    """Digest of the manifest of the targets that it was trained on."""
+    """SHA-256 of each file that is the adapter's; its card says more than the training, and may be written anew."""
+    manifests: tuple[str, ...]
+    """Digests of the manifests of the targets that it was trained on, the job's own first where it takes part."""
     sources: tuple[SourceRights, ...]
-    """Where the text came from and by what right it was used."""
+    """Where the text came from and by what right it was used, retention text included."""
     settings: dict[str, Any]
     """The job's train section, defaults included."""
     objective: str
