@@ -69,10 +69,7 @@ def entries_of(
 
 def places_of(starts: NDArray[np.int64], counts: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """Whole numbers from starts[j] on, counts[j] of them, run after run: where the entries of each label go."""
-    filled = np.flatnonzero(counts)
-    starts, counts = starts[filled], counts[filled]
-    places = np.ones(int(counts.sum()), dtype=np.int64)
-    if len(places):
-        places[0] = starts[0]
-        places[np.cumsum(counts[:-1], dtype=np.int64)] = starts[1:] - (starts[:-1] + counts[:-1] - 1)
-    return np.cumsum(places, out=places)
+    before = offsets_of(counts)[:-1]
+    places: NDArray[np.int64] = np.repeat(starts - before, counts)
+    places += np.arange(len(places))
+    return places

@@ -175,14 +175,13 @@ def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token:
     ids = np.zeros(total if packing else len(rows) * longest, dtype=np.int64)
     for start, row in zip(starts.tolist(), rows, strict=True):
         ids[start : start + len(row.token_ids)] = row.token_ids
-    within = np.arange(total) - np.repeat(offsets_of(lengths)[:-1], lengths)
     positions = places_of(starts + firsts - 1, lengths - firsts)
     offsets = offsets_of(np.concatenate([row.counts for row in rows]))
     tail = None if rows[0].tail_mass is None else np.concatenate([row.tail_mass for row in rows])
     return Batch(
         input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
         attention_mask=None if packing else torch.from_numpy(np.arange(longest) < lengths[:, None]).long(),
-        position_ids=torch.from_numpy(within)[None] if packing else None,
+        position_ids=torch.from_numpy(places_of(np.zeros_like(lengths), lengths))[None] if packing else None,
         cu_seq_lens=torch.from_numpy(offsets_of(lengths)).int() if packing else None,
         max_length=longest,
         positions=torch.from_numpy(positions),
