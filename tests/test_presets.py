@@ -34,6 +34,19 @@ def test_presets_differ_in_their_text_alone():
     assert all(rest(path) == rest(PRESETS[0]) for path in PRESETS)
 
 
+def test_the_mixed_job_is_the_literary_preset_with_the_targets_of_another():
+    folder = PRESETS[0].parent
+    mixed, literary = (
+        load_job(path, check_paths=False).model_dump(mode="json")
+        for path in (folder.parent / "mixed.yaml", folder / "literary.yaml")
+    )
+    targets = mixed["train"].pop("targets")
+    assert [other["out"] for other in targets["others"]] == ["runs/conversational"]
+    assert literary["train"].pop("targets") is None
+    assert (mixed.pop("name"), mixed.pop("out")) == ("mixed", "runs/mixed")
+    assert mixed == {key: value for key, value in literary.items() if key not in ("name", "out")}
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=STYLES)
 def test_a_preset_makes_its_targets_from_other_documents_with_another_model(path, tiny_model, tmp_path):
     job = yaml.safe_load(path.read_text())
