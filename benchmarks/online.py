@@ -30,7 +30,8 @@ from softshard.shard.read import read_rows
 from softshard.storage import open_store
 from softshard.train.batch import Batch, collate
 from softshard.train.lora import load_adapter
-from softshard.train.objective import Objective, hidden_states, mean_divisor, mixed_precision
+from softshard.train.objective import Objective, mean_divisor
+from softshard.train.states import hidden_states, mixed_precision
 from trials import PRECISION, Records, School, Trial
 
 _TEACHER = "k2"

@@ -16,7 +16,8 @@ from torch import Tensor
 from harness import require
 from softshard.decoder import Decoder
 from softshard.train.batch import Batch
-from softshard.train.objective import Objective, hidden_states, mean_divisor
+from softshard.train.objective import Objective, mean_divisor
+from softshard.train.states import hidden_states
 
 __all__ = ["EntropicMatching", "LabelSmoothing", "check_rivals"]
 

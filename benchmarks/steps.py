@@ -24,7 +24,8 @@ from softshard.target.join import concatenate, split_rows
 from softshard.target.sketch import sketch_rows
 from softshard.train.batch import collate, collate_text
 from softshard.train.lora import attach_lora
-from softshard.train.objective import CROSS_ENTROPY, hidden_states
+from softshard.train.objective import CROSS_ENTROPY
+from softshard.train.states import hidden_states
 
 __all__ = ["STEPS", "Trainer"]
 

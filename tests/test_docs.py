@@ -121,7 +121,7 @@ def run_together(rank, codes, folder, model):
 def test_lines_on_integrations_run_in_two_processes(desk, tiny_model):
     shared = blocks("docs/integrations.md", "python")[0]
     codes = [shared + code for code in blocks("docs/integrations.md", "python two processes")]
-    assert len(codes) == 2
+    assert len(codes) == 3
     on_ranks(run_together, 2, codes, desk, str(tiny_model))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import math
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -20,25 +20,22 @@ from softshard.decoder import Decoder
 from softshard.errors import ResumeMismatch, VocabularyMismatch
 from softshard.train.batch import collate_text
 from softshard.train.columns import SoftLabelCollator, axolotl_rows, target_rows
-from softshard.train.dataset import SoftLabelDataset
 from softshard.train.lora import attach_lora
-from softshard.train.mixed import LabelWeights
 from softshard.train.objective import CROSS_ENTROPY
 from softshard.train.reading import TargetSet
 from softshard.train.student import accept_targets, weight_of_step
-from softshard.train.trainer import SoftLabelTraining
 from tiny_students import student
 from tiny_targets import VOCAB, numbered_parts, row, sequence, write_targets
-
-WEIGHTS = LabelWeights(entropy=((0.0, 0.0), (4.0, 3.0)))
-
-
-class SoftLabelTrainer(SoftLabelTraining, Trainer):
-    pass
-
-
-class SoftLabelSFT(SoftLabelTraining, SFTTrainer):
-    pass
+from tiny_trainers import (
+    WEIGHTS,
+    SoftLabelSFT,
+    SoftLabelTrainer,
+    adapted,
+    arguments,
+    dense_mean,
+    stream,
+    trained,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,36 +52,6 @@ def heads(tmp_path_factory):
     parts = [[row(f"{n:032d}", 7 + n % 3, rng, kind="topk", first_label=1 + n % 4) for n in range(6)]]
     store, manifest = write_targets(tmp_path_factory.mktemp("heads"), parts, kind="topk")
     return TargetSet(store=store, manifest=manifest)
-
-
-def stream(targets, **changes):
-    settings = {"seed": 3, "batch_tokens": 48, "shuffle_buffer": 8, "alpha": 0.5, "weights": WEIGHTS}
-    return SoftLabelDataset(targets, **{**settings, "rank": 0, "world_size": 1, **changes})
-
-
-def adapted(seed=0):
-    model = get_peft_model(student(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-def trained(model):
-    return torch.cat([item.detach().flatten() for item in model.parameters() if item.requires_grad])
-
-
-def dense_mean(model, features):
-    """Mean cross-entropy to the entries over labels by their weights, from the model's own logits in float64."""
-    inputs = {name: features[name] for name in ("input_ids", "attention_mask", "position_ids") if name in features}
-    logits = model(**inputs, use_cache=False).logits.double().flatten(0, 1)[features["positions"], :VOCAB]
-    logp = torch.log_softmax(logits, dim=1)
-    weights = features["position_weights"].double()
-    label = torch.repeat_interleave(torch.arange(len(weights)), features["entry_offsets"].diff())
-    losses = -features["entry_weights"].double() * logp[label, features["entry_ids"]]
-    return torch.zeros(len(weights), dtype=torch.float64).index_add(0, label, losses) @ weights / weights.sum()
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -171,15 +138,22 @@ def test_the_weight_of_a_step_is_that_of_its_labels_and_one_where_there_is_none(
     assert float(weight_of_step(first.without_weight().features())) == 1
 
 
-def test_labels_of_features_are_the_tokens_that_have_a_target_of_some_weight(targets):
-    batch = next(iter(stream(targets)))
-    weights = batch.position_weights.clone()
-    weights[0] = 0
-    labels = replace(batch, position_weights=weights).features()["labels"].flatten()
-    has_target = torch.zeros(len(labels), dtype=torch.bool)
-    has_target[batch.positions[1:] + 1] = True
-    assert torch.equal(labels[has_target], batch.input_ids.flatten()[has_target])
-    assert (labels[~has_target] == -100).all()
+def test_a_model_that_does_not_take_targets_gives_no_loss_for_them(targets):
+    output = student()(**next(iter(stream(targets))).features())
+    assert output.loss is None
+    assert output.logits is not None
+
+
+def test_a_trainer_without_the_class_for_targets_does_not_train_on_something_else(targets, tiny_model, tmp_path):
+    rows = Dataset.from_list(list(target_rows(targets, alpha=0.5)))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
+    for kind, config in ((Trainer, TrainingArguments), (SFTTrainer, SFTConfig)):
+        own = {} if kind is Trainer else {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        settings = arguments(tmp_path, config, max_steps=1, remove_unused_columns=False, **own)
+        collator = SoftLabelCollator()
+        trainer = kind(student(), settings, train_dataset=rows, data_collator=collator, processing_class=tokenizer)
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            trainer.train()
 
 
 def test_a_model_with_fewer_tokens_than_the_data_is_refused():
@@ -195,12 +169,11 @@ def test_targets_that_were_cast_to_less_precision_are_refused(targets):
         model(**{**features, "position_weights": features["position_weights"].bfloat16()})
 
 
-def plain_loop(model, data, *, steps, accumulation):
+def plain_loop(model, batches, *, accumulation):
     """Without clipping and with a constant rate; plain descent, since Adam makes much of a gradient near 0."""
     optimizer = torch.optim.SGD([item for item in model.parameters() if item.requires_grad], lr=0.2)
-    batches = (batch for _ in range(steps) for batch in data)
-    for _ in range(steps):
-        step = [next(batches) for _ in range(accumulation)]
+    batches = iter(batches)
+    while step := list(islice(batches, accumulation)):
         weight = sum(float(batch.position_weights.sum()) for batch in step)
         for batch in step:
             (dense_mean(model, batch.features()) * float(batch.position_weights.sum()) / weight).backward()
@@ -209,33 +182,23 @@ def plain_loop(model, data, *, steps, accumulation):
     return trained(model)
 
 
-def arguments(folder, kind=TrainingArguments, **changes):
-    settings = {
-        "output_dir": str(folder),
-        "learning_rate": 0.2,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "dataloader_pin_memory": False,
-        "gradient_checkpointing": False,
-    }
-    return kind(**{**settings, **changes})
-
-
-@pytest.mark.parametrize(("workers", "packing"), [(0, False), (2, False), (0, True)])
-def test_trainer_takes_the_steps_of_a_plain_loop_over_epochs_and_accumulation(targets, tmp_path, workers, packing):
-    per_epoch = stream(targets, packing=packing).batches_per_epoch(0)
-    assert packing or per_epoch % 2 == 1, "a step reaches over the end of an epoch"
-    expected = plain_loop(adapted(), stream(targets, packing=packing), steps=per_epoch, accumulation=2)
+@pytest.mark.parametrize(
+    ("workers", "packing", "epochs", "accumulation"),
+    [(0, False, 2, 2), (2, False, 2, 2), (0, True, 2, 2), (0, False, 1, 8), (2, False, 1, 8), (0, False, 1.5, 1)],
+)
+def test_trainer_takes_the_steps_of_a_plain_loop_to_the_end_of_the_last_epoch(
+    targets, tmp_path, workers, packing, epochs, accumulation
+):
+    plain = stream(targets, packing=packing)
+    batches = [batch for _ in range(int(epochs)) for batch in plain]
+    batches += list(islice(plain, math.ceil(epochs % 1 * plain.batches_per_epoch(1))))
+    assert accumulation == 1 or packing or plain.batches_per_epoch(0) % accumulation, "a step reaches over an epoch"
+    expected = plain_loop(adapted(), batches, accumulation=accumulation)
     model, data = adapted(), stream(targets, packing=packing)
-    changes = {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "dataloader_num_workers": workers}
-    trainer = SoftLabelTrainer(model=model, args=arguments(tmp_path, **changes), train_dataset=data, vocab_size=VOCAB)
-    assert trainer.train().global_step == per_epoch
+    changes = {"gradient_accumulation_steps": accumulation, "num_train_epochs": epochs}
+    settings = arguments(tmp_path, dataloader_num_workers=workers, **changes)
+    trainer = SoftLabelTrainer(model=model, args=settings, train_dataset=data, vocab_size=VOCAB)
+    assert trainer.train().global_step == math.ceil(len(batches) / accumulation)
     torch.testing.assert_close(trained(model), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -258,10 +221,39 @@ def test_trainer_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(targets, tmp
         run(tmp_path / "halves", until=10, resume=True, data=stream(targets, seed=4))
 
 
+def test_a_training_that_is_complete_takes_no_step_when_it_is_resumed_and_more_epochs_when_asked_for(targets, tmp_path):
+    def run(epochs, resume=None):
+        model = adapted()
+        changes = {"num_train_epochs": epochs, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+        settings = arguments(tmp_path / "run", **changes)
+        trainer = SoftLabelTrainer(model=model, args=settings, train_dataset=stream(targets), vocab_size=VOCAB)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.global_step, trained(model)
+
+    data = stream(targets)
+    first, model = run(1)
+    again, same = run(1, resume=True)
+    assert first == again == data.batches_per_epoch(0)
+    assert torch.equal(model, same)
+    assert run(2, resume=True)[0] == data.batches_per_epoch(0) + data.batches_per_epoch(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_training_goes_on_with_the_next_epoch(targets, tmp_path, workers):
+    data = stream(targets)
+    settings = arguments(tmp_path, num_train_epochs=1, dataloader_num_workers=workers)
+    trainer = SoftLabelTrainer(model=adapted(), args=settings, train_dataset=data, vocab_size=VOCAB)
+    steps = [trainer.train().global_step for _ in range(2)]
+    assert steps == [data.batches_per_epoch(0), data.batches_per_epoch(1)]
+    plain = stream(targets)
+    expected = plain_loop(adapted(), [batch for _ in range(2) for batch in plain], accumulation=1)
+    torch.testing.assert_close(trained(trainer.model), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_stream_is_not_taken_to_evaluate_on(targets, tmp_path):
     with pytest.raises(ValueError, match="target_rows"):
         SoftLabelTrainer(
-            model=student(), args=arguments(tmp_path), eval_dataset={"some": stream(targets)}, vocab_size=VOCAB
+            model=adapted(), args=arguments(tmp_path), eval_dataset={"some": stream(targets)}, vocab_size=VOCAB
         )
 
 
@@ -357,7 +349,7 @@ def test_mixed_precision_of_trainer_leaves_targets_and_loss_in_float32(targets, 
     trainer = SoftLabelTrainer(
         model=model, args=arguments(tmp_path, **changes), train_dataset=stream(targets), vocab_size=VOCAB
     )
-    expected = plain_loop(exact, stream(targets), steps=2, accumulation=1)
+    expected = plain_loop(exact, islice(stream(targets), 2), accumulation=1)
     losses = []
     model.register_forward_hook(lambda *call: losses.append(call[-1].loss.dtype))
     trainer.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch import distributed
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ranks import on_ranks
 from softshard.errors import ShardedTwice
@@ -42,18 +45,19 @@ def folder(tmp_path_factory):
     return root
 
 
-def stream(folder, batch_tokens=64, **place):
+def stream(folder, batch_tokens=64, packing=False, **place):
     store = LocalStore(folder)
     weights = LabelWeights(entropy=((0.0, 0.0), (4.0, 3.0)))
-    settings = {"batch_tokens": batch_tokens, "shuffle_buffer": 8, "alpha": 0.5, "weights": weights}
+    settings = {"shuffle_buffer": 8, "alpha": 0.5, "weights": weights}
+    settings |= {"packing": packing, "batch_tokens": 50 if packing else batch_tokens}
     targets = TargetSet(store=store, manifest=read_manifest(store))
     data = (SoftLabelDataset(targets, seed=seed, **settings, **place) for seed in range(100))
     # With two ranks the last round then has a batch for the first alone.
     return next(one for one in data if one.num_batches(0) % 2 == 1)
 
 
-def adapted(*, dtype=torch.float32, adapter=True, tied=False):
-    """The same adapter, not 0, wherever it is made; or a student all of which is trained."""
+def adapted(*, dtype=torch.float32, adapter=True, tied=False, packing=False):
+    """The same adapter, not 0, wherever it is made; or a student all of which is trained. Packing is the data's."""
     model = student(dtype=dtype, tied=tied)
     if adapter:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
@@ -71,9 +75,9 @@ def gradients(model):
     return {name: item.full_tensor() if isinstance(item, DTensor) else item for name, item in found.items()}
 
 
-def of_one_process(folder, model):
+def of_one_process(folder, model, *, packing):
     """Loss and gradients of the first round that two ranks share, and of the last, in which one has nothing."""
-    batches = [batch.features() for batch in stream(folder, rank=0, world_size=1)]
+    batches = [batch.features() for batch in stream(folder, packing=packing, rank=0, world_size=1)]
     assert len(batches) % 2 == 1
     for step in (batches[:2], batches[-1:]):
         weight = weight_of_step(*step)
@@ -110,20 +114,22 @@ CASES = [
     ("ddp", {"dtype": torch.float64}),
     ("ddp", {}),
     ("ddp", {"adapter": False}),
+    ("ddp", {"packing": True}),
     ("accelerate", {}),
     ("fsdp", {"dtype": torch.float64}),
     ("fsdp", {}),
     ("fsdp", {"adapter": False}),
     ("fsdp", {"adapter": False, "tied": True}),
+    ("fsdp", {"packing": True}),
     ("fsdp with the head alone", {}),
     ("fsdp with the head alone", {"adapter": False}),
 ]
 
 
 def on_two_ranks(rank, folder, out):
-    rounds = [batch.features() for batch in stream(folder)]
-    assert bool(rounds[-1]["position_weights"].any()) == (rank == 0), "in the last round rank 1 has nothing"
     for number, (wrapper, kind) in enumerate(CASES):
+        rounds = [batch.features() for batch in stream(folder, packing=kind.get("packing", False))]
+        assert bool(rounds[-1]["position_weights"].any()) == (rank == 0), "in the last round rank 1 has nothing"
         model = WRAPPERS[wrapper](adapted(**kind))
         if isinstance(model, FSDPModule):
             assert all(isinstance(item, DTensor) for item in model.parameters())
@@ -151,7 +157,7 @@ def test_two_ranks_have_the_loss_and_gradients_of_one_process_on_the_global_batc
     _, kind = CASES[number]
     close = 1e-12 if kind.get("dtype") == torch.float64 else 1e-6
     for (loss, grads), (expected, reference) in zip(
-        found[number], of_one_process(folder, adapted(**kind)), strict=True
+        found[number], of_one_process(folder, adapted(**kind), packing=kind.get("packing", False)), strict=True
     ):
         assert loss == pytest.approx(expected, rel=close)
         assert grads.keys() == reference.keys()
@@ -254,3 +260,131 @@ def without_the_mixin(rank, folder, out):
 def test_a_trainer_that_would_deal_the_stream_again_says_so(folder, tmp_path):
     on_ranks(without_the_mixin, 2, folder, tmp_path)
     assert (tmp_path / "refused").exists()
+
+
+def accumulated(rank, folder, out):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = accelerator.prepare(adapted())
+    step = [batch.features() for batch in islice(stream(folder), 2)]
+    weight = weight_of_step(*step)
+    for features in step:
+        with accelerator.accumulate(model):
+            loss = model(**features, num_items_in_batch=weight).loss
+            accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
+    if rank == 0:
+        torch.save(gradients(model), out / "gradients.pt")
+
+
+def test_steps_that_accelerate_accumulates_have_the_gradients_of_one_process(folder, tmp_path):
+    on_ranks(accumulated, 2, folder, tmp_path)
+    model, step = adapted(), [batch.features() for batch in islice(stream(folder, rank=0, world_size=1), 4)]
+    weight = weight_of_step(*step)
+    sum(model(**features, num_items_in_batch=weight).loss for features in step).backward()
+    found, expected = torch.load(tmp_path / "gradients.pt"), gradients(model)
+    everything = torch.cat([item.flatten() for item in expected.values()]).norm()
+    for name, item in expected.items():
+        assert (found[name] - item).norm() <= 1e-6 * everything, name
+
+
+def every_row(batches):
+    """Numbers of rows that have a target of some weight."""
+    weighty = [batch for batch in batches if batch["position_weights"].any()]
+    return [number for batch in weighty for number in (batch["input_ids"][:, :2] @ torch.tensor([VOCAB, 1])).tolist()]
+
+
+class Watched(SoftLabelTrainer):
+    """Keeps the batches that it was given to train on."""
+
+    def get_batch_samples(self, *arguments):
+        found = super().get_batch_samples(*arguments)
+        self.seen = [*getattr(self, "seen", []), *found[0]]
+        return found
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def in_epochs(rank, folder, out, name, stop, accumulation):
+    """Two epochs, or what is left of them after the last checkpoint; stopped at some step, if at all."""
+    resume = next(out.glob("run/checkpoint-*"), None)
+    settings = {"num_train_epochs": 2, "gradient_accumulation_steps": accumulation, "save_strategy": "no"}
+    trainer = Watched(
+        model=student(),
+        args=settings_of(out / "run", **settings),
+        train_dataset=stream(folder, SMALL),
+        vocab_size=VOCAB,
+        callbacks=[StopAt(stop)],
+    )
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    torch.save((every_row(trainer.seen), trainer.state.global_step), out / f"{name}-{rank}.pt")
+
+
+@pytest.mark.parametrize(("before", "after", "stop"), [(1, 2, 7), (2, 1, 12)])
+def test_epochs_that_are_resumed_on_another_number_of_processes_end_where_they_were_to(
+    folder, tmp_path, before, after, stop
+):
+    seen = []
+    for name, processes, step in (("first", before, stop), ("second", after, 0)):
+        if processes > 1:
+            on_ranks(in_epochs, processes, folder, tmp_path, name, step, 2)
+        else:
+            in_epochs(0, folder, tmp_path, name, step, 2)
+        for rank in range(processes):
+            numbers, steps = torch.load(tmp_path / f"{name}-{rank}.pt")
+            seen += numbers
+            assert name == "second" or steps == stop
+    assert sorted(seen) == sorted(2 * list(range(33)))
+
+
+def made_before(rank, data, out, workers):
+    batches = DataLoader(
+        data, batch_size=None, num_workers=workers, multiprocessing_context="spawn" if workers else None
+    )
+    torch.save([every_row([batch.features()]) for batch in batches], out / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_that_was_made_before_the_process_group_is_dealt_to_its_ranks(folder, tmp_path, workers):
+    on_ranks(made_before, 2, stream(folder, SMALL), tmp_path, workers)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1])
+    assert sorted(number for batches in ranks for batch in batches for number in batch) == list(range(33))
+
+
+def dealt_to_one(rank, folder):
+    arguments = settings_of(folder / "run", max_steps=1, ddp_backend="gloo")
+    with pytest.raises(ValueError, match="dealt to 1 processes, there are 2"):
+        SoftLabelTrainer(student(), arguments, train_dataset=stream(folder, rank=0, world_size=1), vocab_size=VOCAB)
+
+
+def test_trainer_refuses_a_stream_that_is_dealt_to_another_number_of_processes(folder):
+    on_ranks(dealt_to_one, 2, folder)
+
+
+def evaluated(rank, folder, out, packing):
+    store = LocalStore(folder)
+    weights = LabelWeights(entropy=((0.0, 0.0), (4.0, 3.0)))
+    targets = TargetSet(store=store, manifest=read_manifest(store))
+    rows = list(target_rows(targets, alpha=0.5, weights=weights))
+    trainer = SoftLabelTrainer(
+        student(),
+        settings_of(out / "run", per_device_eval_batch_size=5),
+        data_collator=SoftLabelCollator(packing=packing),
+        vocab_size=VOCAB,
+    )
+    torch.save((len(rows), trainer.evaluate(rows)["eval_loss"]), out / f"{distributed.is_initialized()}.pt")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_two_processes_find_the_evaluation_loss_of_one(folder, tmp_path, packing):
+    on_ranks(evaluated, 2, folder, tmp_path, packing)
+    evaluated(0, folder, tmp_path, packing)
+    (rows, together), (_, alone) = (torch.load(tmp_path / f"{name}.pt") for name in (True, False))
+    assert rows % 10, "accelerate repeats rows to fill up the last batch"
+    assert together == pytest.approx(alone, rel=1e-6)

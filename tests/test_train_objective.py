@@ -38,8 +38,9 @@ from softshard.telemetry import SilentReporter
 from softshard.train.batch import collate, collate_text
 from softshard.train.dataset import SoftLabelDataset
 from softshard.train.lora import attach_lora
-from softshard.train.objective import CROSS_ENTROPY, Objective, hidden_states
+from softshard.train.objective import CROSS_ENTROPY, Objective
 from softshard.train.reading import TargetSet
+from softshard.train.states import hidden_states
 from tiny_targets import metadata, row, sequence
 
 SHAPE = {

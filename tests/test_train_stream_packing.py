@@ -5,13 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from softshard.config import LoraSettings, OptimizerSettings
+from softshard.decoder import Decoder
+from softshard.errors import ModelInvalid
 from softshard.train.batch import collate, collate_text
 from softshard.train.dataset import SoftLabelDataset
+from softshard.train.loop import fine_tune
+from softshard.train.lora import attach_lora
+from softshard.train.objective import CROSS_ENTROPY
 from softshard.train.order import batch_bounds
 from softshard.train.reading import TargetSet
-from tiny_targets import metadata, numbered_parts, numbers_in, row, sequence, write_targets
+from softshard.train.stream import TextBatches
+from softshard.train.student import accept_targets
+from tiny_targets import VOCAB, metadata, numbered_parts, numbers_in, row, sequence, write_targets
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
@@ -90,3 +98,105 @@ def test_a_packed_epoch_has_each_sequence_once_within_the_budget(tmp_path):
     assert all(batch.input_ids.shape == (1, batch.num_tokens) for batch in batches)
     assert max(batch.num_tokens for batch in batches) <= 64
     assert np.mean([batch.num_tokens for batch in batches]) > 50
+
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+APART = {
+    "llama": {},
+    "qwen2": {},
+    "gemma2": {"head_dim": 16},
+    "gpt_neox": {},
+    "gpt2": {**GPT, "n_positions": 64},
+    "gptj": {**GPT, "rotary_dim": 8},
+}
+MIXING = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "bloom": {"n_head": 2, "n_layer": 2},
+    "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2},
+    "mamba": {"state_size": 8},
+    "lfm2": {"full_attn_idxs": [1], "block_multiple_of": 16},
+    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"]},
+}
+TOGETHER = [sequence("a", [5, 6, 7, 8, 9, 11, 3]), sequence("b", [8, 9, 10, 11, 13]), sequence("c", [30, 40, 20, 3])]
+
+
+def architecture(name, dtype=torch.float32):
+    settings = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SHAPE, **settings, **(APART | MIXING)[name]})
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def loss_of(model, batch):
+    return CROSS_ENTROPY.loss(Decoder.of(model.eval()), batch, num_valid=VOCAB, chunk_positions=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", APART)
+@torch.no_grad()
+def test_a_model_that_keeps_sequences_apart_is_taken_and_has_the_loss_of_each_alone(name, dtype):
+    model = architecture(name, dtype)
+    alone = [float(loss_of(model, collate_text([one]))) for one in TOGETHER]
+    expected = np.average(alone, weights=[one.num_labels for one in TOGETHER])
+    packed = loss_of(model, collate_text(TOGETHER, packing=True))
+    assert float(packed) == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MIXING)
+def test_a_model_that_mixes_the_sequences_of_a_row_is_refused_packed_batches_and_takes_padded_ones(name, dtype):
+    model = architecture(name, dtype)
+    with torch.no_grad():
+        loss_of(model, collate_text(TOGETHER))
+        with pytest.raises(ModelInvalid, match="mixes the sequences"):
+            loss_of(model, collate_text(TOGETHER, packing=True))
+    accept_targets(model, vocab_size=VOCAB)
+    model(**collate_text(TOGETHER).features())
+    for _ in range(2):
+        with pytest.raises(ModelInvalid, match="without packing"):
+            model(**collate_text(TOGETHER, packing=True).features())
+
+
+def test_the_train_stage_refuses_to_pack_for_a_model_that_mixes():
+    batches = TextBatches(TOGETHER, seed=0, batch_tokens=64, name="text", packing=True)
+    settings = {"retention": None, "seed": 0, "num_valid": VOCAB, "chunk_positions": 64, "checkpoint": None}
+    steps = []
+    with pytest.raises(ModelInvalid, match="mixes the sequences"):
+        fine_tune(
+            architecture("lfm2"),
+            batches,
+            lora=LoraSettings(rank=2),
+            optimizer=OptimizerSettings(),
+            identity="",
+            on_step=steps.append,
+            **settings,
+        )
+    assert steps == []
+
+
+def test_trying_a_model_out_leaves_modes_and_random_numbers_as_they_were_and_is_done_once():
+    model = attach_lora(architecture("llama"), LoraSettings(rank=2, dropout=0.5), seed=0)
+    calls = []
+    accept_targets(model, vocab_size=VOCAB)
+    model.train()
+    model.get_decoder().norm.eval()
+    modes = [module.training for module in model.modules()]
+    model.get_decoder().register_forward_hook(lambda module, *call: calls.append(module.training))
+    batch = collate_text(TOGETHER, packing=True).features()
+    torch.manual_seed(1)
+    first = model(**batch).loss
+    assert [module.training for module in model.modules()] == modes
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    model(**batch)
+    assert calls == [False, False, True, True]
+    assert torch.equal(torch.get_rng_state(), after)
+    first.backward()
+    assert all(item.grad is not None for name, item in model.named_parameters() if "lora_A" in name)

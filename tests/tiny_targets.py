@@ -121,7 +121,7 @@ def numbers_in(batch):
     return tuple((rows[:, 0] * VOCAB + rows[:, 1]).tolist())
 
 
-def metadata(kind="threshold", *, tau=1 / 8, draws=1, part_id="0" * 32, vocab=VOCAB):
+def metadata(kind="threshold", *, tau=1 / 8, draws=1, part_id="0" * 32, vocab=VOCAB, tokenizer="f" * 64):
     return PartMetadata(
         schema_version=1,
         part_id=part_id,
@@ -133,7 +133,7 @@ def metadata(kind="threshold", *, tau=1 / 8, draws=1, part_id="0" * 32, vocab=VO
         step=STEP,
         temperature=1.0,
         seed=0,
-        tokenizer_fingerprint="f" * 64,
+        tokenizer_fingerprint=tokenizer,
         vocab_size=vocab,
         teacher={"engine": "hand"},
         fidelity=FIDELITY,
@@ -177,12 +177,12 @@ def manifest_of(receipts, *, kind="threshold", vocab=VOCAB):
     )
 
 
-def write_targets(root: Path, parts, *, kind="threshold", vocab=VOCAB):
+def write_targets(root: Path, parts, *, kind="threshold", vocab=VOCAB, tokenizer="f" * 64):
     """Parts, each a list of rows, as files in a folder, with their manifest."""
     store, receipts = LocalStore(root), []
     for number, rows in enumerate(parts):
         part_id = f"{number:032x}"
-        content = encode_part(rows, fold=0, metadata=metadata(kind, part_id=part_id, vocab=vocab))
+        content = encode_part(rows, fold=0, metadata=metadata(kind, part_id=part_id, vocab=vocab, tokenizer=tokenizer))
         path = f"data/train/part-{number:05d}-{part_id}.parquet"
         store.put_once(path, content)
         receipts.append(receipt(part_id, path, content, num_sequences=len(rows)))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from softshard.train.columns import SoftLabelCollator, axolotl_rows, target_rows
     from softshard.train.dataset import SoftLabelDataset
     from softshard.train.filters import RowFilter
+    from softshard.train.objective import Objective
     from softshard.train.reading import TargetSet
     from softshard.train.student import accept_targets, weight_of_step
     from softshard.train.trainer import SoftLabelTraining
@@ -33,6 +34,7 @@ __all__ = [
     "Job",
     "LocalStore",
     "Manifest",
+    "Objective",
     "RowFilter",
     "SoftLabelCollator",
     "SoftLabelDataset",
@@ -58,6 +60,7 @@ _HOME = {
     "Job": "softshard.config",
     "LocalStore": "softshard.storage",
     "Manifest": "softshard.shard.manifest",
+    "Objective": "softshard.train.objective",
     "RowFilter": "softshard.train.filters",
     "SoftLabelCollator": "softshard.train.columns",
     "SoftLabelDataset": "softshard.train.dataset",

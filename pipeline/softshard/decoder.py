@@ -7,6 +7,7 @@ are taken; one that does anything else to them is refused.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from softshard.errors import ModelInvalid
 from softshard.target.types import TokenSequence
 
-__all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "LowRank", "batches_by_length"]
+__all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "LowRank", "batches_by_length", "evaluating"]
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -197,6 +198,18 @@ def _transforms_of(config: Any) -> tuple[list[LogitTransform], str]:
     scales = [factor / found[_EITHER], factor * found[_EITHER]] if _EITHER in found else [factor]
     said = " and ".join(f"{name} {value:g}" for name, value in found.items())
     return [LogitTransform(scale=scale, soft_cap=cap) for scale in scales], said
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode for as long as this lasts; each of its modules then has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def batches_by_length(sequences: Sequence[TokenSequence], *, batch_tokens: int) -> Iterator[list[int]]:

@@ -37,6 +37,7 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "resolve_model",
+    "tokenizer_of",
     "weights_digest",
 ]
 
@@ -115,11 +116,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelInvalid(model=str(folder), problem=f"the tokenizer cannot be loaded: {error}") from error
-    if not backend.is_fast:
-        raise ModelInvalid(model=str(folder), problem="the tokenizer has no fast form (tokenizer.json)")
-    if backend.eos_token_id is None:
-        raise ModelInvalid(model=str(folder), problem="the tokenizer has no end-of-text token to close a document with")
+    tokenizer = tokenizer_of(backend, name=str(folder))
     backend.model_max_length = 10**30
+    return tokenizer
+
+
+def tokenizer_of(backend: Any, *, name: str) -> Tokenizer:
+    """A tokenizer of transformers with its fingerprint.
+
+    Raises:
+        ModelInvalid: it is not a fast one, or it has no end-of-text token.
+    """
+    if not backend.is_fast:
+        raise ModelInvalid(model=name, problem="the tokenizer has no fast form (tokenizer.json)")
+    if backend.eos_token_id is None:
+        raise ModelInvalid(model=name, problem="the tokenizer has no end-of-text token to close a document with")
     opening = backend("a")["input_ids"]
     bos = backend.bos_token_id
     bos_id = bos if bos is not None and opening[:1] == [bos] else None

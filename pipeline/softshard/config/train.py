@@ -109,7 +109,8 @@ class TrainSettings(Settings):
     shuffle_buffer: int = Field(default=4096, ge=1)
     """Sequences among which the stream shuffles."""
     packing: bool = False
-    """One row of tokens a batch, without padding; no attention and no target crosses from one sequence to the next."""
+    """One row of tokens a batch, without padding; no attention and no target crosses from one sequence to the next. A
+    student that would mix them is refused."""
     where: WhereSettings = WhereSettings()
     """Which of the job's sequences are trained on."""
     label_weights: LabelWeightSettings = LabelWeightSettings()

@@ -103,14 +103,11 @@ class Batch:
         """The batch as a plain mapping, which Trainer and accelerate can move: arguments for a model of
         `accept_targets`.
 
-        `labels` [B, L] are the tokens that have a target of some weight, and -100 elsewhere, as transformers has them.
+        None is named `labels`: any other model would take those for its own loss, cross-entropy to the text alone.
         """
-        labels = torch.full_like(self.input_ids, -100).view(-1)
-        counted = self.position_weights > 0
-        labels[self.positions[counted] + 1] = self.labels[counted]
         targets = {name: item for name, item in self.targets().items() if item is not None}
         inputs = {name: item for name, item in self.model_inputs().items() if name != "use_cache"}
-        return {**inputs, "labels": labels.view_as(self.input_ids), "positions": self.positions, **targets}
+        return {**inputs, "positions": self.positions, **targets}
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch on a device."""
@@ -166,8 +163,12 @@ def collate_text(sequences: Sequence[TokenSequence], *, packing: bool = False) -
     return collate_mixed([text_row(sequence) for sequence in sequences], packing=packing)
 
 
-def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token: bool = True) -> Batch:
-    """The batch of some rows. `own_token`: the first entry of each label is its own token, mixed in."""
+def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token: bool | Sequence[bool] = True) -> Batch:
+    """The batch of some rows. `own_token`: the first entry of each label is its own token, mixed in; of all or of each.
+
+    Raises:
+        ValueError: some rows have a ghost token and others none, which divergences tell apart by the batch.
+    """
     lengths = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
     firsts = np.array([row.first_label for row in rows], dtype=np.int64)
     longest, total = int(lengths.max()), int(lengths.sum())
@@ -177,7 +178,13 @@ def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token:
         ids[start : start + len(row.token_ids)] = row.token_ids
     positions = places_of(starts + firsts - 1, lengths - firsts)
     offsets = offsets_of(np.concatenate([row.counts for row in rows]))
-    tail = None if rows[0].tail_mass is None else np.concatenate([row.tail_mass for row in rows])
+    own = np.broadcast_to(own_token, len(rows))
+    tail = _of_labels(rows, [row.tail_mass for row in rows])
+    weights = _of_labels(rows, [row.position_weights for row in rows], missing=1.0)
+    counted = None
+    if any(row.counted is not None for row in rows):
+        each = [row.position_weights if row.counted is None else row.counted for row in rows]
+        counted = _of_labels(rows, each, missing=1.0)
     return Batch(
         input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
         attention_mask=None if packing else torch.from_numpy(np.arange(longest) < lengths[:, None]).long(),
@@ -189,22 +196,34 @@ def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token:
         entry_ids=torch.from_numpy(np.concatenate([row.entry_ids for row in rows], dtype=np.int64)),
         entry_weights=torch.from_numpy(np.concatenate([row.entry_weights for row in rows])),
         entry_offsets=torch.from_numpy(offsets),
-        entry_in_head=None if tail is None else _in_head(offsets, own_token=own_token),
-        tail_mass=None if tail is None else torch.from_numpy(tail),
-        position_weights=_position_weights(rows, len(positions)),
-        counted=None if rows[0].counted is None else torch.from_numpy(np.concatenate([row.counted for row in rows])),
+        entry_in_head=None if tail is None else _in_head(offsets, np.repeat(own, lengths - firsts)),
+        tail_mass=tail,
+        position_weights=torch.ones(len(positions)) if weights is None else weights,
+        counted=counted,
         num_tokens=total,
     )
 
 
-def _in_head(offsets: NDArray[np.int64], *, own_token: bool) -> Tensor:
+def _in_head(offsets: NDArray[np.int64], own_token: NDArray[np.bool_]) -> Tensor:
+    """Of entries, by whether the first of each label is its own token."""
     in_head = torch.ones(int(offsets[-1]), dtype=torch.bool)
-    if own_token:
-        in_head[offsets[:-1]] = False
+    in_head[offsets[:-1][own_token]] = False
     return in_head
 
 
-def _position_weights(rows: Sequence[MixedRow], num_labels: int) -> Tensor:
-    if rows[0].position_weights is None:
-        return torch.ones(num_labels)
-    return torch.from_numpy(np.concatenate([row.position_weights for row in rows]))
+def _of_labels(
+    rows: Sequence[MixedRow], values: Sequence[NDArray[np.float32] | None], *, missing: float | None = None
+) -> Tensor | None:
+    """[N] what rows have for their labels, `missing` for a row without; None where no row has."""
+    if all(value is None for value in values):
+        return None
+    if missing is None and any(value is None for value in values):
+        raise ValueError(
+            'some rows of a batch have a ghost token (topk or nucleus, `truncated="ghost"`, alpha below 1) and others'
+            ' none; batch them apart, or make rows of topk and nucleus with `truncated="renormalise"`'
+        )
+    whole = [
+        np.full(len(row.counts), missing, dtype=np.float32) if value is None else value
+        for row, value in zip(rows, values, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(whole))

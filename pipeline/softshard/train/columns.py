@@ -78,7 +78,11 @@ class SoftLabelCollator:
         self._packing = packing
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Arguments for a model of `accept_targets`."""
+        """Arguments for a model of `accept_targets`. Rows may differ in alpha, kind and weights.
+
+        Raises:
+            ValueError: some rows have a ghost token and others none.
+        """
         mixed = [
             MixedRow(
                 int(row["first_label"]),
@@ -92,7 +96,8 @@ class SoftLabelCollator:
             )
             for row in features
         ]
-        return collate_mixed(mixed, packing=self._packing, own_token=bool(features[0]["own_token"])).features()
+        own_token = [bool(row["own_token"]) for row in features]
+        return collate_mixed(mixed, packing=self._packing, own_token=own_token).features()
 
 
 def _floats(row: Mapping[str, Any], name: str) -> NDArray[np.float32] | None:

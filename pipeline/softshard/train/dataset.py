@@ -68,7 +68,8 @@ class SoftLabelDataset(DealtBatches):
         self.uri = first.store.uri
         """Of the targets, for messages; of a blend, of its first set."""
         self._seed, self._batch_tokens, self._shuffle_buffer = seed, batch_tokens, shuffle_buffer
-        self._packing, self._alpha = packing, alpha
+        self._packing, self.alpha = packing, alpha
+        """Weight of the label's own token."""
         self.temperature = None if alpha == 1 else temperature * first.manifest.target["temperature"]
         """Of the targets as they are loaded; None with alpha 1, which takes nothing of them."""
         where = {name: list(value) for name, value in first.where.conditions.items()}
@@ -101,7 +102,7 @@ class SoftLabelDataset(DealtBatches):
         rows = self._reader.rows(plan, numbers, draw=epoch)
         for number in numbers:
             taken = [next(rows) for _ in range(plan.bounds[number], plan.bounds[number + 1])]
-            yield collate_mixed(taken, packing=self._packing, own_token=self._alpha > 0)
+            yield collate_mixed(taken, packing=self._packing, own_token=self.alpha > 0)
 
     def plan(self, epoch: int) -> EpochPlan:
         """The order of an epoch."""

@@ -8,6 +8,7 @@ taken up with any other. What is dealt here must not be dealt again: under accel
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from abc import abstractmethod
@@ -38,6 +39,8 @@ class DealtBatches(IterableDataset[Batch]):
     set are the ones that move; workers that live on hear of it between two epochs. torchdata's StatefulDataLoader keeps
     the states of its workers by itself.
 
+    Where rank and world size are not given they are asked for with each epoch: a process group may be joined later.
+
     Args:
         order: plain values that the order hangs on, by name; they are part of the state.
         content: digest of all that batches hold.
@@ -50,7 +53,7 @@ class DealtBatches(IterableDataset[Batch]):
         self, *, order: StreamState, content: str, rank: int | None, world_size: int | None, prefetch: int
     ) -> None:
         super().__init__()
-        self._rank, self._world_size = _place(rank, world_size)
+        self._given_place = None if rank is None and world_size is None else _checked_place(rank, world_size)
         if prefetch < 0:
             raise ValueError(f"prefetch is {prefetch}, it must not be negative")
         self.order = order
@@ -80,9 +83,26 @@ class DealtBatches(IterableDataset[Batch]):
     def read(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
         """Some batches of an epoch, by rising number."""
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and number of ranks that batches are dealt to."""
+        return self._given_place or _own_place()
+
     def batches_per_epoch(self, epoch: int) -> int:
         """Batches that each rank gets in an epoch, those of weight zero counted."""
-        return -(-self.num_batches(epoch) // self._world_size)
+        return -(-self.num_batches(epoch) // self.place[1])
+
+    def batches_until(self, end: float) -> int:
+        """Batches that each rank gets from the current place to the end of `end` epochs, of the last a part if need be.
+
+        A part of an epoch is as many batches of all ranks together, rounded up.
+        """
+        (epoch, consumed), count = (self._epoch, self._consumed), 0
+        while epoch < end:
+            batches = math.ceil(min(1.0, end - epoch) * self.num_batches(epoch))
+            count += max(0, -(-(batches - consumed) // self.place[1]))
+            epoch, consumed = epoch + 1, 0
+        return count
 
     def __len__(self) -> int:
         """Batches that each rank gets in the current epoch, from its beginning."""
@@ -94,9 +114,9 @@ class DealtBatches(IterableDataset[Batch]):
         self._hear()
         if self._consumed >= self.num_batches(self._epoch):
             self.set_epoch(self._epoch + 1)
-        epoch, total, world = self._epoch, self.num_batches(self._epoch), self._world_size
+        epoch, total, (rank, world) = self._epoch, self.num_batches(self._epoch), self.place
         rounds = self._rounds(total)
-        numbers = [min(start + self._rank, total - 1) for start in rounds]
+        numbers = [min(start + rank, total - 1) for start in rounds]
         with contextlib.closing(prefetched(self.read(epoch, numbers), ahead=self._prefetch)) as batches:
             for start, number, batch in zip(rounds, numbers, batches, strict=True):
                 consumed = min(start + world, total)
@@ -104,7 +124,7 @@ class DealtBatches(IterableDataset[Batch]):
                     self._consumed = consumed
                 else:
                     self._given += 1
-                own = batch if number == start + self._rank else batch.without_weight()
+                own = batch if number == start + rank else batch.without_weight()
                 yield replace(own, cursor=standing(epoch, consumed, num_batches=total))
         self._broken_off = None
         self.set_epoch(epoch + 1)
@@ -127,7 +147,7 @@ class DealtBatches(IterableDataset[Batch]):
 
     def _rounds(self, total: int) -> Sequence[int]:
         """First batches of the rounds that are left, of those that the worker has to read if this is one."""
-        info, world = get_worker_info(), self._world_size
+        info, world = get_worker_info(), self.place[1]
         place = None if info is None else [info.id, info.num_workers, world]
         if self._given and self._worker != place:
             raise ResumeMismatch(saved=str(self._worker), current=str(place), what="worker, workers and ranks")
@@ -170,24 +190,33 @@ class DealtBatches(IterableDataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned gets a pickled copy, and no longer sees who wraps its loader.
+        # Nor is it in the process group of its parent.
         _refuse_second_deal()
-        return self.__dict__.copy()
+        state = self.__dict__.copy()
+        return {**state, "_given_place": self.place} if _in_group() else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._told = _shared(self._told)
 
 
-def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise ValueError("give both rank and world_size, or neither")
+def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        raise ValueError("give both rank and world_size, or neither")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}, it must be from 0 to below world_size {world_size}")
     return rank, world_size
+
+
+def _own_place() -> tuple[int, int]:
+    """Rank and world size of this process: torch.distributed's, or the environment's."""
+    if _in_group():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return _checked_place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _in_group() -> bool:
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _shared(tensor: Any) -> torch.Tensor:

@@ -89,7 +89,8 @@ class SoftLabelMix(DealtBatches):
     ) -> None:
         if weights.num_sets != len(sets):
             raise ValueError(f"weights for {weights.num_sets} sets, there are {len(sets)}")
-        self._sets, self._weights = tuple(sets), weights
+        self.sets, self._weights = tuple(sets), weights
+        """Those that batches come from, in the order of the weights."""
         shares = asdict(weights)["points"]
         order = {"sets": [one.order for one in sets], "weights": [[at, list(values)] for at, values in shares]}
         super().__init__(
@@ -125,11 +126,11 @@ class SoftLabelMix(DealtBatches):
 
     def _read_set(self, source: int, turns: Sequence[Turn]) -> Iterator[Batch]:
         for epoch, group in groupby(turns, key=lambda turn: turn.epoch):
-            yield from self._sets[source].read(epoch, [turn.number for turn in group])
+            yield from self.sets[source].read(epoch, [turn.number for turn in group])
 
     @property
     def _range(self) -> range:
-        return range(len(self._sets))
+        return range(len(self.sets))
 
     def _next_epoch(self) -> list[Turn]:
         """Turns of the first epoch that has none, which tell where the one after it begins.
@@ -137,13 +138,13 @@ class SoftLabelMix(DealtBatches):
         The next turn is that of the set whose tokens are furthest behind its share; of equal ones, the first.
         """
         first_number, places = self._starts[-1]
-        places, credit, turns = list(places), np.zeros(len(self._sets)), list[Turn]()
-        left = sum(int(one.plan(0).tokens.sum()) for one in self._sets)
+        places, credit, turns = list(places), np.zeros(len(self.sets)), list[Turn]()
+        left = sum(int(one.plan(0).tokens.sum()) for one in self.sets)
         while left > 0:
             shares = np.array(self._weights.shares(first_number + len(turns)))
             source = int(np.argmax(np.where(shares > 0, credit + shares, -np.inf)))
             epoch, number = places[source]
-            tokens = self._sets[source].plan(epoch).tokens
+            tokens = self.sets[source].plan(epoch).tokens
             turns.append(Turn(source, epoch, number))
             credit += shares * tokens[number]
             credit[source] -= tokens[number]
@@ -153,7 +154,7 @@ class SoftLabelMix(DealtBatches):
         return turns
 
     def _check_tokenizers(self) -> None:
-        for one, other in pairwise(self._sets):
+        for one, other in pairwise(self.sets):
             for name in ("tokenizer_fingerprint", "vocab_size"):
                 own, wanted = getattr(other.metadata, name), getattr(one.metadata, name)
                 if own != wanted:

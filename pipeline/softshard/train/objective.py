@@ -5,8 +5,7 @@ In: a model as its two halves and a batch. Out: a mean loss a label, and no tens
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,16 +16,9 @@ from softshard.decoder import Decoder, LowRank
 from softshard.target.codec import MASS_GRID
 from softshard.train.batch import Batch
 from softshard.train.loss import sparse_divergence, sparse_kl
+from softshard.train.states import hidden_states
 
-__all__ = ["CROSS_ENTROPY", "Objective", "divisor_of", "hidden_states", "mean_divisor", "mixed_precision"]
-
-
-def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
-    """[N, d] hidden states at the batch's positions, in the order of its labels, before any adapter of the output."""
-    with mixed_precision(decoder):
-        states = decoder.body(**batch.model_inputs()).last_hidden_state
-    chosen: Tensor = states.flatten(0, 1)[batch.positions]
-    return chosen
+__all__ = ["CROSS_ENTROPY", "Objective", "divisor_of", "mean_divisor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +55,9 @@ class Objective:
             num_items_in_batch: what the sum is divided by in place of this batch's own weights: the weights of all
                 batches of a step, over gradient accumulation and ranks, as transformers counts labels. Sum the
                 gradients over ranks; where they are averaged, multiply the loss by the number of ranks.
+
+        Raises:
+            ModelInvalid: the batch is packed, and the model mixes the sequences of a row.
         """
         hidden, low_rank = decoder.adapted(hidden_states(decoder, batch))
         return self.of_states(
@@ -126,19 +121,3 @@ def divisor_of(position_weights: Tensor) -> Tensor:
     """The sum of some weights, 1 where all are 0."""
     weight = position_weights.sum()
     return torch.where(weight > 0, weight, 1.0)
-
-
-@contextlib.contextmanager
-def mixed_precision(decoder: Decoder) -> Iterator[None]:
-    """Products of a float32 adapter in the type of a half-precision base.
-
-    Measured on two cores (135M parameters, 10 of 30 layers adapted): forward and backward take .79 s for 1,024
-    tokens so, and 1.06 s where peft casts each input to float32 and each result back.
-    """
-    from peft.helpers import disable_input_dtype_casting
-
-    if decoder.weight.dtype not in (torch.bfloat16, torch.float16):
-        yield
-        return
-    with torch.autocast(decoder.weight.device.type, decoder.weight.dtype), disable_input_dtype_casting(decoder.body):
-        yield

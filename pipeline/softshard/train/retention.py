@@ -16,7 +16,8 @@ from torch import Tensor
 from softshard.decoder import Decoder
 from softshard.train.batch import Batch
 from softshard.train.loss import dense_kl
-from softshard.train.objective import CROSS_ENTROPY, hidden_states, mean_divisor
+from softshard.train.objective import CROSS_ENTROPY, mean_divisor
+from softshard.train.states import hidden_states
 from softshard.train.stream import BatchSource
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softshard.decoder import Decoder, LogitTransform
-from softshard.errors import VocabularyMismatch
+from softshard.decoder import Decoder, LogitTransform, evaluating
+from softshard.errors import ModelInvalid, VocabularyMismatch
 from softshard.train.batch import TARGET_NAMES
-from softshard.train.objective import CROSS_ENTROPY, Objective, mixed_precision
+from softshard.train.objective import CROSS_ENTROPY, Objective
+from softshard.train.states import last_states
 
 __all__ = ["accept_targets", "weight_of_step"]
 
@@ -29,7 +30,8 @@ def accept_targets(
     """Have a model's forward take the features of a batch, and give the loss; other calls are as before.
 
     `model(**batch.features()).loss` is the mean over the batch's labels by their weights. With `num_items_in_batch`, it
-    is the sum divided by that: see `weight_of_step`. The other outputs, `logits` among them, are None.
+    is the sum divided by that: see `weight_of_step`. The other outputs, `logits` among them, are None. A second call
+    with the same settings changes nothing.
 
     Args:
         model: causal language model, or a `PeftModel` of one; not yet sharded, nor on the meta device.
@@ -38,20 +40,37 @@ def accept_targets(
         chunk_positions: positions whose logits exist at one time.
 
     Raises:
-        ModelInvalid: the loss would be wrong for this model.
+        ModelInvalid: the loss would be wrong for this model; that of packed batches, when it is first given one.
         VocabularyMismatch: it gives logits for fewer tokens.
+        ValueError: it takes targets already, with other settings.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modes = [(module, module.training) for module in model.modules()]
-    decoder = Decoder.of(model.eval())
-    for module, mode in modes:
-        module.training = mode
+    name = str(inner.name_or_path) or type(inner).__name__
+    settings = objective, vocab_size, chunk_positions
+    if isinstance(accepted := inner.get_output_embeddings().forward, _Readout):
+        if accepted.settings != settings:
+            raise ValueError(f"{name}: takes targets already, with {accepted.settings}, and not {settings}")
+        return
+    if (problem := _problem_with(model, inner)) is not None:
+        raise ModelInvalid(model=name, problem=problem)
+    with evaluating(model):
+        decoder = Decoder.of(model)
     if decoder.output_size < vocab_size:
-        name = str(inner.name_or_path) or type(inner).__name__
         raise VocabularyMismatch(data="targets", data_size=vocab_size, model=name, model_size=decoder.output_size)
     head = inner.get_output_embeddings()
     head.forward = _Readout(head, head.forward, objective, decoder.transform, vocab_size, chunk_positions)
     inner.forward = _Forward(inner, inner.forward)
+
+
+def _problem_with(model: Any, inner: Any) -> str | None:
+    """Why the loss would be wrong for a model, or only a part of its own."""
+    prompt = getattr(model, "active_peft_config", None)
+    if prompt is not None and prompt.is_prompt_learning and prompt.peft_type != "PREFIX_TUNING":
+        kind = str(prompt.peft_type.value)
+        return f"{kind} puts virtual tokens before the text, and targets would be compared at other positions"
+    if getattr(inner.config.get_text_config(), "output_router_logits", False):
+        return "its loss on routers would be left out; load it with `output_router_logits=False`"
+    return None
 
 
 def weight_of_step(*batches: Mapping[str, Any]) -> Tensor:
@@ -84,11 +103,11 @@ class _Forward:
 
         targets = {name: given.pop(name, None) for name in TARGET_NAMES}
         positions, num_items = given.pop("positions"), given.pop("num_items_in_batch", None)
-        del given["labels"]
+        if given.get("input_ids") is None:
+            raise ValueError("targets are at positions of `input_ids`, which an adapter has replaced by embeddings")
         inputs = {**{name: item for name, item in given.items() if item is not None}, "use_cache": False}
         head = self._model.get_output_embeddings()
-        with mixed_precision(Decoder(body=self._model, weight=head.weight, bias=None)):
-            states = self._model.get_decoder()(**inputs).last_hidden_state
+        states = last_states(Decoder(body=self._model.get_decoder(), weight=head.weight, bias=None), inputs)
         return CausalLMOutput(loss=head(states.flatten(0, 1)[positions], targets=targets, num_items=num_items))
 
 
@@ -102,6 +121,11 @@ class _Readout:
     transform: LogitTransform
     vocab_size: int
     chunk_positions: int
+
+    @property
+    def settings(self) -> tuple[Objective, int, int]:
+        """What a model takes targets with."""
+        return self.objective, self.vocab_size, self.chunk_positions
 
     def __call__(
         self,
