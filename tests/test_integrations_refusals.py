@@ -79,7 +79,7 @@ def test_rows_that_differ_in_alpha_and_weights_have_in_one_batch_the_loss_that_t
     for what, rows in cases.items():
         apart = [collator([row]) for row in rows]
         weight = sum(float(one.get("counted", one["position_weights"]).sum()) for one in apart)
-        expected = sum(float(model(**one, num_items_in_batch=weight).loss) for one in apart)
+        expected = sum(model(**one, num_items_in_batch=weight).loss.item() for one in apart)
         for order in (rows, rows[::-1]):
             assert float(model(**collator(order)).loss) == pytest.approx(expected, rel=1e-6), what
 
