@@ -98,9 +98,14 @@ class FoldTeachers:
 class LiveTeacher(Objective):
     """Cross-entropy to alpha on the label and the rest as the teachers have it now, whatever the batch has stored."""
 
+    _teachers: FoldTeachers
+    _alpha: float
+
     def __init__(self, teachers: FoldTeachers, *, alpha: float) -> None:
         super().__init__()
-        self._teachers, self._alpha = teachers, alpha
+        # No fields of the frozen class: a training is named by those, and would copy the models.
+        object.__setattr__(self, "_teachers", teachers)
+        object.__setattr__(self, "_alpha", alpha)
 
     def loss(
         self,
