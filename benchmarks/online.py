@@ -23,6 +23,7 @@ from torch import Tensor
 
 from courses import MODEL, Course, Size, open_course
 from harness import Options, Result, require, run, say, say_table
+from rivals import OfLogits
 from softshard.decoder import Decoder
 from softshard.models import load_model
 from softshard.run.adapters import named_teacher
@@ -30,7 +31,6 @@ from softshard.shard.read import read_rows
 from softshard.storage import open_store
 from softshard.train.batch import Batch, collate
 from softshard.train.lora import load_adapter
-from softshard.train.objective import Objective, mean_divisor
 from softshard.train.states import hidden_states, mixed_precision
 from trials import PRECISION, Records, School, Trial
 
@@ -95,7 +95,7 @@ class FoldTeachers:
         return self._fold_of[row.numpy().astype(np.int32).tobytes()]
 
 
-class LiveTeacher(Objective):
+class LiveTeacher(OfLogits):
     """Cross-entropy to alpha on the label and the rest as the teachers have it now, whatever the batch has stored."""
 
     _teachers: FoldTeachers
@@ -107,21 +107,10 @@ class LiveTeacher(Objective):
         object.__setattr__(self, "_teachers", teachers)
         object.__setattr__(self, "_alpha", alpha)
 
-    def loss(
-        self,
-        decoder: Decoder,
-        batch: Batch,
-        *,
-        num_valid: int,
-        chunk_positions: int,
-        num_items_in_batch: float | Tensor | None = None,
-    ) -> Tensor:
-        wanted = (1 - self._alpha) * self._teachers.distributions(batch, num_valid)
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        wanted = (1 - self._alpha) * self._teachers.distributions(batch, logits.shape[1])
         wanted[torch.arange(len(wanted)), batch.labels] += self._alpha
-        logits = decoder.logits(hidden_states(decoder, batch))[:, :num_valid].float()
-        losses = -(wanted * torch.log_softmax(logits, 1)).sum(1)
-        total = (losses * batch.position_weights).sum()
-        return total / (mean_divisor(batch) if num_items_in_batch is None else num_items_in_batch)
+        return -(wanted * torch.log_softmax(logits, 1)).sum(1)
 
 
 def _check(course: Course, teachers: FoldTeachers) -> None:

@@ -19,17 +19,17 @@ from softshard.train.batch import Batch
 from softshard.train.objective import Objective, mean_divisor
 from softshard.train.states import hidden_states
 
-__all__ = ["EntropicMatching", "LabelSmoothing", "check_rivals"]
+__all__ = ["EntropicMatching", "LabelSmoothing", "OfLogits", "check_rivals"]
 
 _SLOPE = 0.01
 """Of the log-sigmoid in GEM's published code."""
 
 
-class _OfLogits(Objective, ABC):
-    """A loss that looks at all logits and the labels alone."""
+class OfLogits(Objective, ABC):
+    """A loss that looks at all logits, and at no stored entries."""
 
     @abstractmethod
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """[N] losses of [N, V] logits."""
 
     def loss(
@@ -42,22 +42,22 @@ class _OfLogits(Objective, ABC):
         **_: Any,
     ) -> Tensor:
         logits = decoder.logits(hidden_states(decoder, batch))[:, :num_valid].float()
-        total = (self.losses(logits, batch.labels) * batch.position_weights).sum()
+        total = (self.losses(logits, batch) * batch.position_weights).sum()
         return total / (mean_divisor(batch) if num_items_in_batch is None else num_items_in_batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LabelSmoothing(_OfLogits):
+class LabelSmoothing(OfLogits):
     """Cross-entropy to (1 - epsilon) on the label and epsilon / V on every token (Szegedy et al., 2016)."""
 
     epsilon: float
 
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return smoothed(logits, labels, self.epsilon)
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        return smoothed(logits, batch.labels, self.epsilon)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EntropicMatching(_OfLogits):
+class EntropicMatching(OfLogits):
     """GEM (Li et al., 2024, arXiv 2408.16673): with q = softmax(z / beta) held fixed, and f = softmax(z),
 
     sum_k q_k h_k (log f_k - log f_label), h being 1 (`linear`) or sigmoid((z_k - z_label) / 100) (`logsigmoid`).
@@ -66,8 +66,8 @@ class EntropicMatching(_OfLogits):
     beta: float
     h: Literal["linear", "logsigmoid"]
 
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return entropic(logits, labels, self.beta, self.h)
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        return entropic(logits, batch.labels, self.beta, self.h)
 
 
 def smoothed(logits: Tensor, labels: Tensor, epsilon: float) -> Tensor:
