@@ -1,12 +1,12 @@
 """Does distribution fine-tuning bring a model nearer to people's writing than ordinary fine-tuning that is tuned?
 
 A literary and a conversational text; a student as large as the teacher (the same 30 layers, a light adapter on the last
-ten), and one of twelve of its layers. For each: the base; cross-entropy at the best of three learning rates; smoothed
-labels; GEM; and distribution fine-tuning (DFT) over alpha, over two and four folds and the mean of both teachers, and
-with the unadapted base as teacher. Every training has the same text and the same number of epochs, and is kept as it
-was after the epoch that does best on one half of the hold-out; by that half the settings are chosen, on one seed. At
-most four finalists are then trained on three seeds, and measured on the other half: the loss on people's own tokens,
-the calibration error, and what continuations measure. Differences are paired by document; their intervals come from
+ten), and one of twelve of its layers. For each: the base; cross-entropy at its best learning rate; smoothed labels;
+GEM; and distribution fine-tuning (DFT) over alpha, over two and four folds and the mean of both teachers, and with the
+unadapted base as teacher. Every training has the same text and the same number of epochs, and is kept as it was after
+the epoch that does best on one half of the hold-out; by that half the settings are chosen, on one seed. At most four
+finalists are then trained on three seeds, and measured on the other half: the loss on people's own tokens, the
+calibration error, and what continuations measure. Differences are paired by document; their intervals come from
 resampling documents and seeds.
 
 A full run can be stopped at any time and goes on where it was: finished trials are lines of `results/dft.trials.jsonl`.
@@ -42,7 +42,7 @@ class Plan:
     courses: tuple[str, ...]
     students: tuple[Student, ...]
     learning_rates: Mapping[str, tuple[float, ...]]
-    """By student."""
+    """By student; where the highest is the best, higher ones follow."""
     smoothing: tuple[float, ...]
     gem: tuple[tuple[str, float], ...]
     alphas: tuple[float, ...]
@@ -81,14 +81,22 @@ def tuned(school: School, plan: Plan) -> dict[str, Trial]:
     def best(trials: Iterable[Trial]) -> Trial:
         return min(trials, key=lambda trial: min(school.result(trial)["dev_nll"]))
 
-    rates = plan.learning_rates[school.student]
-    ce = best(Trial(method="ce", learning_rate=rate) for rate in rates)
+    def at_best_rate(trial: Trial) -> Trial:
+        """At the best of the plan's rates, and of its highest doubled as long as that does better."""
+        rates = list(plan.learning_rates[school.student])
+        while True:
+            found = best(replace(trial, learning_rate=rate) for rate in rates)
+            if len(rates) == 1 or found.learning_rate < max(rates):
+                return found
+            rates.append(2 * max(rates))
+
+    ce = at_best_rate(Trial(method="ce"))
     rate = ce.learning_rate
     rivals = [Trial(method="smoothing", strength=epsilon, learning_rate=rate) for epsilon in plan.smoothing]
     rivals += [Trial(method=name, strength=beta, learning_rate=rate) for name, beta in plan.gem]  # type: ignore[arg-type]
     dft = best(Trial(method="dft", teacher="k2", alpha=alpha, learning_rate=rate) for alpha in plan.alphas)
     dft = best([dft, *(replace(dft, teacher=teacher) for teacher in plan.teachers if teacher != "base")])
-    dft = best([dft, *(replace(dft, learning_rate=other) for other in rates)])
+    dft = at_best_rate(dft)
     finalists = {"ce": ce, "rival": best(rivals), "dft": dft}
     if "base" in plan.teachers:
         finalists["dft_of_base"] = replace(dft, teacher="base")
