@@ -60,21 +60,22 @@ class Course:
 
     def targets(self, teacher: str) -> TargetSet | Blend:
         """Train split under a teacher, or under the mean of several, joined by `+`."""
-        sets = tuple(self._set(name) for name in teacher.split("+"))
+        sets = tuple(self.of_teacher(name) for name in teacher.split("+"))
         return sets[0] if len(sets) == 1 else Blend(sets=sets, weights=(1.0,) * len(sets))
 
-    def _set(self, teacher: str) -> TargetSet:
+    def of_teacher(self, teacher: str) -> TargetSet:
+        """Those of one."""
         store = open_store(str(self.outputs[teacher])).below("targets")
         return TargetSet(store=store, manifest=read_manifest(store))
 
     @cached_property
     def digest(self) -> str:
         """Of all targets."""
-        return digest_of({name: self._set(name).manifest.digest for name in self.outputs})
+        return digest_of({name: self.of_teacher(name).manifest.digest for name in self.outputs})
 
     @cached_property
     def _held_out(self) -> list[tuple[Row, PartMetadata]]:
-        known = self._set("k2")
+        known = self.of_teacher("k2")
         return [row for receipt in known.manifest.of_split("test") for row in read_rows(known.store, receipt)]
 
     def held_out(self, half: int) -> list[tuple[Row, PartMetadata]]:
@@ -83,7 +84,7 @@ class Course:
 
     @property
     def num_train_tokens(self) -> int:
-        return sum(receipt.num_labels for receipt in self._set("k2").manifest.of_split("train"))
+        return sum(receipt.num_labels for receipt in self.of_teacher("k2").manifest.of_split("train"))
 
 
 def open_course(name: str, size: Size, teachers: Sequence[str], cache: Path) -> Course:

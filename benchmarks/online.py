@@ -5,6 +5,9 @@ the same order. One reads the targets that a job stored (threshold sampling, tau
 epoch); the other runs the teacher of each sequence's fold beside the student and takes its whole distribution, all of
 the vocabulary, with the same weight of the person's own token. Before that, what the live teachers say of the people's
 own tokens is held against what the parts have stored of them. Differences of the hold-out's loss are paired by seed.
+
+A full run can be stopped at any time and goes on where it was: finished trainings are lines of
+`results/online.trials.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from torch import Tensor
 from courses import MODEL, Course, Size, open_course
 from harness import Options, Result, require, run, say, say_table
 from rivals import OfLogits
+from softshard.config import digest_of
 from softshard.decoder import Decoder
 from softshard.models import load_model
 from softshard.run.adapters import named_teacher
@@ -31,9 +36,11 @@ from softshard.shard.read import read_rows
 from softshard.storage import open_store
 from softshard.train.batch import Batch, collate
 from softshard.train.lora import load_adapter
+from softshard.train.objective import Objective
 from softshard.train.states import hidden_states, mixed_precision
 from trials import PRECISION, Records, School, Trial
 
+_RECORDS = Path(__file__).parent / "results" / "online.trials.jsonl"
 _TEACHER = "k2"
 _MOST_OFF = 0.1
 """Nats, in the mean over labels: the grid of stored log-probabilities is 1/16, and stored ones are of float32."""
@@ -57,7 +64,7 @@ class FoldTeachers:
     """The model that scored the targets of a course, with the adapters of all folds, in memory."""
 
     def __init__(self, course: Course, model: Path) -> None:
-        targets = course.targets(_TEACHER)
+        targets = course.of_teacher(_TEACHER)
         manifest, out = targets.manifest, course.outputs[_TEACHER]
         adapters = named_teacher(open_store(str(out)).below("teacher"), manifest.teacher["adapters"]).adapters
         base: Any = load_model(model, dtype=PRECISION, device="cpu")
@@ -76,7 +83,7 @@ class FoldTeachers:
         folds = torch.tensor([self._fold(row) for row in self._rows(batch)])
         of_label = folds[batch.positions // batch.input_ids.shape[1]]
         whole = torch.empty((len(batch.labels), num_valid))
-        for fold in folds.unique().tolist():
+        for fold in set(folds.tolist()):
             self._model.set_adapter(str(fold))
             decoder = Decoder.of(self._model)
             chosen = of_label == fold
@@ -115,7 +122,7 @@ class LiveTeacher(OfLogits):
 
 def _check(course: Course, teachers: FoldTeachers) -> None:
     """The live teachers are those of the stored targets: a part of each fold has the same loss on its labels."""
-    targets = course.targets(_TEACHER)
+    targets = course.of_teacher(_TEACHER)
     firsts = {receipt.fold: receipt for receipt in reversed(targets.manifest.of_split("train"))}
     for fold, receipt in sorted(firsts.items()):
         rows = list(read_rows(targets.store, receipt))[:4]
@@ -132,13 +139,14 @@ def _check(course: Course, teachers: FoldTeachers) -> None:
 
 def measure(options: Options) -> Result:
     plan = _QUICK if options.quick else _FULL
+    torch.set_num_threads(1)
     course = open_course("literary", plan.size, (_TEACHER,), options.cache)
     school = School(
         course=course,
         student="same",
         epochs=plan.size.epochs,
         cache=options.cache,
-        records=Records(None),
+        records=Records(None if options.quick else _RECORDS),
         say=say,
     )
     teachers = FoldTeachers(course, options.cache / MODEL)
@@ -154,7 +162,7 @@ def measure(options: Options) -> Result:
     ]
     base = school.score(school.train(Trial(method="base")).model, half=1).human_nll_nats
     say_table(
-        ("alpha, seed", "stored", "online", "difference", "online/stored s"),
+        ("alpha, seed", "stored", "online", "difference", "seconds, online/stored"),
         [
             (
                 f"{row['alpha']:g}, {row['seed']}",
@@ -172,11 +180,18 @@ def measure(options: Options) -> Result:
 def _pair(school: School, teachers: FoldTeachers, trial: Trial) -> dict[str, float]:
     found: dict[str, float] = {"alpha": trial.alpha, "seed": trial.seed}
     for name, objective in (("stored", None), ("online", LiveTeacher(teachers, alpha=trial.alpha))):
-        started = time.monotonic()
-        trained = school.train(trial, objective)
-        found[f"{name}_s"] = time.monotonic() - started
-        found[f"{name}_nll"] = school.score(trained.model, half=1).human_nll_nats
+        key = digest_of([school.digest, asdict(trial), name])[:32]
+        record = school.records.get(key, partial(_trained, school, trial, objective))
+        say(f"alpha {trial.alpha:g}, seed {trial.seed}, {name}: {record['nll']:.4f}, {record['seconds']:.0f} s")
+        found |= {f"{name}_s": record["seconds"], f"{name}_nll": record["nll"]}
     return found
+
+
+def _trained(school: School, trial: Trial, objective: Objective | None) -> dict[str, Any]:
+    started = time.process_time()
+    trained = school.train(trial, objective)
+    seconds = time.process_time() - started
+    return {"nll": school.score(trained.model, half=1).human_nll_nats, "seconds": seconds}
 
 
 def _figures(rows: Sequence[Mapping[str, float]], base: float, alphas: Sequence[float]) -> dict[str, Any]:
@@ -190,7 +205,7 @@ def _figures(rows: Sequence[Mapping[str, float]], base: float, alphas: Sequence[
         "base_nll": round(base, 4),
         "stored_nll": round(statistics.mean(row["stored_nll"] for row in rows), 4),
         "online_nll": round(statistics.mean(row["online_nll"] for row in rows), 4),
-        "stored_minus_online": round(max(gaps.values(), key=abs), 4),
+        "stored_minus_online": round(max(gaps.values(), key=lambda gap: abs(gap)), 4),
         **{f"stored_minus_online_alpha_{alpha:g}": round(value, 4) for alpha, value in gaps.items()},
         "largest_difference_of_a_seed": round(max(abs(row["stored_nll"] - row["online_nll"]) for row in rows), 4),
         "online_time_over_stored": round(sum(r["online_s"] for r in rows) / sum(r["stored_s"] for r in rows), 2),
