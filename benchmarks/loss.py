@@ -51,7 +51,6 @@ _FULL_GRID: Grid = (
     (8_192, 49_152),
     (16_384, 32_768),
     (1_024, 262_144),
-    (16_384, 262_144),
 )
 _QUICK_GRID: Grid = ((8_192, 49_152),)
 _QUICK_WAYS = ("sketch", "chunked_ce", "dense_kl")
