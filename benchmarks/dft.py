@@ -82,7 +82,7 @@ def tuned(school: School, plan: Plan) -> dict[str, Trial]:
         return min(trials, key=lambda trial: min(school.result(trial)["dev_nll"]))
 
     def at_best_rate(trial: Trial) -> Trial:
-        """At the best of the plan's rates, and of its highest doubled as long as that does better."""
+        """At the best of the plan's rates, and of its highest doubled as long as that does better; one rate is kept."""
         rates = list(plan.learning_rates[school.student])
         while True:
             found = best(replace(trial, learning_rate=rate) for rate in rates)
@@ -96,7 +96,7 @@ def tuned(school: School, plan: Plan) -> dict[str, Trial]:
     rivals += [Trial(method=name, strength=beta, learning_rate=rate) for name, beta in plan.gem]  # type: ignore[arg-type]
     dft = best(Trial(method="dft", teacher="k2", alpha=alpha, learning_rate=rate) for alpha in plan.alphas)
     dft = best([dft, *(replace(dft, teacher=teacher) for teacher in plan.teachers if teacher != "base")])
-    dft = at_best_rate(dft)
+    dft = best([dft, at_best_rate(dft)])
     finalists = {"ce": ce, "rival": best(rivals), "dft": dft}
     if "base" in plan.teachers:
         finalists["dft_of_base"] = replace(dft, teacher="base")

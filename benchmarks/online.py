@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from torch import Tensor
 from courses import MODEL, Course, Size, open_course
 from harness import Options, Result, require, run, say, say_table
 from rivals import OfLogits
-from softshard.config import digest_of
 from softshard.decoder import Decoder
 from softshard.models import load_model
 from softshard.run.adapters import named_teacher
@@ -180,8 +179,7 @@ def measure(options: Options) -> Result:
 def _pair(school: School, teachers: FoldTeachers, trial: Trial) -> dict[str, float]:
     found: dict[str, float] = {"alpha": trial.alpha, "seed": trial.seed}
     for name, objective in (("stored", None), ("online", LiveTeacher(teachers, alpha=trial.alpha))):
-        key = digest_of([school.digest, asdict(trial), name])[:32]
-        record = school.records.get(key, partial(_trained, school, trial, objective))
+        record = school.kept(trial, partial(_trained, school, trial, objective), name)
         say(f"alpha {trial.alpha:g}, seed {trial.seed}, {name}: {record['nll']:.4f}, {record['seconds']:.0f} s")
         found |= {f"{name}_s": record["seconds"], f"{name}_nll": record["nll"]}
     return found
@@ -205,7 +203,7 @@ def _figures(rows: Sequence[Mapping[str, float]], base: float, alphas: Sequence[
         "base_nll": round(base, 4),
         "stored_nll": round(statistics.mean(row["stored_nll"] for row in rows), 4),
         "online_nll": round(statistics.mean(row["online_nll"] for row in rows), 4),
-        "stored_minus_online": round(max(gaps.values(), key=lambda gap: abs(gap)), 4),
+        "stored_minus_online": round(max(gaps.values(), key=abs), 4),
         **{f"stored_minus_online_alpha_{alpha:g}": round(value, 4) for alpha, value in gaps.items()},
         "largest_difference_of_a_seed": round(max(abs(row["stored_nll"] - row["online_nll"]) for row in rows), 4),
         "online_time_over_stored": round(sum(r["online_s"] for r in rows) / sum(r["stored_s"] for r in rows), 2),

@@ -152,8 +152,11 @@ class School:
 
     def result(self, trial: Trial) -> dict[str, Any]:
         """What is on record of a trial, or is now."""
-        key = digest_of([self.digest, asdict(trial)])[:32]
-        return self.records.get(key, lambda: self._run(trial))
+        return self.kept(trial, lambda: self._run(trial))
+
+    def kept(self, trial: Trial, make: Callable[[], dict[str, Any]], *way: str) -> dict[str, Any]:
+        """What `make` gives for a trial, once; `way` tells apart what differs in more than the trial."""
+        return self.records.get(digest_of([self.digest, asdict(trial), *way])[:32], make)
 
     def _run(self, trial: Trial) -> dict[str, Any]:
         started = time.monotonic()
