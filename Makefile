@@ -41,12 +41,12 @@ test-vllm: $(VLLM_INSTALLED) ## the tests that need vLLM, with its build for CPU
 	$(VLLM_BIN)/python -m pytest tests/with_vllm $(ARGS)
 
 test-s3: $(LOCALSTACK_INSTALLED) ## the tests of buckets, against a server that keeps conditions under a lock (LocalStack)
-	SOFTSHARD_TEST_LOCALSTACK=$(LOCALSTACK_VENV)/bin/python $(BIN)/pytest tests/test_object_store*.py $(ARGS)
+	SOFTSHARD_TEST_LOCALSTACK=$(LOCALSTACK_VENV)/bin/python $(BIN)/pytest tests/storage/test_object_store*.py tests/integration/test_object_store_job.py $(ARGS)
 
 test-slow: kill-test ## what takes longer than the tests may: the kill test in full
 
 kill-test: setup ## ends runs by SIGKILL 200 times; the last line counts what was lost or differs
-	@$(BIN)/python tests/kills.py
+	@$(BIN)/python tests/faults/kills.py
 
 check: setup ## lint, format, types, direction of imports, drift of the published schemas
 	$(BIN)/ruff check $(SOURCES)

@@ -35,7 +35,7 @@ from harness import Options, Positions, Result, positions, require, run, say, sa
 from passes import SKETCH, EngineName, Pass, PassProcess, Setup, started
 from softshard.errors import EngineMissing
 from softshard.shard.read import read_row_group
-from softshard.target.types import SequenceTargets
+from softshard.sketch.types import SequenceTargets
 
 _MODEL = "SmolLM2-135M-Instruct"
 _LOGPROBS = ("dict-20", "flat-20", "dict-128", "flat-128")

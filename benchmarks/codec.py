@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from harness import Options, Positions, Result, interleaved, positions, require, run, say, say_table
 from other_codecs import Codec, DistillKit, DistillKitFile, Megatron, ParquetLists, TopEntries, megatron_modules
 from softshard.config import ThresholdSketch
-from softshard.shard.commit import PartPlan, build_part
+from softshard.shard.commit import PartSpec, build_part
 from softshard.shard.decode import decode_part
 from softshard.shard.encode import encode_part
-from softshard.target.codec import MASS_GRID, offsets_of
-from softshard.target.entries import Entries, entries_of
-from softshard.target.fidelity import FidelitySums
-from softshard.target.sketch import sketch_rows
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.sketch.codec import MASS_GRID, counts_to_offsets
+from softshard.sketch.entries import Entries, entries_of
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.reduce import sketch_rows
+from softshard.sketch.types import SequenceTargets, TokenSequence
 
 _SKETCH = ThresholdSketch(tau=1 / 24)
 _MOST = 128
@@ -54,7 +54,7 @@ class Softshard:
     def __init__(
         self, rows: list[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums, vocab_size: int
     ) -> None:
-        plan = PartPlan(
+        plan = PartSpec(
             index=0,
             split="train",
             fold=-1,
@@ -113,7 +113,7 @@ def _same_probabilities(given: SequenceTargets, back: Entries, *, step: float) -
     within = np.arange(len(back.ids)) - np.repeat(back.offsets[:-1], np.diff(back.offsets))
     in_head = within < np.repeat(given.head_count, np.diff(back.offsets))
     weights, filled = back.weights[in_head].astype(np.float64), given.head_count > 0
-    starts = offsets_of(given.head_count)[:-1][filled]
+    starts = counts_to_offsets(given.head_count)[:-1][filled]
     ratios = np.log(weights) - given.head_logprobs
     apart = np.maximum.reduceat(ratios, starts) - np.minimum.reduceat(ratios, starts)
     mass = np.add.reduceat(weights, starts) - (1 - given.tail_mass[filled])
@@ -136,7 +136,7 @@ def _material(source: Positions) -> Material:
     """Everyone's entries of the same logits, a window at a time."""
     rows, fidelity, ids, logprobs = [], FidelitySums(), [], []
     noise = source.uniforms(seed=0, num_draws=1)
-    ends = offsets_of(np.array([sequence.num_labels for sequence in source.sequences], dtype=np.int32)).tolist()
+    ends = counts_to_offsets(np.array([sequence.num_labels for sequence in source.sequences], dtype=np.int32)).tolist()
     for sequence, (start, stop) in zip(source.sequences, pairwise(ends), strict=True):
         logits = source.logits(start, stop)
         targets, measured = sketch_rows(
@@ -168,7 +168,7 @@ def _parquet_lists(material: Material, ours: Sequence[Entries]) -> dict[str, Cod
             "threshold",
             ids=np.concatenate([entries.ids for entries in ours]),
             probabilities=np.concatenate([entries.weights for entries in ours]),
-            offsets=offsets_of(counts).astype(np.int32),
+            offsets=counts_to_offsets(counts).astype(np.int32),
         ),
         "naive_top_64_": ParquetLists(
             "top 64",

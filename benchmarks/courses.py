@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from harness import say
-from softshard.config import Job, digest_of
+from softshard.config import Job
+from softshard.data.blend import Blend
+from softshard.data.target_set import TargetSet
 from softshard.errors import JobInvalid
 from softshard.models import Tokenizer, load_model, load_tokenizer
-from softshard.run.job import run_job
+from softshard.records.digest import canonical_digest
 from softshard.shard.manifest import read_manifest
 from softshard.shard.read import Row, read_rows
 from softshard.shard.schema import PartMetadata
+from softshard.stages.job import run_job
 from softshard.storage import open_store
 from softshard.telemetry import SilentReporter
-from softshard.train.blend import Blend
-from softshard.train.reading import TargetSet
 
 __all__ = ["LORA", "Course", "Size", "open_course", "smaller_student"]
 
@@ -71,7 +72,7 @@ class Course:
     @cached_property
     def digest(self) -> str:
         """Of all targets."""
-        return digest_of({name: self.of_teacher(name).manifest.digest for name in self.outputs})
+        return canonical_digest({name: self.of_teacher(name).manifest.digest for name in self.outputs})
 
     @cached_property
     def _held_out(self) -> list[tuple[Row, PartMetadata]]:
@@ -98,7 +99,7 @@ def open_course(name: str, size: Size, teachers: Sequence[str], cache: Path) -> 
         if not path.exists():
             problem = f"is not there; make it with: python jobs/materials.py presets --cache {cache}"
             raise JobInvalid(file=str(path), place="", problem=problem)
-    folder = cache / "dft" / f"{name}-{digest_of([size.num_documents, size.document_characters])[:8]}"
+    folder = cache / "dft" / f"{name}-{canonical_digest([size.num_documents, size.document_characters])[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     cut = folder / "text.jsonl"
     cut.write_text(_cut(text, size), encoding="utf-8")
@@ -166,6 +167,6 @@ def smaller_student(cache: Path) -> Path:
     return folder
 
 
-def tokenizer_of(cache: Path) -> Tokenizer:
+def wrap_tokenizer(cache: Path) -> Tokenizer:
     """Of teacher and students."""
     return load_tokenizer(cache / MODEL)

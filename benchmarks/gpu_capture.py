@@ -32,14 +32,14 @@ from torch import Tensor
 
 from harness import ModelName, Options, Positions, Result, positions, require, run, say, say_table
 from softshard.config import TeacherSettings, ThresholdSketch, VllmSettings
-from softshard.decoder import Decoder, batches_by_length
 from softshard.errors import JobInvalid
 from softshard.models import load_model
-from softshard.shard.commit import PartPlan, build_part, commit_part
+from softshard.models.decoder import Decoder, batches_by_length
+from softshard.shard.commit import PartSpec, build_part, commit_part
+from softshard.sketch.reduce import sketch_rows
+from softshard.sketch.types import SequenceTargets
 from softshard.storage import LocalStore
-from softshard.target.sketch import sketch_rows
-from softshard.target.types import SequenceTargets
-from softshard.teacher.engines import identity_of, open_teacher
+from softshard.teacher.engines import open_teacher, teacher_identity
 from softshard.teacher.protocol import Teacher
 
 _SKETCH = ThresholdSketch(tau=1 / 24)
@@ -120,7 +120,7 @@ def _bare(bench: _Bench, engine: EngineName, teacher: Teacher) -> Callable[[Loca
 
 
 def _capture(bench: _Bench, teacher: Teacher) -> Callable[[LocalStore], list[SequenceTargets]]:
-    plan = PartPlan(
+    plan = PartSpec(
         index=0,
         split="train",
         fold=-1,
@@ -141,7 +141,7 @@ def _capture(bench: _Bench, teacher: Teacher) -> Callable[[LocalStore], list[Seq
 
 
 def _rounds(bench: _Bench, engine: EngineName) -> list[dict[str, _Pass]]:
-    identity = identity_of(bench.settings(engine), context_tokens=_CONTEXT_TOKENS, weights="", adapters=[])
+    identity = teacher_identity(bench.settings(engine), context_tokens=_CONTEXT_TOKENS, weights="", adapters=[])
     teacher = open_teacher(
         bench.folder, adapters=(), identity=identity, device=bench.device, vocab_size=bench.source.vocab_size
     )

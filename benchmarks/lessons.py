@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softshard.config import SketchSettings, ThresholdSketch, TopkSketch
-from softshard.target.codec import to_mass_grid
-from softshard.target.sketch import sketch_rows, stored_entries
+from softshard.sketch.codec import to_mass_grid
+from softshard.sketch.reduce import sketch_rows, stored_entries
 
 __all__ = ["TAU", "Batch", "Lesson", "MakeTarget", "Target", "full", "multinomial", "threshold", "topk"]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softshard.train.loss import sparse_kl
+from softshard.finetune.loss import sparse_kl
 
 __all__ = ["CHUNK", "WAYS", "Problem", "chunked_cross_entropy", "fused_by_triton", "problem"]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from softshard.cluster.cluster import open_cluster
 from softshard.config import ClusterSettings, ThresholdSketch
 from softshard.corpus.manifest import (
     CORPUS_VERSION,
@@ -28,19 +29,18 @@ from softshard.corpus.manifest import (
     read_corpus_manifest,
     write_corpus_manifest,
 )
-from softshard.run.cluster import open_cluster
-from softshard.run.parts import committed, find_missing, score_parts
-from softshard.run.tasks import FoldTeacher, ScoreRun, ScoreTask
+from softshard.records.spool import Spool
 from softshard.shard.card import write_card
 from softshard.shard.commit import build_part, commit_part
 from softshard.shard.manifest import Manifest, Receipt, bytes_per_position, mean_fidelity, write_manifest
 from softshard.shard.schema import SCHEMA_VERSION
-from softshard.shard.spool import Spool
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.philox import tail_uniforms
+from softshard.sketch.reduce import sketch_rows
+from softshard.sketch.types import SequenceTargets, TokenSequence
+from softshard.stages.targets.parts import committed, find_missing, score_parts
+from softshard.stages.targets.tasks import FoldTeacher, ScoreTask, ScoringSpec
 from softshard.storage import LocalStore, open_store
-from softshard.target.fidelity import FidelitySums
-from softshard.target.philox import tail_uniforms
-from softshard.target.sketch import sketch_rows
-from softshard.target.types import SequenceTargets, TokenSequence
 from softshard.telemetry import EventValue, SilentReporter
 
 __all__ = ["answer", "commit", "main", "peak_mib", "write_corpus"]
@@ -115,7 +115,7 @@ def _rows() -> tuple[list[tuple[TokenSequence, SequenceTargets]], FidelitySums]:
     return rows, total
 
 
-def _build(task: ScoreTask, run: ScoreRun) -> tuple[bytes, Receipt]:
+def _build(task: ScoreTask, run: ScoringSpec) -> tuple[bytes, Receipt]:
     rows, sums = _rows()
     return build_part(run.plan(task.index, task.slice), rows, sums)
 
@@ -123,14 +123,14 @@ def _build(task: ScoreTask, run: ScoreRun) -> tuple[bytes, Receipt]:
 _first: Receipt | None = None
 
 
-def answer(task: ScoreTask, *, run: ScoreRun) -> Receipt:
+def answer(task: ScoreTask, *, run: ScoringSpec) -> Receipt:
     """A receipt, of a part that is not there."""
     global _first
     _first = _first or _build(task, run)[1]
     return _first.model_copy(update={"part_id": task.part_id})
 
 
-def commit(task: ScoreTask, *, run: ScoreRun) -> Receipt:
+def commit(task: ScoreTask, *, run: ScoringSpec) -> Receipt:
     """Build and commit a part."""
     content, receipt = _build(task, run)
     return commit_part(open_store(run.targets), content, receipt)
@@ -144,8 +144,8 @@ def peak_mib(process: int | str = "self") -> float:
     raise OSError(f"/proc/{process}/status has no VmHWM")
 
 
-def _run_of(folder: Path, corpus: CorpusManifest) -> ScoreRun:
-    return ScoreRun(
+def _run_of(folder: Path, corpus: CorpusManifest) -> ScoringSpec:
+    return ScoringSpec(
         corpus=str(folder / "corpus"),
         targets=str(folder / "targets"),
         teacher=str(folder / "teacher"),
@@ -159,7 +159,7 @@ def _run_of(folder: Path, corpus: CorpusManifest) -> ScoreRun:
     )
 
 
-def _publish(corpus: CorpusManifest, run: ScoreRun) -> None:
+def _publish(corpus: CorpusManifest, run: ScoringSpec) -> None:
     """What `ensure_targets` does once all parts are committed."""
     store = LocalStore(run.targets)
     receipts = Spool(Receipt, committed(store, run, corpus.slices))

@@ -28,15 +28,15 @@ from torch import Tensor
 from courses import MODEL, Course, Size, open_course
 from harness import Options, Result, require, run, say, say_table
 from rivals import OfLogits
-from softshard.decoder import Decoder
+from softshard.data.batch import Batch, collate
+from softshard.finetune.adapters.lora import load_adapter
+from softshard.finetune.hidden_states import hidden_states, mixed_precision
+from softshard.finetune.objective import Objective
 from softshard.models import load_model
-from softshard.run.adapters import named_teacher
+from softshard.models.decoder import Decoder
 from softshard.shard.read import read_rows
+from softshard.stages.teacher.stage import named_teacher
 from softshard.storage import open_store
-from softshard.train.batch import Batch, collate
-from softshard.train.lora import load_adapter
-from softshard.train.objective import Objective
-from softshard.train.states import hidden_states, mixed_precision
 from trials import PRECISION, Records, School, Trial
 
 _RECORDS = Path(__file__).parent / "results" / "online.trials.jsonl"

@@ -19,13 +19,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from softshard.data.batch import Batch, collate_mixed
+from softshard.data.mixing import MixedRow, Mixing, mixed_rows
 from softshard.shard.decode import Block, Decoder, open_part
 from softshard.shard.read import PartReader
 from softshard.shard.schema import PartMetadata
-from softshard.target.codec import decode_head, decode_tail, ids_by_rank
-from softshard.target.types import SequenceTargets
-from softshard.train.batch import Batch, collate_mixed
-from softshard.train.mixed import MixedRow, Mixing, mixed_rows
+from softshard.sketch.codec import decode_head, decode_tail, ids_by_rank
+from softshard.sketch.types import SequenceTargets
 
 __all__ = ["Form", "Loader", "Stored", "make_datasets", "make_litdata", "make_mosaic"]
 

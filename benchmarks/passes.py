@@ -28,14 +28,14 @@ import torch
 from numpy.typing import NDArray
 
 from softshard.config import SketchSettings, TeacherSettings, ThresholdSketch, TopkSketch, VllmSettings
-from softshard.decoder import Decoder, batches_by_length
 from softshard.models import load_model
-from softshard.shard.commit import PartPlan, build_part, commit_part
+from softshard.models.decoder import Decoder, batches_by_length
+from softshard.shard.commit import PartSpec, build_part, commit_part
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.join import split_rows
+from softshard.sketch.types import SequenceTargets, TokenSequence
 from softshard.storage import LocalStore
-from softshard.target.fidelity import FidelitySums
-from softshard.target.join import split_rows
-from softshard.target.types import SequenceTargets, TokenSequence
-from softshard.teacher.engines import identity_of, open_teacher
+from softshard.teacher.engines import open_teacher, teacher_identity
 from softshard.teacher.protocol import Teacher, TeacherIdentity
 
 __all__ = ["CONTEXT_TOKENS", "SKETCH", "EngineName", "Pass", "PassProcess", "Setup", "started"]
@@ -155,7 +155,7 @@ def _peak_mib(process: psutil.Process) -> float:
 def _identity(setup: Setup, engine: Literal["transformers", "vllm"]) -> TeacherIdentity:
     options = VllmSettings(own_process=setup.own_process)
     settings = TeacherSettings(model=str(setup.model), engine=engine, device="cpu", folds=0, vllm=options)
-    return identity_of(settings, context_tokens=CONTEXT_TOKENS, weights="", adapters=[])
+    return teacher_identity(settings, context_tokens=CONTEXT_TOKENS, weights="", adapters=[])
 
 
 def _commit(
@@ -166,7 +166,7 @@ def _commit(
     sums: FidelitySums,
     identity: TeacherIdentity,
 ) -> None:
-    plan = PartPlan(
+    plan = PartSpec(
         index=0,
         split="train",
         fold=-1,

@@ -25,14 +25,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from softshard.corpus.screen import ScreenedDocument, document_id_of
-from softshard.corpus.tokens import encode_texts
+from softshard.corpus.screen import ScreenedDocument, make_document_id
+from softshard.corpus.tokenize import encode_texts
 from softshard.corpus.windows import document_windows
-from softshard.decoder import PLAIN_LOGITS, Decoder
 from softshard.errors import JobInvalid, ModelInvalid
 from softshard.models import Tokenizer, load_model, load_tokenizer
-from softshard.target.philox import tail_uniforms
-from softshard.target.types import TokenSequence
+from softshard.models.decoder import PLAIN_LOGITS, Decoder
+from softshard.sketch.philox import tail_uniforms
+from softshard.sketch.types import TokenSequence
 
 __all__ = ["ModelName", "Positions", "middle_states", "positions"]
 
@@ -133,7 +133,7 @@ def _windows(text: Path, tokenizer: Tokenizer) -> Iterator[TokenSequence]:
     rows = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
     for row, token_ids in zip(rows, encode_texts([row["text"] for row in rows], tokenizer=tokenizer), strict=True):
         document = ScreenedDocument(
-            document_id=document_id_of(row["text"]),
+            document_id=make_document_id(row["text"]),
             name=row["id"],
             text=row["text"],
             num_bytes=len(row["text"].encode()),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness import Positions
 from lessons import Batch, Lesson, Target
-from softshard.train.loss import dense_kl, sparse_kl
+from softshard.finetune.loss import dense_kl, sparse_kl
 
 __all__ = ["BATCH_POSITIONS", "LEARNING_RATE", "Course", "Student", "batches", "divergence", "train"]
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from harness import require
-from softshard.decoder import Decoder
-from softshard.train.batch import Batch
-from softshard.train.objective import Objective, mean_divisor
-from softshard.train.states import hidden_states
+from softshard.data.batch import Batch
+from softshard.finetune.hidden_states import hidden_states
+from softshard.finetune.objective import Objective, mean_divisor
+from softshard.models.decoder import Decoder
 
 __all__ = ["EntropicMatching", "LabelSmoothing", "OfLogits", "check_rivals"]
 

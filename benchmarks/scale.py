@@ -33,10 +33,12 @@ import psutil
 from harness import Options, Result, interleaved, require, run, say, say_table
 from no_teacher import peak_mib, write_corpus
 from side_by_side import open_sides
+from softshard.records.canonical import canonical_json
+from softshard.records.digest import sha256_hex
 from softshard.shard.commit import commit_part, receipt_path
-from softshard.shard.manifest import Receipt, canonical_json, read_manifest
+from softshard.shard.manifest import Receipt, read_manifest
 from softshard.shard.schema import Fidelity
-from softshard.storage import LocalStore, sha256_of
+from softshard.storage import LocalStore
 
 _HERE = Path(__file__).parent
 _WORKERS = 2
@@ -187,7 +189,7 @@ def _receipt(number: int, content: bytes) -> Receipt:
         split="train",
         fold=-1,
         slice="0" * 64,
-        sha256=sha256_of(content),
+        sha256=sha256_hex(content),
         num_bytes=len(content),
         num_sequences=1,
         num_labels=1,
@@ -217,7 +219,7 @@ def _two_workers(options: Options) -> dict[str, Any]:
 
 def _parts(targets: str) -> dict[str, str]:
     store = LocalStore(targets)
-    return {path: sha256_of(store.read(path)) for path in store.list("data")}
+    return {path: sha256_hex(store.read(path)) for path in store.list("data")}
 
 
 def measure(options: Options) -> Result:

@@ -16,16 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from softshard.cluster.cluster import WORKER_ENVIRONMENT, Cluster, open_cluster
 from softshard.config import ClusterSettings, CorpusSettings, SourceSettings, TeacherSettings, ThresholdSketch
 from softshard.corpus.build import build_corpus
 from softshard.corpus.manifest import CorpusManifest, CorpusSlice
 from softshard.errors import JobInvalid
 from softshard.models import load_tokenizer, weights_digest
-from softshard.run.cluster import WORKER_ENVIRONMENT, Cluster, open_cluster
-from softshard.run.parts import find_missing, score_parts
-from softshard.run.tasks import FoldTeacher, ScoreRun, ScoreTask, score_part
+from softshard.stages.targets.parts import find_missing, score_parts
+from softshard.stages.targets.tasks import FoldTeacher, ScoreTask, ScoringSpec, score_part
 from softshard.storage import LocalStore
-from softshard.teacher.engines import identity_of
+from softshard.teacher.engines import teacher_identity
 from softshard.telemetry import SilentReporter
 
 __all__ = ["Sides", "open_sides"]
@@ -37,7 +37,7 @@ _WORKERS = 2
 class Sides:
     """Both ways to score the same slices."""
 
-    def __init__(self, run: ScoreRun, slices: Sequence[CorpusSlice], cluster: Cluster, bare: Sequence[Any]) -> None:
+    def __init__(self, run: ScoringSpec, slices: Sequence[CorpusSlice], cluster: Cluster, bare: Sequence[Any]) -> None:
         self._run, self._slices, self._cluster, self._bare = run, slices, cluster, bare
         self._turns = 0
 
@@ -66,7 +66,7 @@ class Sides:
             connection.recv()
         return run.targets
 
-    def _next_run(self) -> ScoreRun:
+    def _next_run(self) -> ScoringSpec:
         self._turns += 1
         return replace(self._run, targets=f"{self._run.targets}-{self._turns}")
 
@@ -120,10 +120,10 @@ def _corpus(folder: Path, model: Path, text: Path) -> CorpusManifest:
     )
 
 
-def _run(folder: Path, model: Path, corpus: CorpusManifest) -> ScoreRun:
+def _run(folder: Path, model: Path, corpus: CorpusManifest) -> ScoringSpec:
     settings = TeacherSettings(model=str(model), folds=0, device="cpu", num_threads=1)
-    identity = identity_of(settings, context_tokens=_CONTEXT_TOKENS, weights=weights_digest(model), adapters=())
-    return ScoreRun(
+    identity = teacher_identity(settings, context_tokens=_CONTEXT_TOKENS, weights=weights_digest(model), adapters=())
+    return ScoringSpec(
         corpus=str(folder / "corpus"),
         targets=str(folder / "targets"),
         teacher=str(folder / "teacher"),

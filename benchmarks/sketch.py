@@ -45,10 +45,10 @@ from harness import ModelName, Options, Positions, Result, positions, require, r
 from rate_distortion import DenseRows, Point, angle_between, draw, errors_of, measured
 from softshard.config import ThresholdSketch
 from softshard.errors import JobInvalid
-from softshard.shard.commit import fidelity_of
-from softshard.target.philox import draw_uniforms
-from softshard.target.sketch import sketch_rows, stored_entries
-from softshard.target.types import SequenceTargets
+from softshard.shard.commit import part_fidelity
+from softshard.sketch.philox import draw_uniforms
+from softshard.sketch.reduce import sketch_rows, stored_entries
+from softshard.sketch.types import SequenceTargets
 from ways import CHUNK, Part, Way, all_ways, read_renormalised, stored_parts
 
 _SKETCH = ThresholdSketch(tau=1 / 24)
@@ -162,7 +162,7 @@ def _check_fidelity(points: Sequence[Point], parts: Sequence[Part]) -> None:
     apart, turned = 0.0, 0.0
     for point, part in zip(points, parts, strict=True):
         if point.way.form.num_samples is None and point.way.read is not read_renormalised:
-            said = fidelity_of(part.fidelity, covers_all=False)
+            said = part_fidelity(part.fidelity, covers_all=False)
             apart = max(apart, abs(said.mean_squared_error - point.squared_error))
             turned = max(turned, abs(said.gradient_angle_degrees - point.angle))
     require(apart <= 1e-5, f"parts have these errors in their metadata, within {apart:.0e}")

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from harness import Positions, positions
 from losses import CHUNK, chunked_cross_entropy
 from softshard.config import LoraSettings, ThresholdSketch
-from softshard.decoder import Decoder
+from softshard.data.batch import collate, collate_text
+from softshard.finetune.adapters.lora import attach_lora
+from softshard.finetune.hidden_states import hidden_states
+from softshard.finetune.objective import CROSS_ENTROPY
 from softshard.models import load_model, resolve_dtype
+from softshard.models.decoder import Decoder
 from softshard.shard.read import Row
 from softshard.shard.schema import Fidelity, PartMetadata
-from softshard.target.join import concatenate, split_rows
-from softshard.target.sketch import sketch_rows
-from softshard.train.batch import collate, collate_text
-from softshard.train.lora import attach_lora
-from softshard.train.objective import CROSS_ENTROPY
-from softshard.train.states import hidden_states
+from softshard.sketch.join import concatenate, split_rows
+from softshard.sketch.reduce import sketch_rows
 
 __all__ = ["STEPS", "Trainer"]
 

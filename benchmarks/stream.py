@@ -33,20 +33,20 @@ import torch
 
 from harness import Options, Positions, Result, interleaved, positions, require, run, say, say_table
 from other_loaders import Form, Loader, Stored, make_datasets, make_litdata, make_mosaic
+from softshard.cli.memory import keep_freed_memory
 from softshard.config import ThresholdSketch
-from softshard.run.memory import keep_freed_memory
-from softshard.shard.commit import PartPlan, build_part, commit_part
+from softshard.data.batch import Batch
+from softshard.data.dataset import SoftLabelDataset
+from softshard.data.mixing import Mixing
+from softshard.data.target_set import TargetSet
+from softshard.shard.commit import PartSpec, build_part, commit_part
 from softshard.shard.manifest import Manifest
 from softshard.shard.schema import SCHEMA_VERSION
+from softshard.sketch.codec import counts_to_offsets
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.reduce import sketch_rows
+from softshard.sketch.types import SequenceTargets, TokenSequence
 from softshard.storage import LocalStore
-from softshard.target.codec import offsets_of
-from softshard.target.fidelity import FidelitySums
-from softshard.target.sketch import sketch_rows
-from softshard.target.types import SequenceTargets, TokenSequence
-from softshard.train.batch import Batch
-from softshard.train.dataset import SoftLabelDataset
-from softshard.train.mixed import Mixing
-from softshard.train.reading import TargetSet
 
 _SKETCH = ThresholdSketch(tau=1 / 24)
 _ALPHA = 0.5
@@ -80,7 +80,7 @@ def _write_targets(source: Positions, folder: Path, *, num_parts: int) -> Target
     """The same sequences once a part, each time with other draws of the tails."""
     store, receipts = LocalStore(folder), []
     for number, (rows, sums) in enumerate(_drawn(source, num_parts)):
-        plan = PartPlan(
+        plan = PartSpec(
             index=number,
             split="train",
             fold=-1,
@@ -116,7 +116,7 @@ def _drawn(
 ) -> Iterator[tuple[list[tuple[TokenSequence, SequenceTargets]], FidelitySums]]:
     """Rows of all sequences in one draw after the other, from one pass over the logits."""
     noise = source.uniforms(seed=0, num_draws=num_draws)
-    ends = offsets_of(np.array([sequence.num_labels for sequence in source.sequences], dtype=np.int32)).tolist()
+    ends = counts_to_offsets(np.array([sequence.num_labels for sequence in source.sequences], dtype=np.int32)).tolist()
     rows, sums = [], FidelitySums()
     for sequence, (start, stop) in zip(source.sequences, pairwise(ends), strict=True):
         targets, measured = sketch_rows(

@@ -29,7 +29,7 @@ from harness import Options, Result, middle_states, positions, require, run, say
 from lessons import TAU, Lesson, MakeTarget, Target, full, multinomial, threshold, topk
 from pupils import BATCH_POSITIONS, LEARNING_RATE, Course, Student, batches, divergence, train
 from softshard.config import ThresholdSketch
-from softshard.target.codec import MASS_GRID
+from softshard.sketch.codec import MASS_GRID
 
 _FROZEN_LAYERS = 24
 _MOST_LIKELY = 2000

@@ -18,16 +18,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from courses import LORA, MODEL, Course, smaller_student, tokenizer_of
+from courses import LORA, MODEL, Course, smaller_student, wrap_tokenizer
 from rivals import EntropicMatching, LabelSmoothing
-from softshard.config import LoraSettings, OptimizerSettings, digest_of
+from softshard.config import LoraSettings, OptimizerSettings
+from softshard.data.dataset import SoftLabelDataset
 from softshard.evaluate.comparison import human_metrics, model_metrics
 from softshard.evaluate.samples import generate, human_continuations, make_prompts
 from softshard.evaluate.scoring import HoldoutScores, score_holdout
+from softshard.finetune.loop import Step, fine_tune
+from softshard.finetune.objective import CROSS_ENTROPY, Objective
 from softshard.models import load_model, weights_digest
-from softshard.train.dataset import SoftLabelDataset
-from softshard.train.loop import Step, fine_tune
-from softshard.train.objective import CROSS_ENTROPY, Objective
+from softshard.records.digest import canonical_digest
 
 __all__ = ["PRECISION", "Records", "School", "Trained", "Trial"]
 
@@ -148,7 +149,7 @@ class School:
             self.epochs,
             str(PRECISION),
         ]
-        return digest_of(shared)[:16]
+        return canonical_digest(shared)[:16]
 
     def result(self, trial: Trial) -> dict[str, Any]:
         """What is on record of a trial, or is now."""
@@ -156,7 +157,7 @@ class School:
 
     def kept(self, trial: Trial, make: Callable[[], dict[str, Any]], *way: str) -> dict[str, Any]:
         """What `make` gives for a trial, once; `way` tells apart what differs in more than the trial."""
-        return self.records.get(digest_of([self.digest, asdict(trial), *way])[:32], make)
+        return self.records.get(canonical_digest([self.digest, asdict(trial), *way])[:32], make)
 
     def _run(self, trial: Trial) -> dict[str, Any]:
         started = time.monotonic()
@@ -235,7 +236,7 @@ class School:
         return score_holdout(
             model,
             rows,
-            tokenizer=tokenizer_of(self.cache),
+            tokenizer=wrap_tokenizer(self.cache),
             num_valid=rows[0][1].vocab_size,
             batch_tokens=2048,
             num_bins=_BINS,
@@ -243,7 +244,7 @@ class School:
         )
 
     def _samples(self, model: Any, scores: HoldoutScores, *, seed: int) -> dict[str, float | None]:
-        rows, tokenizer = self.course.held_out(1), tokenizer_of(self.cache)
+        rows, tokenizer = self.course.held_out(1), wrap_tokenizer(self.cache)
         prompts = make_prompts(
             rows, num_samples=_SAMPLES, prompt_tokens=_PROMPT_TOKENS, sample_tokens=_SAMPLE_TOKENS, seed=0
         )

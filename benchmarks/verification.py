@@ -21,20 +21,15 @@ from numpy.typing import NDArray
 
 from harness import Options, Result, interleaved, require, run, say, say_table
 from softshard.config import ThresholdSketch
-from softshard.shard.commit import PartPlan, build_part, receipt_path
+from softshard.records.canonical import canonical_json
+from softshard.records.digest import sha256_hex
+from softshard.shard.commit import PartSpec, build_part, receipt_path
 from softshard.shard.decode import decode_part
-from softshard.shard.manifest import (
-    Manifest,
-    Receipt,
-    bytes_per_position,
-    canonical_json,
-    mean_fidelity,
-    write_manifest,
-)
+from softshard.shard.manifest import Manifest, Receipt, bytes_per_position, mean_fidelity, write_manifest
 from softshard.shard.verify import verify_targets
-from softshard.storage import LocalStore, sha256_of
-from softshard.target.fidelity import FidelitySums
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.types import SequenceTargets, TokenSequence
+from softshard.storage import LocalStore
 
 _SKETCH = ThresholdSketch(tau=1 / 24)
 _VOCAB, _ROWS, _TOKENS, _FIRST_LABEL = 49_152, 256, 512, 64
@@ -85,7 +80,7 @@ def _write(root: Path, content: bytes, receipt: Receipt, *, num_bytes: int) -> M
         part_id = f"{number:032x}"
         other = content.replace(receipt.part_id.encode(), part_id.encode())
         path = f"data/train/part-{number:05d}-{part_id[:16]}.parquet"
-        changes = {"part_id": part_id, "path": path, "sha256": sha256_of(other)}
+        changes = {"part_id": part_id, "path": path, "sha256": sha256_hex(other)}
         receipts.append(receipt.model_copy(update=changes))
         store.put_once(path, other)
         store.put_once(receipt_path(part_id), canonical_json(receipts[-1]))
@@ -130,7 +125,7 @@ def _after_forgetting(root: Path, action: Callable[[], object]) -> Callable[[], 
 
 def _measure(options: Options) -> Result:
     pa.set_cpu_count(1)
-    plan = PartPlan(
+    plan = PartSpec(
         index=0,
         split="train",
         fold=0,

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from harness import Positions, require
 from softshard.config import NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
-from softshard.shard.commit import PartPlan, build_part
+from softshard.shard.commit import PartSpec, build_part
 from softshard.shard.decode import decode_part
-from softshard.target.entries import Entries, entries_of
-from softshard.target.fidelity import FidelitySums
-from softshard.target.join import concatenate, split_rows
-from softshard.target.sketch import sketch_rows, stored_entries
-from softshard.target.types import SequenceTargets
+from softshard.sketch.entries import Entries, entries_of
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.join import concatenate, split_rows
+from softshard.sketch.reduce import sketch_rows, stored_entries
+from softshard.sketch.types import SequenceTargets
 
 __all__ = ["CHUNK", "Form", "Part", "Reading", "Way", "all_ways", "read_renormalised", "stored_parts"]
 
@@ -276,7 +276,7 @@ def _with_counts(targets: SequenceTargets, sample: NDArray[np.int64]) -> Sequenc
 
 
 def _part(source: Positions, form: Form, targets: SequenceTargets, fidelity: FidelitySums) -> Part:
-    plan = PartPlan(
+    plan = PartSpec(
         index=0,
         split="train",
         fold=-1,

@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softshard.config import Job
+    from softshard.config.job_file import load_job
+    from softshard.data.dataset import SoftLabelDataset
+    from softshard.data.filters import RowFilter
+    from softshard.data.target_set import TargetSet
     from softshard.errors import SoftshardError
-    from softshard.jobfile import load_job
+    from softshard.finetune.objective import Objective
+    from softshard.integrations.axolotl import axolotl_rows
+    from softshard.integrations.causal_lm import accept_targets, weight_of_step
+    from softshard.integrations.rows import SoftLabelCollator, target_rows
+    from softshard.integrations.trainer import SoftLabelTraining
     from softshard.shard.manifest import Manifest, read_manifest
     from softshard.shard.read import read_rows
+    from softshard.sketch.entries import Entries, entries_of
     from softshard.storage import LocalStore, open_store
-    from softshard.target.entries import Entries, entries_of
-    from softshard.train.columns import SoftLabelCollator, axolotl_rows, target_rows
-    from softshard.train.dataset import SoftLabelDataset
-    from softshard.train.filters import RowFilter
-    from softshard.train.objective import Objective
-    from softshard.train.reading import TargetSet
-    from softshard.train.student import accept_targets, weight_of_step
-    from softshard.train.trainer import SoftLabelTraining
 
 __all__ = [
     "Entries",
@@ -56,26 +57,26 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
-    "Entries": "softshard.target.entries",
+    "Entries": "softshard.sketch.entries",
     "Job": "softshard.config",
     "LocalStore": "softshard.storage",
     "Manifest": "softshard.shard.manifest",
-    "Objective": "softshard.train.objective",
-    "RowFilter": "softshard.train.filters",
-    "SoftLabelCollator": "softshard.train.columns",
-    "SoftLabelDataset": "softshard.train.dataset",
-    "SoftLabelTraining": "softshard.train.trainer",
+    "Objective": "softshard.finetune.objective",
+    "RowFilter": "softshard.data.filters",
+    "SoftLabelCollator": "softshard.integrations.rows",
+    "SoftLabelDataset": "softshard.data.dataset",
+    "SoftLabelTraining": "softshard.integrations.trainer",
     "SoftshardError": "softshard.errors",
-    "TargetSet": "softshard.train.reading",
-    "accept_targets": "softshard.train.student",
-    "axolotl_rows": "softshard.train.columns",
-    "entries_of": "softshard.target.entries",
-    "load_job": "softshard.jobfile",
+    "TargetSet": "softshard.data.target_set",
+    "accept_targets": "softshard.integrations.causal_lm",
+    "axolotl_rows": "softshard.integrations.axolotl",
+    "entries_of": "softshard.sketch.entries",
+    "load_job": "softshard.config.job_file",
     "open_store": "softshard.storage",
     "read_manifest": "softshard.shard.manifest",
     "read_rows": "softshard.shard.read",
-    "target_rows": "softshard.train.columns",
-    "weight_of_step": "softshard.train.student",
+    "target_rows": "softshard.integrations.rows",
+    "weight_of_step": "softshard.integrations.causal_lm",
 }
 
 

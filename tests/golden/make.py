@@ -15,9 +15,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from fakes.targets import in_draws, metadata, random_distributions, sequence, sketch  # noqa: E402
 from softshard.shard.encode import encode_part  # noqa: E402
 from softshard.shard.schema import SCHEMA_VERSION  # noqa: E402
-from tiny_targets import in_draws, metadata, random_distributions, sequence, sketch  # noqa: E402
 
 VOCAB = 60
 KINDS = {"threshold": 1, "threshold-draws": 3, "topk": 1, "nucleus": 1, "full": 1}

@@ -28,10 +28,10 @@ from softshard.config import (
 )
 from softshard.errors import LogitsInvalid
 from softshard.shard.manifest import read_manifest
-from softshard.target.philox import draw_uniforms
-from softshard.target.sketch import sketch_rows
-from softshard.target.types import TokenSequence
-from softshard.teacher.engines import identity_of, open_teacher
+from softshard.sketch.philox import draw_uniforms
+from softshard.sketch.reduce import sketch_rows
+from softshard.sketch.types import TokenSequence
+from softshard.teacher.engines import open_teacher, teacher_identity
 
 TAU = 1 / 24
 VOCAB = 300
@@ -271,7 +271,7 @@ def open_on(device, folder, *, engine="transformers", dtype="float32"):
     settings = TeacherSettings(
         model="m", engine=engine, device=device, dtype=dtype, batch_tokens=128, vllm=VllmSettings(**VLLM, chunk_rows=16)
     )
-    identity = identity_of(settings, context_tokens=96, weights="w", adapters=[])
+    identity = teacher_identity(settings, context_tokens=96, weights="w", adapters=[])
     return open_teacher(folder, adapters=(), identity=identity, device=device, vocab_size=VOCAB)
 
 

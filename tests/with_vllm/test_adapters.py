@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from softshard.config import FullSketch, TeacherSettings
 from softshard.errors import AdapterNotInForce
-from softshard.teacher.engines import identity_of, open_teacher
+from softshard.teacher.engines import open_teacher, teacher_identity
 
 
 def test_an_adapter_is_in_force_and_agrees_with_the_transformers_engine(tiny_model, adapter):
@@ -20,7 +20,7 @@ def test_an_adapter_is_in_force_and_agrees_with_the_transformers_engine(tiny_mod
     ours, _ = teacher.score(sequences, sketch=FullSketch(kind="full"), seed=0)
     teacher.close()
     settings = TeacherSettings(model="m", device="cpu")
-    identity = identity_of(settings, context_tokens=96, weights="w", adapters=["a"])
+    identity = teacher_identity(settings, context_tokens=96, weights="w", adapters=["a"])
     other = open_teacher(tiny_model, adapters=(adapter,), identity=identity, device="cpu", vocab_size=VOCAB)
     theirs, _ = other.score(sequences, sketch=FullSketch(kind="full"), seed=0)
     for one, two, base in zip(ours, theirs, direct_logprobs(tiny_model, sequences), strict=True):

@@ -10,13 +10,13 @@ from tiny_decoders import FAMILIES, VOCAB, dense, direct_logprobs, drawn, open_v
 
 from softshard.config import FullSketch, TeacherSettings, ThresholdSketch
 from softshard.models import load_tokenizer
-from softshard.target.types import TokenSequence
-from softshard.teacher.engines import identity_of, open_teacher
+from softshard.sketch.types import TokenSequence
+from softshard.teacher.engines import open_teacher, teacher_identity
 
 NEAR = 1e-4
 """Nats."""
 TAU = 1 / 12
-SMOLLM2 = Path(__file__).parent.parent.parent / ".cache/materials/SmolLM2-135M-Instruct"
+SMOLLM2 = Path(__file__).parents[2] / ".cache/materials/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -89,7 +89,7 @@ def test_tail_tokens_are_drawn_as_often_as_they_are_likely(tmp_path):
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="the demo's model is not there; `make test` fetches it")
 def test_both_engines_agree_on_a_real_model():
-    text = (Path(__file__).parent.parent.parent / "CONTRIBUTING.md").read_text()
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     ids = np.array(load_tokenizer(SMOLLM2).encode([text])[0][:700], dtype=np.int32)
     sequences = [
         TokenSequence(
@@ -106,7 +106,7 @@ def test_both_engines_agree_on_a_real_model():
     ]
     size = load_tokenizer(SMOLLM2).vocab_size
     settings = TeacherSettings(model="m", device="cpu")
-    identity = identity_of(settings, context_tokens=512, weights="w", adapters=[])
+    identity = teacher_identity(settings, context_tokens=512, weights="w", adapters=[])
     other = open_teacher(SMOLLM2, adapters=(), identity=identity, device="cpu", vocab_size=size)
     teacher = open_vllm(SMOLLM2, vocab_size=size, context=512, max_num_batched_tokens=256)
     ours, sums = teacher.score(sequences, sketch=ThresholdSketch(), seed=1)

@@ -22,14 +22,15 @@ from tiny_decoders import FAMILIES, open_vllm
 from transformers import AutoModelForCausalLM
 
 from softshard.cli import main
+from softshard.config.job_file import load_job
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import EngineFailed, ModelInvalid
-from softshard.jobfile import load_job
 from softshard.models import load_model
-from softshard.run import targets, tasks
-from softshard.run.adapters import StyleTeacher
-from softshard.run.targets import plan_run
-from softshard.run.workspace import open_workspace
+from softshard.output.workspace import open_workspace
+from softshard.stages.targets import stage as targets
+from softshard.stages.targets import tasks
+from softshard.stages.targets.stage import make_scoring_spec
+from softshard.stages.teacher.stage import StyleTeacher
 from softshard.teacher import engines
 
 PATIENCE = 400.0
@@ -275,7 +276,7 @@ def test_memory_that_runs_out_in_any_engine_may_be_there_for_the_next(tiny_job, 
     assert main(["corpus", str(tmp_path / "job.yaml"), "--quiet"]) == 0
     workspace = open_workspace(job)
     corpus = read_corpus_manifest(workspace.corpus)
-    scoring = plan_run(workspace, corpus, StyleTeacher(adapters=()))
+    scoring = make_scoring_spec(workspace, corpus, StyleTeacher(adapters=()))
     part = corpus.slices[0]
     task = tasks.ScoreTask(index=0, part_id=scoring.plan(0, part).part_id, slice=part)
     engine = Exhausted(ask)

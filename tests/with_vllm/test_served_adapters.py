@@ -11,10 +11,10 @@ from tiny_decoders import VOCAB, save_decoder
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
+from fakes.students import adapted
 from softshard.config import LoraSettings
+from softshard.finetune.adapters.kinds import merge_adapter, save_adapter
 from softshard.models import load_model
-from softshard.train.adapter import merge_adapter, save_adapter
-from tiny_students import adapted
 
 IDS = [int(token) for token in np.random.default_rng(0).integers(0, VOCAB, 24)]
 SHAPE = LoraSettings(rank=8, alpha=16)

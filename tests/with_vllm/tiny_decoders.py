@@ -8,8 +8,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from softshard.config import TeacherSettings, VllmSettings
-from softshard.target.types import TokenSequence
-from softshard.teacher.engines import identity_of, open_teacher
+from softshard.sketch.types import TokenSequence
+from softshard.teacher.engines import open_teacher, teacher_identity
 
 VOCAB = 300
 PADDED = 320
@@ -72,7 +72,7 @@ def some_sequences(lengths=(40, 7, 2, 90, 23, 61), *, first_labels=None, seed=0)
 
 def open_vllm(folder, *, adapters=(), weights="w", digests=(), vocab_size=VOCAB, context=CONTEXT, **options):
     settings = TeacherSettings(model="m", engine="vllm", device="cpu", vllm=VllmSettings(kv_cache_gib=0.25, **options))
-    identity = identity_of(settings, context_tokens=context, weights=weights, adapters=list(digests))
+    identity = teacher_identity(settings, context_tokens=context, weights=weights, adapters=list(digests))
     return open_teacher(folder, adapters=adapters, identity=identity, device="cpu", vocab_size=vocab_size)
 
 

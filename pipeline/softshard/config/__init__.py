@@ -1,6 +1,6 @@
 """The settings of a job: what a run reads, computes and trains, frozen and checked one by one and against each other.
 
-The core takes plain typed values from here. `softshard.jobfile` reads them from a file and names what is wrong there.
+The core takes plain typed values from here. `config.job_file` reads them from a file and names what is wrong there.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from softshard.config.adapter import AdapterKind, DataType, LoraSettings, OptimizerSettings
 from softshard.config.cluster import AdaptiveSettings, ClusterSettings
 from softshard.config.corpus import CorpusSettings, SourceSettings
-from softshard.config.digest import digest_of
-from softshard.config.feed import (
+from softshard.config.data import (
     BalanceSettings,
     LabelWeightSettings,
     MoreTargetsSettings,
@@ -18,9 +17,9 @@ from softshard.config.feed import (
     weight_at,
 )
 from softshard.config.job import EvaluateSettings, Job
+from softshard.config.sketch import FullSketch, NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
 from softshard.config.teacher import TeacherSettings, VllmSettings
 from softshard.config.train import BaselineSettings, RetentionSettings, SweepSettings, TrainSettings
-from softshard.sketches import FullSketch, NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
 
 __all__ = [
     "AdapterKind",
@@ -49,6 +48,5 @@ __all__ = [
     "VllmSettings",
     "WeightOverSteps",
     "WhereSettings",
-    "digest_of",
     "weight_at",
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from softshard.sketches import Settings
+from softshard.config.base import Settings
 
 __all__ = [
     "AdapterKind",

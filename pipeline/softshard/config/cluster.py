@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from softshard.sketches import Settings
+from softshard.config.base import Settings
 
 __all__ = [
     "AdaptiveSettings",

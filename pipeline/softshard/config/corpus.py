@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from softshard.sketches import Settings
+from softshard.config.base import Settings
 from softshard.storage.location import problem_of_uri
 
 __all__ = [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator, model_validator
 
+from softshard.config.base import Settings
 from softshard.config.cluster import ClusterSettings
 from softshard.config.corpus import CorpusSettings, plain_uri
+from softshard.config.sketch import SketchSettings, ThresholdSketch
 from softshard.config.teacher import TeacherSettings
 from softshard.config.train import TrainSettings
-from softshard.sketches import Settings, SketchSettings, ThresholdSketch
 
 __all__ = [
     "EvaluateSettings",

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from softshard.config.adapter import DataType, Device, LoraSettings, OptimizerSettings
-from softshard.sketches import Settings
+from softshard.config.base import Settings
 
 __all__ = [
     "TeacherSettings",

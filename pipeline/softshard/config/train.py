@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from softshard.config.adapter import AdapterKind, DataType, Device, LoraSettings, OptimizerSettings
+from softshard.config.base import Settings
 from softshard.config.corpus import SourceSettings, refuse_equal_names
-from softshard.config.feed import BalanceSettings, LabelWeightSettings, MoreTargetsSettings, WhereSettings
-from softshard.sketches import Settings, takes_temperature
+from softshard.config.data import BalanceSettings, LabelWeightSettings, MoreTargetsSettings, WhereSettings
+from softshard.config.sketch import takes_temperature
 
 __all__ = [
     "BaselineSettings",

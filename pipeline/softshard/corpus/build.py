@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from softshard.config import CorpusSettings, digest_of
+from softshard.config import CorpusSettings
+from softshard.corpus.counts import CorpusCount, Tally
 from softshard.corpus.documents import DocumentsWriter, corpus_statistics
 from softshard.corpus.manifest import (
     CORPUS_VERSION,
@@ -25,14 +26,14 @@ from softshard.corpus.manifest import (
 from softshard.corpus.screen import Screen, ScreenedDocument
 from softshard.corpus.slices import SliceWriter
 from softshard.corpus.sources import list_source, read_documents
-from softshard.corpus.tally import CorpusCount, Tally
-from softshard.corpus.tokens import encode_texts
+from softshard.corpus.tokenize import encode_texts
 from softshard.corpus.windows import document_windows, num_document_tokens
 from softshard.errors import CorpusEmpty, SourceUnreadable
 from softshard.models import Tokenizer
+from softshard.records.digest import canonical_digest
 from softshard.shard.manifest import SourceRights
+from softshard.sketch.types import TokenSequence
 from softshard.storage import Store
-from softshard.target.types import TokenSequence
 from softshard.telemetry import Reporter, SilentReporter
 
 __all__ = ["Encode", "build_corpus", "corpus_key", "count_corpus", "current_corpus", "first_sequences"]
@@ -56,7 +57,7 @@ def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, se
     ]
     # Consent changes what may be trained on, not what is read.
     read = settings.model_dump(mode="json", exclude={"sources": {"__all__": {"consent"}}})
-    return digest_of([CORPUS_VERSION, read, tokenizer.fingerprint, tokenizer.vocab_size, folds, seed, files])
+    return canonical_digest([CORPUS_VERSION, read, tokenizer.fingerprint, tokenizer.vocab_size, folds, seed, files])
 
 
 def current_corpus(

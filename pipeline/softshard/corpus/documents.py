@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from softshard.corpus.counts import GroupCount
 from softshard.corpus.manifest import CorpusStatistics, DocumentsFile
 from softshard.corpus.screen import ScreenedDocument
-from softshard.corpus.tally import GroupCount
 from softshard.errors import PartCorrupt
-from softshard.storage import Store, sha256_of
+from softshard.records.digest import sha256_hex
+from softshard.storage import Store
 
 if TYPE_CHECKING:
     import polars as pl
@@ -93,7 +94,7 @@ class DocumentsWriter:
         sink = io.BytesIO()
         table = pa.Table.from_pylist(self._rows, schema=DOCUMENTS_SCHEMA)
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        digest = sha256_of(sink.getvalue())
+        digest = sha256_hex(sink.getvalue())
         path = f"documents/{len(self._files):05d}-{digest[:16]}.parquet"
         self._store.put_once(path, sink.getvalue())
         self._files.append(DocumentsFile(path=path, sha256=digest, num_documents=len(self._rows)))
@@ -139,7 +140,7 @@ def _checked(store: Store, file: DocumentsFile) -> bytes:
         content = store.read(file.path)
     except FileNotFoundError as error:
         raise PartCorrupt(uri=uri, problem="this list of the corpus's documents is missing") from error
-    if sha256_of(content) != file.sha256:
+    if sha256_hex(content) != file.sha256:
         raise PartCorrupt(uri=uri, problem="is not the list of documents that the corpus manifest names")
     return content
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from softshard.errors import PartCorrupt
-from softshard.shard.canonical import digest_by_item, read_by_item, write_by_item
+from softshard.records.canonical import digest_by_item, read_by_item, write_by_item
+from softshard.records.spool import Spool
 from softshard.shard.manifest import SourceRights
-from softshard.shard.spool import Spool
 from softshard.storage import Store
 
 __all__ = [

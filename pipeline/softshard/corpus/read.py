@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator
 from softshard.corpus.manifest import CorpusManifest, CorpusSlice
 from softshard.corpus.slices import decode_slice
 from softshard.errors import PartCorrupt
-from softshard.storage import Store, sha256_of
-from softshard.target.types import TokenSequence
+from softshard.records.digest import sha256_hex
+from softshard.sketch.types import TokenSequence
+from softshard.storage import Store
 
 __all__ = ["iter_sequences", "read_slice"]
 
@@ -20,7 +21,7 @@ def read_slice(store: Store, part: CorpusSlice) -> list[TokenSequence]:
         content = store.read(part.path)
     except FileNotFoundError as error:
         raise PartCorrupt(uri=uri, problem="this slice of the corpus is missing") from error
-    digest = sha256_of(content)
+    digest = sha256_hex(content)
     if digest != part.sha256:
         problem = f"has sha256 {digest[:16]}, the corpus manifest names {part.sha256[:16]}"
         raise PartCorrupt(uri=uri, problem=problem)

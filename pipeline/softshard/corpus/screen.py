@@ -18,7 +18,7 @@ from typing import Literal
 from softshard.config import CorpusSettings, SourceSettings
 from softshard.corpus.formats import RawDocument
 
-__all__ = ["Screen", "ScreenedDocument", "Split", "document_id_of", "fold_of", "normalise", "split_of"]
+__all__ = ["Screen", "ScreenedDocument", "Split", "assign_fold", "assign_split", "make_document_id", "normalise"]
 
 Split = Literal["train", "test"]
 
@@ -49,17 +49,17 @@ def normalise(text: str, *, form: Literal["NFC", "NFKC", "none"]) -> str:
     return plain if form == "none" else unicodedata.normalize(form, plain)
 
 
-def document_id_of(text: str) -> str:
+def make_document_id(text: str) -> str:
     """blake2b-128, in hex, of a normalised text in UTF-8."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def split_of(document_id: str, *, seed: int, holdout_fraction: float) -> Split:
+def assign_split(document_id: str, *, seed: int, holdout_fraction: float) -> Split:
     """`test` where a hash of (seed, document_id), as a number in [0, 1), is below the fraction."""
     return "test" if _hash(seed, document_id, "holdout") < holdout_fraction * 2**64 else "train"
 
 
-def fold_of(document_id: str, *, seed: int, folds: int) -> int:
+def assign_fold(document_id: str, *, seed: int, folds: int) -> int:
     """Fold of a train document, from another hash of (seed, document_id); -1 where there are no folds."""
     return _hash(seed, document_id, "fold") % folds if folds else -1
 
@@ -95,9 +95,9 @@ class Screen:
             self._leave_out(raw.problem, raw.name)
             return None
         text = normalise(raw.text, form=self._settings.normalisation)
-        document_id = document_id_of(text)
+        document_id = make_document_id(text)
         fraction = self._settings.holdout_fraction
-        split = split_of(document_id, seed=self._seed, holdout_fraction=fraction)
+        split = assign_split(document_id, seed=self._seed, holdout_fraction=fraction)
         if not text or text.isspace():
             self._leave_out("empty", raw.name)
             return None
@@ -115,7 +115,7 @@ class Screen:
             style=source.style,
             group=raw.group,
             split=split,
-            fold=fold_of(document_id, seed=self._seed, folds=self._folds) if split == "train" else -1,
+            fold=assign_fold(document_id, seed=self._seed, folds=self._folds) if split == "train" else -1,
         )
 
     def withdraw(self, document: ScreenedDocument) -> None:

@@ -15,14 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softshard.corpus.cut import SliceCut
+from softshard.corpus.boundaries import SliceCut
 from softshard.corpus.manifest import CORPUS_VERSION, CorpusSlice
 from softshard.corpus.screen import ScreenedDocument, Split
 from softshard.errors import PartCorrupt
+from softshard.records.digest import sha256_hex
+from softshard.records.spool import Spool
 from softshard.shard.schema import PART_SCHEMA
-from softshard.shard.spool import Spool
-from softshard.storage import Store, sha256_of
-from softshard.target.types import TokenSequence
+from softshard.sketch.types import TokenSequence
+from softshard.storage import Store
 
 __all__ = ["SLICE_SCHEMA", "SliceWriter", "decode_slice", "encode_slice"]
 
@@ -112,7 +113,7 @@ class SliceWriter:
         (split, fold), waiting = place, self._waiting[place]
         sequences, num_bytes_text = waiting.sequences[:length], waiting.num_bytes_text[:length]
         content = encode_slice(sequences, metadata={**self._metadata, "split": split, "fold": fold})
-        digest = sha256_of(content)
+        digest = sha256_hex(content)
         part = CorpusSlice(
             path=f"sequences/{split}-{'all' if fold < 0 else fold}-{digest[:16]}.parquet",
             split=split,

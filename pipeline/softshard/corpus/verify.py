@@ -15,10 +15,11 @@ from softshard.corpus.documents import DOCUMENTS_SCHEMA
 from softshard.corpus.manifest import CorpusManifest, CorpusSlice, DocumentsFile, read_corpus_manifest
 from softshard.corpus.slices import SLICE_SCHEMA, decode_slice
 from softshard.errors import PartCorrupt
-from softshard.shard.manifest import canonical_json
+from softshard.records.canonical import canonical_json
+from softshard.records.digest import sha256_hex
 from softshard.shard.orphans import Orphan
 from softshard.shard.verify import Finding
-from softshard.storage import Store, sha256_of
+from softshard.storage import Store
 
 __all__ = ["CorpusVerification", "find_corpus_orphans", "verify_corpus"]
 
@@ -108,6 +109,6 @@ def _checked(store: Store, path: str, sha256: str) -> bytes:
         raise PartCorrupt(uri=uri, problem="is missing") from error
     except OSError as error:
         raise PartCorrupt(uri=uri, problem=f"cannot be read: {error}") from error
-    if (digest := sha256_of(content)) != sha256:
+    if (digest := sha256_hex(content)) != sha256:
         raise PartCorrupt(uri=uri, problem=f"has sha256 {digest[:16]}, the corpus manifest names {sha256[:16]}")
     return content

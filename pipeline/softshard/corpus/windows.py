@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from softshard.corpus.screen import ScreenedDocument
 from softshard.models import Tokenizer
-from softshard.target.types import TokenSequence
+from softshard.sketch.types import TokenSequence
 
-__all__ = ["document_windows", "num_document_tokens", "num_windows", "sequence_id_of", "window_starts"]
+__all__ = ["document_windows", "make_sequence_id", "num_document_tokens", "num_windows", "window_starts"]
 
 
 def num_document_tokens(token_ids: NDArray[Any], *, tokenizer: Tokenizer) -> int:
@@ -48,7 +48,7 @@ def window_starts(num_tokens: int, *, context_tokens: int, overlap_tokens: int) 
     return range(0, count * step, step)
 
 
-def sequence_id_of(
+def make_sequence_id(
     document_id: str, *, tokenizer: Tokenizer, start: int, context_tokens: int, overlap_tokens: int
 ) -> str:
     """blake2b-128, in hex, of document, tokenizer fingerprint, start, context and overlap, one a line."""
@@ -72,7 +72,7 @@ def document_windows(
     tokens = _document_tokens(token_ids, tokenizer=tokenizer)
     for start in window_starts(len(tokens), context_tokens=context_tokens, overlap_tokens=overlap_tokens):
         yield TokenSequence(
-            sequence_id=sequence_id_of(
+            sequence_id=make_sequence_id(
                 document.document_id,
                 tokenizer=tokenizer,
                 start=start,

@@ -6,17 +6,6 @@ Every error carries its values, says on one line what is wrong, where, and the w
 
 from __future__ import annotations
 
-from softshard.errors.asked import (
-    EngineMissing,
-    ExtraMissing,
-    FolderTaken,
-    JobInvalid,
-    ManifestMissing,
-    OutputForeign,
-    OutputUnusable,
-    ShardedTwice,
-    StoreUnusable,
-)
 from softshard.errors.base import (
     EXIT_BUG,
     EXIT_DATA,
@@ -25,7 +14,7 @@ from softshard.errors.base import (
     DataInvalid,
     SoftshardError,
     TryAgain,
-    exit_code_of,
+    exit_code_for,
 )
 from softshard.errors.data import (
     AdapterMissing,
@@ -57,7 +46,7 @@ from softshard.errors.data import (
     TrainingDiverged,
     VocabularyMismatch,
 )
-from softshard.errors.passing import (
+from softshard.errors.temporary import (
     EngineFailed,
     LeaseLost,
     OutputBusy,
@@ -65,6 +54,17 @@ from softshard.errors.passing import (
     StorageFull,
     StoreUnavailable,
     full_disk,
+)
+from softshard.errors.usage import (
+    EngineMissing,
+    ExtraMissing,
+    FolderTaken,
+    JobInvalid,
+    ManifestMissing,
+    OutputForeign,
+    OutputUnusable,
+    ShardedTwice,
+    StoreUnusable,
 )
 
 __all__ = [
@@ -118,6 +118,6 @@ __all__ = [
     "TrainingDiverged",
     "TryAgain",
     "VocabularyMismatch",
-    "exit_code_of",
+    "exit_code_for",
     "full_disk",
 ]

@@ -10,7 +10,7 @@ __all__ = [
     "DataInvalid",
     "SoftshardError",
     "TryAgain",
-    "exit_code_of",
+    "exit_code_for",
 ]
 
 EXIT_BUG = 1
@@ -41,7 +41,7 @@ def _rebuild(kind: type[SoftshardError], message: str, values: dict[str, object]
     return error
 
 
-def exit_code_of(error: BaseException) -> int:
+def exit_code_for(error: BaseException) -> int:
     """What the command ends with on an error; an interruption may be tried again, what nothing named is a bug."""
     if isinstance(error, SoftshardError):
         return error.exit_code

@@ -20,17 +20,17 @@ from softshard.evaluate.text_metrics import (
     rank_frequency,
     sentence_length_w1,
     sentence_lengths,
+    split_words,
     token_l2,
-    words_of,
 )
 from softshard.models import Tokenizer
 
-__all__ = ["examples_of", "figure_data", "human_metrics", "model_metrics", "nll_difference"]
+__all__ = ["figure_data", "human_metrics", "model_metrics", "nll_difference", "pick_examples"]
 
 
 def human_metrics(human: Continuations) -> HumanMetrics:
     """What the human continuations measure. See `model_metrics` for how texts are put together."""
-    words = [words_of(text) for text in human.texts]
+    words = [split_words(text) for text in human.texts]
     return HumanMetrics(
         mattr=mattr(list(itertools.chain.from_iterable(words))),
         distinct_2=distinct_n(words, n=2),
@@ -54,7 +54,7 @@ def model_metrics(
     sentences and n-grams end where a continuation does.
     """
     continuations = samples.continuations
-    words = [words_of(text) for text in continuations.texts]
+    words = [split_words(text) for text in continuations.texts]
     return ModelMetrics(
         human_nll_nats=scores.human_nll_nats,
         bits_per_byte=scores.bits_per_byte,
@@ -93,7 +93,7 @@ def nll_difference(first: HoldoutScores, second: HoldoutScores) -> NllDifference
     return NllDifference(difference_nats=ratio, standard_error_nats=error)
 
 
-def examples_of(
+def pick_examples(
     prompts: Sequence[Prompt],
     *,
     tokenizer: Tokenizer,
@@ -123,7 +123,7 @@ def figure_data(
     return FigureData(
         sentence_lengths={name: tuple(_sentences(one)) for name, one in texts.items()},
         rank_frequency={
-            name: tuple(rank_frequency(itertools.chain.from_iterable(words_of(text) for text in one.texts)))
+            name: tuple(rank_frequency(itertools.chain.from_iterable(split_words(text) for text in one.texts)))
             for name, one in texts.items()
         },
         reliability={name: one.reliability for name, one in scores.items()},

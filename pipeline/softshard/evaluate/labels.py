@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softshard.decoder import Decoder, batches_by_length
 from softshard.errors import LogitsInvalid
 from softshard.models import check_vocabulary
-from softshard.target.entries import Entries
-from softshard.target.types import TokenSequence
+from softshard.models.decoder import Decoder, batches_by_length
+from softshard.sketch.entries import Entries
+from softshard.sketch.types import TokenSequence
 
 __all__ = ["LabelScores", "ScoredSequence", "score_labels"]
 

@@ -171,7 +171,7 @@ _GROUPS: tuple[tuple[str, tuple[_Metric, ...]], ...] = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Cell:
+class _Bucket:
     column: str
     text: str
     best: bool
@@ -215,7 +215,7 @@ def render_page(report: Report, *, figures: FigureData) -> str:
     )
 
 
-def _rows(metrics: Sequence[_Metric], report: Report) -> Iterator[tuple[_Metric, list[_Cell]]]:
+def _rows(metrics: Sequence[_Metric], report: Report) -> Iterator[tuple[_Metric, list[_Bucket]]]:
     for metric in metrics:
         human = getattr(report.human, metric.key) if metric.key in HumanMetrics.model_fields else None
         models: dict[str, ModelMetrics] = {"base": report.base, "adapter": report.adapter}
@@ -224,10 +224,10 @@ def _rows(metrics: Sequence[_Metric], report: Report) -> Iterator[tuple[_Metric,
         values: dict[str, float | None] = {name: getattr(one, metric.key) for name, one in models.items()}
         if any(value is not None for value in values.values()):
             best = _best(values, metric, human)
-            cells = [_Cell(column="human", text="" if human is None else metric.show(human), best=False)]
+            cells = [_Bucket(column="human", text="" if human is None else metric.show(human), best=False)]
             for name, value in values.items():
                 text = "" if value is None else metric.show(value)
-                cells.append(_Cell(column=name, text=text, best=text in best))
+                cells.append(_Bucket(column=name, text=text, best=text in best))
             yield metric, cells
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from softshard.evaluate.plots import FigureData
-from softshard.shard.manifest import canonical_json
+from softshard.records.canonical import canonical_json
 from softshard.storage import Store
 
 __all__ = [

@@ -24,7 +24,7 @@ from softshard.evaluate.text import text_after
 from softshard.models import Tokenizer
 from softshard.shard.read import Row
 from softshard.shard.schema import PartMetadata
-from softshard.target.types import TokenSequence
+from softshard.sketch.types import TokenSequence
 
 __all__ = ["Continuations", "Prompt", "Samples", "generate", "human_continuations", "make_prompts"]
 

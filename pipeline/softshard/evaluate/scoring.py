@@ -20,8 +20,8 @@ from softshard.evaluate.text import text_after
 from softshard.models import Tokenizer
 from softshard.shard.read import Row
 from softshard.shard.schema import PartMetadata
-from softshard.target.entries import entries_of
-from softshard.target.types import TokenSequence
+from softshard.sketch.entries import entries_of
+from softshard.sketch.types import TokenSequence
 
 __all__ = ["DocumentSum", "HoldoutScores", "ReliabilityBin", "retention_nll", "score_holdout"]
 

@@ -19,15 +19,15 @@ __all__ = [
     "rank_frequency",
     "sentence_length_w1",
     "sentence_lengths",
+    "split_words",
     "token_l2",
-    "words_of",
 ]
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s|$)|\n+")
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Words of a text in lower case, curly apostrophes made straight."""
     return [word.lower().replace("’", "'") for word in _WORD.findall(text)]
 
@@ -66,7 +66,7 @@ def sentence_lengths(text: str) -> list[int]:
     A sentence ends at . ! ? or … (closing quotes and brackets included) before white space or the end, and at a line
     break. An abbreviation before a space ends one too: the rule is the same for all texts that are compared.
     """
-    lengths = (len(words_of(piece)) for piece in _SENTENCE_END.split(text))
+    lengths = (len(split_words(piece)) for piece in _SENTENCE_END.split(text))
     return [length for length in lengths if length]
 
 

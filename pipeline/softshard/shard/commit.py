@@ -12,20 +12,22 @@ from typing import Literal
 
 import pyarrow as pa
 
-from softshard.config import SketchSettings, digest_of
+from softshard.config import SketchSettings
 from softshard.errors import PartConflict, PartCorrupt
+from softshard.records.canonical import canonical_json
+from softshard.records.digest import canonical_digest, sha256_hex
 from softshard.shard.encode import encode_part
-from softshard.shard.manifest import Receipt, canonical_json, read_receipt
+from softshard.shard.manifest import Receipt, read_receipt
 from softshard.shard.schema import SCHEMA_VERSION, Fidelity, PartMetadata
-from softshard.storage import Store, sha256_of
-from softshard.target.fidelity import RANKS, FidelitySums
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.sketch.fidelity import RANKS, FidelitySums
+from softshard.sketch.types import SequenceTargets, TokenSequence
+from softshard.storage import Store
 
-__all__ = ["PartPlan", "build_part", "commit_part", "fidelity_of", "find_receipt", "receipt_path"]
+__all__ = ["PartSpec", "build_part", "commit_part", "find_receipt", "part_fidelity", "receipt_path"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartPlan:
+class PartSpec:
     """A part before it is computed: everything that can change its bytes."""
 
     index: int
@@ -44,7 +46,7 @@ class PartPlan:
     @property
     def part_id(self) -> str:
         """128 bits, in hex, of a SHA-256 over all of it but the index."""
-        return digest_of(
+        return canonical_digest(
             {
                 "schema_version": SCHEMA_VERSION,
                 "pyarrow": pa.__version__,
@@ -96,7 +98,7 @@ def _read_receipt(store: Store, part_id: str) -> Receipt | None:
         return None
 
 
-def fidelity_of(sums: FidelitySums, *, covers_all: bool) -> Fidelity:
+def part_fidelity(sums: FidelitySums, *, covers_all: bool) -> Fidelity:
     """Means of what was summed over the labels of a part; `covers_all`: the kind stores every token."""
     by_rank = {str(rank): getattr(sums, f"mass_{rank}") / max(sums.num_ranked, 1) for rank in RANKS}
     return Fidelity(
@@ -110,11 +112,11 @@ def fidelity_of(sums: FidelitySums, *, covers_all: bool) -> Fidelity:
 
 
 def build_part(
-    plan: PartPlan, rows: Sequence[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums
+    plan: PartSpec, rows: Sequence[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums
 ) -> tuple[bytes, Receipt]:
     """Bytes of a part, and the receipt that will say so."""
     labels = fidelity.num_labels
-    measured = fidelity_of(fidelity, covers_all=plan.sketch.kind == "full")
+    measured = part_fidelity(fidelity, covers_all=plan.sketch.kind == "full")
     metadata = PartMetadata(
         schema_version=SCHEMA_VERSION,
         part_id=plan.part_id,
@@ -138,7 +140,7 @@ def build_part(
         split=plan.split,
         fold=plan.fold,
         slice=plan.slice,
-        sha256=sha256_of(content),
+        sha256=sha256_hex(content),
         num_bytes=len(content),
         num_sequences=len(rows),
         num_labels=labels,

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softshard.errors import PartCorrupt
-from softshard.shard.schema import PART_SCHEMA, PartMetadata, metadata_of
-from softshard.target.codec import decode_head, decode_tail, ids_by_rank, offsets_of
-from softshard.target.entries import places_of
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.shard.schema import PART_SCHEMA, PartMetadata, read_metadata
+from softshard.sketch.codec import counts_to_offsets, decode_head, decode_tail, ids_by_rank
+from softshard.sketch.entries import ranges_from
+from softshard.sketch.types import SequenceTargets, TokenSequence
 
 __all__ = ["Block", "Decoder", "decode_batch", "decode_part", "open_part"]
 
@@ -43,8 +43,8 @@ class Block:
     @property
     def labels(self) -> NDArray[np.int32]:
         """[P] ids of the labels."""
-        starts = offsets_of(self.lengths)[:-1]
-        return self.token_ids[places_of(starts + self.first_labels, self.lengths - self.first_labels)]
+        starts = counts_to_offsets(self.lengths)[:-1]
+        return self.token_ids[ranges_from(starts + self.first_labels, self.lengths - self.first_labels)]
 
 
 class Decoder:
@@ -94,7 +94,7 @@ class Decoder:
             "tail_ids": self._ids(decode_tail(lists.flat["tail_gaps"], lists.flat["tail_count"])),
         }
         stored = {"head_ids": "head_ranks", "head_logprobs": "head_ranks", "tail_ids": "tail_gaps"}
-        bounds = {name: offsets_of(lists.lengths[stored.get(name, name)]).tolist() for name in decoded}
+        bounds = {name: counts_to_offsets(lists.lengths[stored.get(name, name)]).tolist() for name in decoded}
         plain = {name: batch.column(name).to_pylist() for name in _SEQUENCE}
         rows = []
         for index in range(batch.num_rows):
@@ -108,7 +108,7 @@ class Decoder:
         tokens, size = lists.flat["token_ids"], len(self._by_rank)
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
             place = int(np.argmax((tokens < 0) | (tokens >= size)))
-            row = int(np.searchsorted(offsets_of(lists.lengths["token_ids"]), place, side="right")) - 1
+            row = int(np.searchsorted(counts_to_offsets(lists.lengths["token_ids"]), place, side="right")) - 1
             raise _corrupt(batch, row, f"a token of the text lies outside the vocabulary of {size}", uri=self._uri)
         return lists
 
@@ -133,7 +133,7 @@ def open_part(content: bytes | pa.Buffer | BinaryIO, *, uri: str) -> tuple[pq.Pa
         file = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise PartCorrupt(uri=uri, problem=f"is not readable as Parquet: {error}") from error
-    return file, metadata_of(file.schema_arrow, uri=uri)
+    return file, read_metadata(file.schema_arrow, uri=uri)
 
 
 def decode_part(
@@ -205,12 +205,12 @@ class _Lists:
             "tail_gaps": (tails, "tail_count"),
         }
         for name, (counts, owner) in entries.items():
-            bad = np.diff(offsets_of(counts)[offsets_of(lengths[owner])]) != lengths[name]
+            bad = np.diff(counts_to_offsets(counts)[counts_to_offsets(lengths[owner])]) != lengths[name]
             if (bad := bad | (counts.min(initial=0) < 0)).any():
                 return int(np.argmax(bad)), "entries and counts do not fit together"
         if flat["head_steps"].min(initial=0) < 0:
             return None, "the steps of a head do not fall"
-        gaps, firsts = flat["tail_gaps"], flat["tail_gaps"][offsets_of(tails)[:-1][tails > 0]]
+        gaps, firsts = flat["tail_gaps"], flat["tail_gaps"][counts_to_offsets(tails)[:-1][tails > 0]]
         if gaps.min(initial=0) < 0 or np.count_nonzero(gaps) - np.count_nonzero(firsts) < len(gaps) - len(firsts):
             return None, "a tail holds a token twice"
         return None
@@ -221,5 +221,5 @@ class _Lists:
         if self.draws == 1:
             return counts, gaps
         labels = self.lengths["head_count"]
-        taken = places_of(offsets_of(self.lengths["tail_count"])[:-1] + draw * labels, labels)
-        return counts[taken], gaps[places_of(offsets_of(counts)[taken], counts[taken])]
+        taken = ranges_from(counts_to_offsets(self.lengths["tail_count"])[:-1] + draw * labels, labels)
+        return counts[taken], gaps[ranges_from(counts_to_offsets(counts)[taken], counts[taken])]

@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softshard.shard.schema import METADATA_KEY, PART_SCHEMA, PartMetadata
-from softshard.target.codec import (
+from softshard.sketch.codec import (
+    counts_to_offsets,
     encode_head,
     encode_tail,
     frequent_ids,
     ids_by_rank,
-    offsets_of,
-    ranks_of,
     to_logprob_grid,
     to_mass_grid,
+    token_ranks,
 )
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.sketch.types import SequenceTargets, TokenSequence
 
 __all__ = ["encode_part"]
 
@@ -84,7 +84,7 @@ def _table(
     targets = [target for _, target in rows]
     flat = {name: _joined(targets, name) for name in (field.name for field in fields(SequenceTargets))}
     frequent = frequent_ids(np.concatenate([flat["head_ids"], flat["tail_ids"]]), vocab_size=metadata.vocab_size)
-    ranks = ranks_of(ids_by_rank(frequent, vocab_size=metadata.vocab_size))
+    ranks = token_ranks(ids_by_rank(frequent, vocab_size=metadata.vocab_size))
     columns: dict[str, pa.Array] = {
         name: pa.array([getattr(sequence, name) for sequence in sequences], PART_SCHEMA.field(name).type)
         for name in ("sequence_id", "document_id", "source", "style", "group", "start", "first_label")
@@ -125,5 +125,5 @@ def _mean(values: NDArray[np.float32]) -> float:
 
 def _lists(name: str, flat: NDArray[Any], lengths: Sequence[int]) -> pa.ListArray:
     kind = PART_SCHEMA.field(name).type
-    offsets = offsets_of(np.array(lengths, dtype=np.int32)).astype(np.int32)
+    offsets = counts_to_offsets(np.array(lengths, dtype=np.int32)).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type), type=kind)

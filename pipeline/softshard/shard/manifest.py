@@ -17,9 +17,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softshard.errors import ManifestMissing, PartCorrupt
-from softshard.shard.canonical import digest_by_item, read_by_item, write_by_item
+from softshard.records.canonical import digest_by_item, read_by_item, write_by_item
+from softshard.records.spool import Spool, temporary_disk
 from softshard.shard.schema import SCHEMA_VERSION, Fidelity
-from softshard.shard.spool import Spool, temporary_disk
 from softshard.storage import Store, open_store
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Receipt",
     "SourceRights",
     "bytes_per_position",
-    "canonical_json",
     "manifest_path",
     "mean_fidelity",
     "pointer_to",
@@ -104,7 +103,7 @@ class Manifest(_Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest's canonical JSON, as `digest_of` has it; computed anew from all parts."""
+        """SHA-256 of the manifest's canonical JSON, as `canonical_digest` has it; computed anew from all parts."""
         return digest_by_item(self.model_dump(mode="json", exclude={"parts"}), name="parts", items=_plain(self.parts))
 
     def of_split(self, split: str) -> tuple[Receipt, ...]:
@@ -144,11 +143,6 @@ def bytes_per_position(receipts: Collection[Receipt]) -> float | None:
     """Bytes of all parts over their labels. None where there is no label."""
     labels = sum(receipt.num_labels for receipt in receipts)
     return sum(receipt.num_bytes for receipt in receipts) / labels if labels else None
-
-
-def canonical_json(record: BaseModel) -> bytes:
-    """The record as indented JSON with sorted keys, ending in a newline."""
-    return (json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def read_receipt(store: Store, path: str) -> Receipt:

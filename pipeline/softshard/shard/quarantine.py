@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from softshard.errors import DataInvalid
-from softshard.storage import Store, sha256_of
+from softshard.records.digest import sha256_hex
+from softshard.storage import Store
 
 __all__ = ["QUARANTINE", "Quarantine"]
 
@@ -37,7 +38,7 @@ class Quarantine:
         except OSError as error:
             problem = f"cannot be read ({error.strerror or error}), and so not be set aside"
             raise DataInvalid(f"{self._store.uri}/{path}: {problem}; move it away and repair again") from error
-        place = f"{QUARANTINE}/{path}.{sha256_of(content)[:12]}"
+        place = f"{QUARANTINE}/{path}.{sha256_hex(content)[:12]}"
         self._store.put_once(place, content)
         self._store.remove(path)
         self.taken.append(place)

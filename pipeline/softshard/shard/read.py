@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from softshard.errors import PartCorrupt
+from softshard.records.digest import sha256_hex
 from softshard.shard.decode import Block, Decoder, open_part
 from softshard.shard.manifest import Receipt
 from softshard.shard.schema import PART_SCHEMA, PartMetadata
-from softshard.storage import Store, sha256_of
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.sketch.types import SequenceTargets, TokenSequence
+from softshard.storage import Store
 
 __all__ = ["PartReader", "Row", "read_checked", "read_row_group", "read_rows"]
 
@@ -32,7 +33,7 @@ def read_checked(store: Store, receipt: Receipt) -> bytes:
         content = store.read(receipt.path)
     except FileNotFoundError as error:
         raise PartCorrupt(uri=uri, problem="the part is missing") from error
-    digest = sha256_of(content)
+    digest = sha256_hex(content)
     if digest != receipt.sha256:
         problem = (
             f"has {len(content)} bytes with sha256 {digest[:16]},"

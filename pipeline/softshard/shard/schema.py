@@ -20,7 +20,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Fidelity",
     "PartMetadata",
-    "metadata_of",
+    "read_metadata",
     "schema_text",
 ]
 
@@ -115,7 +115,7 @@ class PartMetadata(BaseModel):
         return self
 
 
-def metadata_of(schema: pa.Schema, *, uri: str) -> PartMetadata:
+def read_metadata(schema: pa.Schema, *, uri: str) -> PartMetadata:
     """Metadata of a part that was read.
 
     Raises:

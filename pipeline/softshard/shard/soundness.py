@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from softshard.shard.decode import Block
 from softshard.shard.schema import PartMetadata
-from softshard.target.codec import LOGPROB_GRID, head_weights, mass_grid, offsets_of
-from softshard.target.types import SequenceTargets
+from softshard.sketch.codec import LOGPROB_GRID, counts_to_offsets, head_weights, mass_grid
+from softshard.sketch.types import SequenceTargets
 
-__all__ = ["problems_of"]
+__all__ = ["find_problems"]
 
 _ROUNDING = 1e-5
 
 
-def problems_of(draws: Sequence[Block], *, sequence_ids: Sequence[str], metadata: PartMetadata) -> list[str]:
+def find_problems(draws: Sequence[Block], *, sequence_ids: Sequence[str], metadata: PartMetadata) -> list[str]:
     """One line for each sequence that holds something impossible, with the first such thing.
 
     Args:
@@ -62,7 +62,7 @@ def _check_entries(targets: SequenceTargets, metadata: PartMetadata) -> tuple[ND
     filled = targets.head_count > 0
     mass = np.zeros(targets.num_labels)
     if filled.any():
-        mass[filled] = np.add.reduceat(weights, offsets_of(targets.head_count)[:-1][filled])
+        mass[filled] = np.add.reduceat(weights, counts_to_offsets(targets.head_count)[:-1][filled])
     right = (outside >= 0) & (outside <= 1) & (filled | (outside == 1))
     right &= np.abs(mass - np.where(filled, 1 - outside, 0.0)) <= _ROUNDING
     if tau is None:

@@ -17,21 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softshard.errors import ManifestMissing, PartCorrupt
+from softshard.records.canonical import canonical_json
 from softshard.shard.commit import receipt_path
 from softshard.shard.decode import Decoder, open_part
-from softshard.shard.manifest import (
-    Manifest,
-    Receipt,
-    canonical_json,
-    manifest_path,
-    pointer_to,
-    read_manifest,
-    read_receipt,
-)
+from softshard.shard.manifest import Manifest, Receipt, manifest_path, pointer_to, read_manifest, read_receipt
 from softshard.shard.orphans import Orphan, find_orphans
 from softshard.shard.read import read_checked
 from softshard.shard.schema import PartMetadata
-from softshard.shard.soundness import problems_of
+from softshard.shard.soundness import find_problems
 from softshard.storage import Store
 
 __all__ = ["Finding", "Verification", "verify_targets"]
@@ -231,7 +224,7 @@ def _check_rows(file: pq.ParquetFile, metadata: PartMetadata, receipt: Receipt, 
             heads += len(draws[0].targets.head_ids)
             tails += sum(len(block.targets.tail_ids) for block in draws)
             sequence_ids = batch.column("sequence_id").to_pylist()
-            problems += problems_of(draws, sequence_ids=sequence_ids, metadata=metadata)
+            problems += find_problems(draws, sequence_ids=sequence_ids, metadata=metadata)
     except pa.ArrowException as error:
         raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
     if (heads, tails) != (receipt.num_head_entries, receipt.num_tail_entries):

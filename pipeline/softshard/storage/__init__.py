@@ -14,7 +14,7 @@ from softshard.storage.local import LocalStore
 from softshard.storage.location import open_store, problem_of_uri
 from softshard.storage.objects import ObjectStore
 from softshard.storage.s3 import Patience
-from softshard.storage.store import Store, sha256_of
+from softshard.storage.store import Store
 
 __all__ = [
     "InputFile",
@@ -26,5 +26,4 @@ __all__ = [
     "open_input",
     "open_store",
     "problem_of_uri",
-    "sha256_of",
 ]

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from softshard.errors import PartCorrupt
+from softshard.records.digest import sha256_hex
 from softshard.storage.local import named_errors
-from softshard.storage.store import sha256_of
 
 __all__ = ["copied_folder"]
 
@@ -48,7 +48,7 @@ def copied_folder(read: Callable[[str], bytes], files: Mapping[str, str], *, uri
             made.mkdir()
             for name, expected in files.items():
                 content = read(name)
-                if sha256_of(content) != expected:
+                if sha256_hex(content) != expected:
                     raise PartCorrupt(uri=f"{uri}/{name}", problem=f"is not the file with sha256 {expected[:16]}")
                 (made / name).write_bytes(content)
             # Another process may have been faster: its copy is the same.
@@ -59,6 +59,6 @@ def copied_folder(read: Callable[[str], bytes], files: Mapping[str, str], *, uri
 
 def _is_whole(folder: Path, files: Mapping[str, str]) -> bool:
     try:
-        return all(sha256_of((folder / name).read_bytes()) == expected for name, expected in files.items())
+        return all(sha256_hex((folder / name).read_bytes()) == expected for name, expected in files.items())
     except OSError:
         return False

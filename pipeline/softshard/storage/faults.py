@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Fault", "fault_of"]
+__all__ = ["Fault", "classify_fault"]
 
 Kind = Literal["missing", "taken", "passing", "full", "unsupported", "refused"]
 
@@ -73,7 +73,7 @@ class Fault:
     reason: str
 
 
-def fault_of(error: BaseException) -> Fault:
+def classify_fault(error: BaseException) -> Fault:
     """What an exception of a request means."""
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from softshard.errors import OutputUnusable, PartConflict, StorageFull
-from softshard.storage.store import confined, sha256_of
+from softshard.records.digest import sha256_hex
+from softshard.storage.store import confined
 
 __all__ = ["LocalStore", "named_errors"]
 
@@ -50,7 +51,7 @@ class LocalStore:
             StorageFull: no space is left; nothing is visible under the final name.
         """
         if not self.create_exclusive(path, content):
-            expected, actual = sha256_of(content), sha256_of(self.read(path))
+            expected, actual = sha256_hex(content), sha256_hex(self.read(path))
             if expected != actual:
                 raise PartConflict(uri=str(self.local_path(path)), expected=expected, actual=actual)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from softshard.errors import JobInvalid, PartConflict, StoreUnusable
+from softshard.records.digest import sha256_hex
 from softshard.storage.copies import copied_folder
 from softshard.storage.reader import open_object
 from softshard.storage.s3 import S3, Passing, Patience, Taken, Unsupported
-from softshard.storage.store import confined, sha256_of
-from softshard.storage.uploads import Content, FileContent, send, token_of
+from softshard.storage.store import confined
+from softshard.storage.uploads import Content, FileContent, send, write_token
 
 __all__ = ["ObjectStore"]
 
@@ -78,7 +79,7 @@ class ObjectStore:
             StorageFull, StoreUnavailable, StoreUnusable.
         """
         if not self.create_exclusive(path, content):
-            self._refuse_other(path, sha256_of(content))
+            self._refuse_other(path, sha256_hex(content))
 
     def put_file_once(self, path: str, file: Path) -> None:
         """`put_once` of a local file's content, a part of which is held at a time."""
@@ -123,7 +124,7 @@ class ObjectStore:
         return self._s3.retry(attempt, about=about)
 
     def _token_of(self, key: str, about: str) -> str | None:
-        return token_of(self._s3, {"Bucket": self._bucket, "Key": key, "about": about})
+        return write_token(self._s3, {"Bucket": self._bucket, "Key": key, "about": about})
 
     def replace(self, path: str, content: bytes) -> None:
         """Write an object whole in place of what is there."""

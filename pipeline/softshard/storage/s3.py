@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from softshard.errors import ExtraMissing, StorageFull, StoreUnavailable, StoreUnusable
-from softshard.storage.faults import Fault, fault_of
+from softshard.storage.faults import Fault, classify_fault
 
 __all__ = ["S3", "Passing", "Patience", "Taken", "Unsupported"]
 
@@ -148,7 +148,7 @@ class S3:
             file_system = self._connection().file_system
             answer: dict[str, Any] = sync(file_system.loop, _send, file_system.s3, method, given)
         except (BotoCoreError, ClientError, HttpError, OSError, TimeoutError, EOFError, ValueError) as error:
-            fault = fault_of(error)
+            fault = classify_fault(error)
         else:
             return answer
         # Outside the handler, so that what a library said, which may hold credentials, is in no traceback of ours.

@@ -6,19 +6,13 @@ there whole or not at all.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from softshard.errors import JobInvalid
 
-__all__ = ["Store", "confined", "sha256_of"]
-
-
-def sha256_of(content: bytes) -> str:
-    """SHA-256 in hex."""
-    return hashlib.sha256(content).hexdigest()
+__all__ = ["Store", "confined"]
 
 
 def confined(path: str, *, uri: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from softshard.errors import SoftshardError
 from softshard.storage.s3 import S3, Passing, Taken
 
-__all__ = ["Content", "FileContent", "send", "token_of"]
+__all__ = ["Content", "FileContent", "send", "write_token"]
 
 _TOKEN = "softshard-write"  # noqa: S105 - a name in the metadata, and no secret
 _MOST_PARTS = 10_000
@@ -44,7 +44,7 @@ class FileContent(Content):
             return stream.read(stop - start)
 
 
-def token_of(s3: S3, place: dict[str, str]) -> str | None:
+def write_token(s3: S3, place: dict[str, str]) -> str | None:
     """Token of the write that made an object; empty for one of another origin, None for none. Raises as `S3.once`."""
     try:
         head = s3.once("head_object", **place)
@@ -94,7 +94,7 @@ def _send_in_parts(
     s3: S3, content: Content, *, place: dict[str, str], condition: dict[str, str], token: str, part_bytes: int
 ) -> None:
     """Send a large object; what does not arrive is sent again, and the condition is for the whole."""
-    if condition and token_of(s3, place) is not None:
+    if condition and write_token(s3, place) is not None:
         raise Taken
     size = max(part_bytes, -(-content.size // _MOST_PARTS))
     upload = s3.call("create_multipart_upload", Metadata={_TOKEN: token}, **place)["UploadId"]

@@ -16,12 +16,12 @@ from softshard.errors import EngineDiffers
 from softshard.teacher import transformers_engine, vllm_engine
 from softshard.teacher.protocol import Teacher, TeacherIdentity
 
-__all__ = ["identity_of", "identity_of_run", "open_teacher", "refuse_other_engine"]
+__all__ = ["open_teacher", "refuse_other_engine", "run_teacher_identity", "teacher_identity"]
 
 _PROCESS = {"transformers": transformers_engine.process_identity, "vllm": vllm_engine.process_identity}
 
 
-def identity_of(
+def teacher_identity(
     settings: TeacherSettings, *, context_tokens: int, weights: str, adapters: Sequence[str]
 ) -> TeacherIdentity:
     """Identity of the engine that scores with so many adapters, one or several that are averaged.
@@ -40,7 +40,7 @@ def identity_of(
     return transformers_engine.engine_identity(settings, weights=weights, adapters=adapters)
 
 
-def identity_of_run(
+def run_teacher_identity(
     settings: TeacherSettings, *, context_tokens: int, weights: str, adapters: Sequence[str]
 ) -> TeacherIdentity:
     """Identity for the manifest: of the job's engine, and where another scored the hold-out, of that as `holdout_*`."""

@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from softshard.config import digest_of
 from softshard.errors import AdapterNotInForce, PartCorrupt
+from softshard.finetune.adapters.lora import load_adapter
 from softshard.models import load_model, load_tokenizer
-from softshard.shard.manifest import canonical_json
-from softshard.target.types import TokenSequence
+from softshard.records.canonical import canonical_json
+from softshard.records.digest import canonical_digest
+from softshard.sketch.types import TokenSequence
 from softshard.teacher.protocol import TeacherIdentity
-from softshard.train.lora import load_adapter
 
 __all__ = ["CANARY_TEXT", "Canary", "check_canary", "merged_model"]
 
@@ -88,7 +88,7 @@ def merged_model(model: Path, adapter: Path, *, identity: TeacherIdentity, vocab
         PartCorrupt: the folder's canary cannot be read.
     """
     named_by = [identity[what] for what in ("weights", "adapters", "dtype", "transformers", "torch")]
-    folder = adapter.parent / ".merged" / digest_of([*named_by, vocab_size])[:32]
+    folder = adapter.parent / ".merged" / canonical_digest([*named_by, vocab_size])[:32]
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:

@@ -1,6 +1,6 @@
 """What every teacher engine does: sequences in, sketches out.
 
-Both engines reduce logits with `softshard.target.sketch.sketch_rows`, so their sketches agree within the numerical
+Both engines reduce logits with `softshard.sketch.reduce.sketch_rows`, so their sketches agree within the numerical
 noise of the engine.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from softshard.config import SketchSettings
-from softshard.target.fidelity import FidelitySums
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.types import SequenceTargets, TokenSequence
 
 __all__ = ["Teacher", "TeacherIdentity"]
 

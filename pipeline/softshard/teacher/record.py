@@ -6,20 +6,20 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from softshard.config import digest_of
 from softshard.errors import PartCorrupt
-from softshard.storage import Store, sha256_of
+from softshard.finetune.record import FileName, check_files
+from softshard.records.digest import canonical_digest, sha256_hex
+from softshard.storage import Store
 from softshard.teacher.documents import DOCUMENTS_FILE
-from softshard.train.record import FileName, check_files
 
 __all__ = [
     "LOG_FILE",
     "AdapterReceipt",
     "adapter_folder",
     "adapters_of_fold",
-    "digest_in",
     "find_adapter",
-    "fold_of_folder",
+    "parse_fold",
+    "read_adapter_digest",
 ]
 
 LOG_FILE = "log.jsonl"
@@ -32,7 +32,7 @@ def adapter_folder(fold: int, adapter_id: str) -> str:
     return f"fold-{fold}-{adapter_id[:16]}"
 
 
-def fold_of_folder(name: str) -> int | None:
+def parse_fold(name: str) -> int | None:
     """Fold of an adapter's folder; None for a name of another kind."""
     found = _FOLDER.fullmatch(name)
     return int(found[1]) if found else None
@@ -88,15 +88,15 @@ def find_adapter(store: Store, folder: str) -> AdapterReceipt | None:
     return receipt
 
 
-def digest_in(store: Store, folder: str) -> str:
+def read_adapter_digest(store: Store, folder: str) -> str:
     """What the `digest` of a receipt would be by the files of weights that lie in a folder."""
     names = set(store.names(folder)) - {DOCUMENTS_FILE, LOG_FILE, "receipt.json"}
-    return digest_of({name: sha256_of(store.read(f"{folder}/{name}")) for name in names})
+    return canonical_digest({name: sha256_hex(store.read(f"{folder}/{name}")) for name in names})
 
 
 def adapters_of_fold(store: Store, fold: int) -> list[AdapterReceipt]:
     """Receipts of all adapters of a fold, whatever they were trained on. Raises PartCorrupt."""
-    folders = [name for name in store.names(".") if fold_of_folder(name) == fold]
+    folders = [name for name in store.names(".") if parse_fold(name) == fold]
     return [_read_receipt(store, name) for name in folders if store.exists(f"{name}/receipt.json")]
 
 

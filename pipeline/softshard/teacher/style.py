@@ -12,23 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from softshard.config import DataType, LoraSettings, OptimizerSettings, digest_of
+from softshard.config import DataType, LoraSettings, OptimizerSettings
+from softshard.data.text import TextBatches
+from softshard.finetune.adapters.lora import adapter_digest, save_adapter
+from softshard.finetune.checkpoint import Checkpoint
+from softshard.finetune.loop import FineTuned, Step, fine_tune
 from softshard.models import load_model, resolve_device, resolve_dtype
-from softshard.shard.manifest import canonical_json
-from softshard.storage import Store, sha256_of
-from softshard.target.types import TokenSequence
+from softshard.records.canonical import canonical_json
+from softshard.records.digest import canonical_digest, sha256_hex
+from softshard.sketch.types import TokenSequence
+from softshard.storage import Store
 from softshard.teacher.documents import DOCUMENTS_FILE
 from softshard.teacher.record import LOG_FILE, AdapterReceipt, adapter_folder
-from softshard.train.checkpoint import Checkpoint
-from softshard.train.loop import FineTuned, Step, fine_tune
-from softshard.train.lora import adapter_digest, save_adapter
-from softshard.train.stream import TextBatches
 
-__all__ = ["FoldPlan", "train_fold", "training_precision"]
+__all__ = ["FoldSpec", "train_fold", "training_precision"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoldPlan:
+class FoldSpec:
     """The adapter of a fold before it is trained: everything that can change its weights."""
 
     fold: int
@@ -54,12 +55,12 @@ class FoldPlan:
         values = {name: getattr(self, name) for name in self.__slots__ if name not in {"model", "documents"}}
         values["optimizer"] = self.optimizer.model_dump(exclude={"checkpoint_steps"})
         values["folds"] = len(self.documents) + 1
-        return digest_of(values)
+        return canonical_digest(values)
 
     @property
     def adapter_id(self) -> str:
         """128 bits, in hex, of a SHA-256 over all of it."""
-        return digest_of([self.recipe, self.documents])[:32]
+        return canonical_digest([self.recipe, self.documents])[:32]
 
     @property
     def other_folds(self) -> tuple[int, ...]:
@@ -79,7 +80,7 @@ def training_precision(dtype: DataType, *, device: str) -> tuple[str, str]:
 
 
 def train_fold(
-    plan: FoldPlan,
+    plan: FoldSpec,
     sequences: Sequence[TokenSequence],
     *,
     documents: bytes,
@@ -125,7 +126,7 @@ def train_fold(
 
 
 def _save(
-    plan: FoldPlan, sequences: Sequence[TokenSequence], tuned: FineTuned, *, documents: bytes, store: Store
+    plan: FoldSpec, sequences: Sequence[TokenSequence], tuned: FineTuned, *, documents: bytes, store: Store
 ) -> AdapterReceipt:
     weights = save_adapter(tuned.model, base_model=plan.model)
     files = {**weights, DOCUMENTS_FILE: documents}
@@ -136,7 +137,7 @@ def _save(
         adapter_id=plan.adapter_id,
         fold=plan.fold,
         recipe=plan.recipe,
-        files={name: sha256_of(content) for name, content in files.items()},
+        files={name: sha256_hex(content) for name, content in files.items()},
         digest=adapter_digest(weights),
         num_sequences=len(sequences),
         num_labels=sum(sequence.num_labels for sequence in sequences),

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from softshard.config import DataType, SketchSettings, TeacherSettings
-from softshard.decoder import Decoder, batches_by_length
 from softshard.models import check_vocabulary, load_model, release_memory, resolve_device, resolve_dtype
-from softshard.target.fidelity import FidelitySums
-from softshard.target.join import concatenate, split_rows
-from softshard.target.philox import tail_uniforms
-from softshard.target.sketch import sketch_rows
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.models.decoder import Decoder, batches_by_length
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.join import concatenate, split_rows
+from softshard.sketch.philox import tail_uniforms
+from softshard.sketch.reduce import sketch_rows
+from softshard.sketch.types import SequenceTargets, TokenSequence
 from softshard.teacher.protocol import TeacherIdentity
 
 __all__ = ["TransformersTeacher", "engine_identity", "process_identity"]
@@ -162,7 +162,7 @@ class TransformersTeacher:
 
 
 def _with_adapters(model: Any, adapters: Sequence[Path], device: str) -> tuple[Any, list[str | None]]:
-    from softshard.train.lora import load_adapter
+    from softshard.finetune.adapters.lora import load_adapter
 
     names: list[str | None] = [f"fold-{index}" for index in range(len(adapters))]
     for name, folder in zip(names, adapters, strict=True):

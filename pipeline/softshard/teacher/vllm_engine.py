@@ -26,16 +26,16 @@ from torch import Tensor
 from softshard.config import DataType, FullSketch, SketchSettings, TeacherSettings, ThresholdSketch
 from softshard.errors import EngineDiffers, EngineFailed, EngineMissing, JobInvalid, ModelInvalid
 from softshard.models import (
-    architecture_of,
     check_vocabulary,
     check_weights,
     out_of_memory,
     output_size,
+    read_architecture,
     resolve_device,
     resolve_dtype,
 )
-from softshard.target.fidelity import FidelitySums
-from softshard.target.types import SequenceTargets, TokenSequence
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.types import SequenceTargets, TokenSequence
 from softshard.teacher.merged import check_canary, merged_model
 from softshard.teacher.protocol import TeacherIdentity
 from softshard.teacher.vllm_wire import unpack
@@ -178,11 +178,11 @@ class VllmTeacher:
         from vllm import PoolingParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        from softshard.teacher.vllm_pooler import request_of
+        from softshard.teacher.vllm_pooler import make_request
 
         params = [
             PoolingParams(
-                extra_kwargs=request_of(
+                extra_kwargs=make_request(
                     sequence_id=sequence.sequence_id,
                     first_label=sequence.first_label,
                     seed=seed,
@@ -264,7 +264,7 @@ def _open(folder: Path, identity: TeacherIdentity, vocab_size: int) -> Any:
         raise EngineDiffers(what="device of vLLM", expected=option["device"], actual=current_platform.device_type)
     os.environ[OWNER] = str(os.getpid())
     compiled_here = not own_process and not option["enforce_eager"]
-    name = make_teacher(architecture_of(folder), compiled_here=compiled_here)
+    name = make_teacher(read_architecture(folder), compiled_here=compiled_here)
     gib = option.get("kv_cache_gib", 1 if option["device"] == "cpu" else None)
     with _own_threads(option["num_threads"] if option["device"] == "cpu" else None):
         try:

@@ -30,11 +30,11 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from softshard.config import FullSketch, SketchSettings, ThresholdSketch
 from softshard.errors import ArchitectureUnsupported, LogitsInvalid
-from softshard.target.philox import draw_uniforms
-from softshard.target.sketch import sketch_rows
+from softshard.sketch.philox import draw_uniforms
+from softshard.sketch.reduce import sketch_rows
 from softshard.teacher.vllm_wire import pack_invalid, pack_targets
 
-__all__ = ["EXTRA", "OWNER", "PREFIX", "SketchPooler", "make_teacher", "register", "request_of", "teacher_class"]
+__all__ = ["EXTRA", "OWNER", "PREFIX", "SketchPooler", "make_request", "make_teacher", "register", "teacher_class"]
 
 PREFIX = "Softshard"
 """A teacher of architecture X is registered as SoftshardX."""
@@ -161,7 +161,7 @@ class _Request:
     """JSON list of sketch settings."""
 
 
-def request_of(*, sequence_id: str, first_label: int, seed: int, settings: list[SketchSettings]) -> dict[str, Any]:
+def make_request(*, sequence_id: str, first_label: int, seed: int, settings: list[SketchSettings]) -> dict[str, Any]:
     """What `PoolingParams.extra_kwargs` has to carry for a sequence."""
     text = _SETTINGS.dump_json(settings).decode()
     return {EXTRA: {"sequence_id": sequence_id, "first_label": first_label, "seed": seed, "settings": text}}

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softshard.errors import LogitsInvalid
-from softshard.target.fidelity import FidelitySums
-from softshard.target.join import concatenate
-from softshard.target.types import SequenceTargets
+from softshard.sketch.fidelity import FidelitySums
+from softshard.sketch.join import concatenate
+from softshard.sketch.types import SequenceTargets
 
 __all__ = ["pack_invalid", "pack_targets", "unpack"]
 

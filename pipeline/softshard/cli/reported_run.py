@@ -1,0 +1,85 @@
+"""A job run from the command line: a job file in, the stages done, and everybody told who asked to be.
+
+Whatever ends the run, the last event is `run_finished` with the exit code.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+
+from softshard.cli.memory import keep_freed_memory
+from softshard.config import Job
+from softshard.config.job_file import load_job
+from softshard.errors import exit_code_for
+from softshard.stages.job import Outcome, run_job
+from softshard.telemetry import FanOut
+from softshard.telemetry.lineage import LineageReporter, dataset_name, is_configured
+from softshard.telemetry.outlets import Outlets, add_metrics, open_reporter, warn
+
+__all__ = ["run_reported"]
+
+
+def run_reported(path: str | Path, *, stages: Collection[str], outlets: Outlets) -> Outcome:
+    """Run some stages of a job file and report on it.
+
+    Raises:
+        ExtraMissing: an outlet needs a package that is not installed.
+        JobInvalid: the job file or an outlet is wrong.
+        SoftshardError: see `run_job`.
+    """
+    run = str(uuid.uuid4())
+    reporter = open_reporter(outlets, run=run)
+    started = time.monotonic()
+    try:
+        outcome = _run(load_job(path), reporter, stages, outlets=outlets, run=run)
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _finish(reporter, exit_code_for(error), started, reason)
+        raise
+    _finish(reporter, 0, started, None)
+    return outcome
+
+
+def _finish(reporter: FanOut, exit_code: int, started: float, error: str | None) -> None:
+    seconds = round(time.monotonic() - started, 3)
+    reporter.event("run_finished", exit_code=exit_code, seconds=seconds, error=error)
+
+
+def _run(job: Job, reporter: FanOut, stages: Collection[str], *, outlets: Outlets, run: str) -> Outcome:
+    add_metrics(reporter, outlets)
+    if is_configured():
+        reporter.add(_lineage(job, reporter, run=run))
+    reporter.event("run_started", run=run, job=job.name, stages=",".join(stages))
+    keep_freed_memory()
+    outcome = run_job(job, reporter, stages=stages, run=run)
+    manifest = outcome.manifest
+    if manifest is not None:
+        reporter.event(
+            "targets_complete",
+            manifest=manifest.digest,
+            parts=len(manifest.parts),
+            sequences=sum(part.num_sequences for part in manifest.parts),
+            positions=sum(part.num_labels for part in manifest.parts),
+            bytes=sum(part.num_bytes for part in manifest.parts),
+        )
+    return outcome
+
+
+def _lineage(job: Job, reporter: FanOut, *, run: str) -> LineageReporter:
+    inputs = [
+        ("hf://datasets", source.uri)
+        if source.format == "datasets" and not Path(source.uri).exists()
+        else dataset_name(source.uri)
+        for source in job.corpus.sources
+    ]
+    return LineageReporter(
+        run=run,
+        job=job.name,
+        inputs=inputs,
+        output=dataset_name(f"{job.out.rstrip('/')}/targets"),
+        on_failure=partial(warn, reporter),
+    )

@@ -1,0 +1,118 @@
+"""The end of a run as a person reads it in a terminal, at 80 columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from softshard.cli.sweep import render_sweep
+from softshard.cli.terminal import WIDTH, wrapped
+from softshard.evaluate.report import Example, ModelMetrics, Report
+from softshard.finetune.sweep import sweep_rows
+from softshard.stages.job import Outcome
+
+__all__ = ["render_summary", "summary_values"]
+
+_NUM_EXAMPLES = 3
+_ROWS = (
+    ("human NLL, nats a token", "human_nll_nats", "{:.3f}"),
+    ("bits a byte", "bits_per_byte", "{:.3f}"),
+    ("KL to the style teacher, an estimate", "kl_to_teacher_nats", "{:.3f}"),
+    ("calibration error", "ece", "{:.3f}"),
+    ("MATTR of samples", "mattr", "{:.3f}"),
+    ("sentence length W1, words", "sentence_length_w1", "{:.2f}"),
+    ("token frequency L2", "token_l2", "{:.4f}"),
+    ("retention NLL", "retention_nll_nats", "{:.3f}"),
+    ("ms a token", "ms_per_token", "{:.1f}"),
+)
+
+
+def summary_values(outcome: Outcome) -> dict[str, Any]:
+    """The summary as plain values."""
+    report, trained = outcome.report, outcome.trained
+    values: dict[str, Any] = {"out": outcome.out, "seconds": round(outcome.seconds, 1)}
+    if outcome.manifest is not None:
+        values["manifest"] = outcome.manifest.digest
+    if trained is not None:
+        values["adapter_folder"] = f"{outcome.out}/adapter/{trained.adapter.folder}"
+        if trained.sweep:
+            values["sweep"] = sweep_rows(trained)
+    if report is not None:
+        values["report"] = f"{outcome.out}/report/index.html"
+        values["targets"] = report.targets.model_dump(mode="json")
+        for name in ("base", "ce", "adapter"):
+            metrics = getattr(report, name)
+            values[name] = None if metrics is None else metrics.model_dump(mode="json")
+    return values
+
+
+def render_summary(outcome: Outcome) -> str:
+    """The summary as lines of at most 80 columns."""
+    report, trained = outcome.report, outcome.trained
+    assert report is not None
+    assert trained is not None
+    targets = report.targets
+    lines = [
+        "",
+        f"Targets: {targets.parts} parts, {targets.positions:,} positions, {targets.bytes_per_position:.1f} bytes and"
+        f" {targets.mean_entries:.1f} entries a position",
+        f"Fidelity: mean squared error {targets.mean_squared_error:.4f},"
+        f" gradient angle {targets.gradient_angle_degrees:.1f} degrees",
+        "",
+        *_table(report),
+        "",
+        *_difference(report),
+        *(["", *render_sweep(sweep_rows(trained))] if trained.sweep else []),
+    ]
+    for number, example in enumerate(report.examples[:_NUM_EXAMPLES], 1):
+        lines += ["", f"--- {number} " + "-" * (WIDTH - 6), *_example(example)]
+    lines += [
+        "",
+        f"Adapter: {outcome.out}/adapter/{trained.adapter.folder}",
+        f"Report:  {Path(outcome.out) / 'report' / 'index.html'}",
+        f"{outcome.seconds:.0f} s",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(report: Report) -> list[str]:
+    columns: list[tuple[str, ModelMetrics]] = [("base", report.base)]
+    if report.ce is not None:
+        columns.append(("CE", report.ce))
+    columns.append(("adapter", report.adapter))
+    holdout = report.holdout
+    head = f"hold-out: {holdout.documents} documents, {holdout.labels:,} tokens"
+    lines = [f"{head:<44}" + "".join(f"{name:>10}" for name, _ in columns)]
+    for label, field, form in _ROWS:
+        values = [getattr(metrics, field) for _, metrics in columns]
+        if any(value is not None for value in values):
+            shown = [_number(form, value) for value in values]
+            lines.append(f"{label:<44}" + "".join(f"{value:>10}" for value in shown))
+    return lines
+
+
+def _number(form: str, value: float | None) -> str:
+    """The value as it is shown; what rounds to nothing has no sign."""
+    if value is None:
+        return "-"
+    shown = form.format(value)
+    return form.format(0.0) if float(shown) == 0 else shown
+
+
+def _difference(report: Report) -> list[str]:
+    lines = []
+    for name, difference in (("base", report.adapter_minus_base), ("CE", report.adapter_minus_ce)):
+        if difference is not None:
+            error = difference.standard_error_nats
+            spread = "" if error is None else f" (standard error {error:.3f})"
+            lines.append(f"adapter minus {name}: {difference.difference_nats:+.3f} nats a token{spread}")
+    return lines
+
+
+def _example(example: Example) -> list[str]:
+    parts = [("beginning", example.prompt), ("base", example.base), ("adapter", example.adapter)]
+    lines: list[str] = []
+    for name, text in parts:
+        rows = wrapped(text.strip(), indent=11) or [" " * 11 + "(nothing)"]
+        lines += [f"{name:<11}{rows[0][11:]}", *rows[1:]]
+    return lines

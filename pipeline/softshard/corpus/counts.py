@@ -1,0 +1,152 @@
+"""The tally of a corpus by split and fold, and the refusal of one that cannot be trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from softshard.config import CorpusSettings
+from softshard.corpus.boundaries import SliceCut
+from softshard.corpus.screen import ScreenedDocument, Split
+from softshard.corpus.windows import make_sequence_id, window_starts
+from softshard.errors import CorpusEmpty, FoldEmpty
+from softshard.models import Tokenizer
+
+__all__ = ["CorpusCount", "GroupCount", "SplitCount", "Tally"]
+
+
+class GroupCount(NamedTuple):
+    """Labels of the train documents of one source, style, group and fold."""
+
+    source: str
+    style: str
+    group: str
+    fold: int
+    num_labels: int
+
+
+class SplitCount(BaseModel):
+    """What one fold of one split holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    split: Literal["train", "test"]
+    fold: int
+    """-1: none."""
+    num_documents: int = 0
+    num_bytes_text: int = 0
+    """UTF-8 bytes of the documents."""
+    num_tokens: int = 0
+    """Tokens of the sequences, those that windows share counted in each: what a model has to read."""
+    num_labels: int = 0
+    num_sequences: int = 0
+    num_slices: int = 0
+
+
+class CorpusCount(BaseModel):
+    """What a corpus would be, without one having been written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    counts: dict[str, int]
+    """Documents by outcome of the screening."""
+    splits: tuple[SplitCount, ...]
+    """The train split by fold, then the test split."""
+    groups: tuple[GroupCount, ...] = ()
+    """Of the train split, sorted."""
+
+    def total(self, split: str | None = None) -> dict[str, int]:
+        """Sum of every `num_` field over the folds of a split, or over all."""
+        chosen = [part for part in self.splits if split in {None, part.split}]
+        names = [name for name in SplitCount.model_fields if name.startswith("num_")]
+        return {name: sum(getattr(part, name) for part in chosen) for name in names}
+
+
+@dataclass(slots=True)
+class _Counted:
+    """What a split and fold has had so far; `cut` knows what is in no slice yet."""
+
+    cut: SliceCut
+    num_documents: int = 0
+    num_bytes_text: int = 0
+    num_tokens: int = 0
+    num_labels: int = 0
+    num_sequences: int = 0
+    num_full_slices: int = 0
+
+
+class Tally:
+    """Counts documents, their windows and the slices that these are cut into, as they pass."""
+
+    def __init__(self, settings: CorpusSettings, *, tokenizer: Tokenizer) -> None:
+        self._settings, self._tokenizer = settings, tokenizer
+        self._parts: dict[tuple[Split, int], _Counted] = {}
+        self._groups: Counter[tuple[str, str, str, int]] = Counter()
+
+    def add(self, document: ScreenedDocument, *, num_tokens: int) -> int:
+        """Count a document of num_tokens tokens, opening and closing ones counted; the number of its windows."""
+        context, overlap = self._settings.context_tokens, self._settings.overlap_tokens
+        place = (document.split, document.fold)
+        part = self._parts.get(place)
+        if part is None:
+            part = self._parts[place] = _Counted(cut=SliceCut(most=self._settings.sequences_per_part))
+        starts = window_starts(num_tokens, context_tokens=context, overlap_tokens=overlap)
+        for start in starts:
+            sequence_id = make_sequence_id(
+                document.document_id,
+                tokenizer=self._tokenizer,
+                start=start,
+                context_tokens=context,
+                overlap_tokens=overlap,
+            )
+            part.num_full_slices += part.cut.add(sequence_id) > 0
+        if document.split == "train":
+            self._groups[document.source, document.style, document.group, document.fold] += num_tokens - 1
+        part.num_documents += 1
+        part.num_bytes_text += document.num_bytes
+        part.num_tokens += num_tokens + (len(starts) - 1) * overlap
+        part.num_labels += num_tokens - 1
+        part.num_sequences += len(starts)
+        return len(starts)
+
+    def checked(self, counts: dict[str, int], *, folds: int) -> CorpusCount:
+        """The tally of a corpus that can be trained on.
+
+        Raises:
+            CorpusEmpty: there is no document, none to train on, or none held out though a share was to be.
+            FoldEmpty: all train documents are in one fold, so the style teacher of that fold has none.
+        """
+        if not self._parts:
+            raise CorpusEmpty(counts=counts)
+        for split in ("train", "test") if self._settings.holdout_fraction else ("train",):
+            if not any(place == split for place, _ in self._parts):
+                raise CorpusEmpty(counts=counts, split=split)
+        train = {fold: part.num_documents for (split, fold), part in self._parts.items() if split == "train"}
+        if folds and len(train) == 1:
+            fold, documents = next(iter(train.items()))
+            raise FoldEmpty(fold=fold, folds=folds, documents=documents)
+        splits = (_split_count(place, self._parts[place]) for place in sorted(self._parts, key=_order))
+        groups = (GroupCount(*place, num_labels) for place, num_labels in sorted(self._groups.items()))
+        return CorpusCount(counts=counts, splits=tuple(splits), groups=tuple(groups))
+
+
+def _order(place: tuple[Split, int]) -> tuple[bool, int]:
+    split, fold = place
+    return split == "test", fold
+
+
+def _split_count(place: tuple[Split, int], part: _Counted) -> SplitCount:
+    split, fold = place
+    return SplitCount(
+        split=split,
+        fold=fold,
+        num_documents=part.num_documents,
+        num_bytes_text=part.num_bytes_text,
+        num_tokens=part.num_tokens,
+        num_labels=part.num_labels,
+        num_sequences=part.num_sequences,
+        num_slices=part.num_full_slices + (part.cut.num_waiting > 0),
+    )

@@ -1,0 +1,229 @@
+"""Rows of parts, or plain sequences, to the tensors of a training step.
+
+In: sequences with their stored targets, or sequences alone. Out: a `Batch`, in which the label's own token is mixed
+into the stored target, padded or packed. Packed, the sequences are one row, `position_ids` begin again with each, and
+`cu_seq_lens` says where: no attention and no target crosses from one to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softshard.data.mixing import LabelWeights, MixedRow, Mixing, mixed_rows, text_row
+from softshard.shard.decode import Block
+from softshard.shard.read import Row
+from softshard.shard.schema import PartMetadata
+from softshard.sketch.codec import counts_to_offsets
+from softshard.sketch.entries import ranges_from
+from softshard.sketch.join import concatenate
+from softshard.sketch.types import TokenSequence
+
+__all__ = ["TARGET_NAMES", "Batch", "collate", "collate_mixed", "collate_text"]
+
+TARGET_NAMES = (
+    "entry_ids",
+    "entry_weights",
+    "entry_offsets",
+    "entry_in_head",
+    "tail_mass",
+    "position_weights",
+    "counted",
+)
+"""Of a batch's tensors, those that are arguments of a loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """S sequences, padded to B = S rows of L tokens or packed in B = 1, and the targets of their N labels, in order."""
+
+    input_ids: Tensor
+    """[B, L] int64, padded on the right with 0."""
+    attention_mask: Tensor | None
+    """[B, L] int64, 0 on padding; None when packed."""
+    position_ids: Tensor | None
+    """[1, L] int64 place of each token in its own sequence, when packed; else None."""
+    cu_seq_lens: Tensor | None
+    """[S + 1] int32 where each sequence begins and the last one ends, when packed; else None."""
+    max_length: int
+    """Tokens of the longest sequence."""
+    positions: Tensor
+    """[N] int64, b * L + t of the position before each label, whose logits are compared with the target."""
+    labels: Tensor
+    """[N] int64 ids of the labels."""
+    entry_ids: Tensor
+    """[E] int64; those of label n lie at entry_offsets[n]:entry_offsets[n + 1], and one id may be there twice."""
+    entry_weights: Tensor
+    """[E] float32."""
+    entry_offsets: Tensor
+    """[N + 1] int64."""
+    entry_in_head: Tensor | None
+    """[E] bool, entries that the ghost token does not stand for; None without a ghost token."""
+    tail_mass: Tensor | None
+    """[N] float32 mass of the ghost token; None without one."""
+    position_weights: Tensor
+    """[N] float32."""
+    counted: Tensor | None
+    """[N] float32, what the mean over labels counts them as where that is not their weight: groups have weights that
+    are to change their share of the whole, and not of the batch that they are in alone."""
+    num_tokens: int
+    """Tokens without padding; 0 in a batch of weight zero."""
+    cursor: tuple[int, int] | None = None
+    """Epoch, and batches of it that all ranks together have had with this round; None outside a data set."""
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Arguments for a model of transformers, its flash attention's among them.
+
+        Where attention is not flash attention, transformers builds a block-diagonal mask from `position_ids`, which it
+        does only without a cache and without an attention mask.
+        """
+        if self.cu_seq_lens is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "use_cache": False,
+            "cu_seq_lens_q": self.cu_seq_lens,
+            "cu_seq_lens_k": self.cu_seq_lens,
+            "max_length_q": self.max_length,
+            "max_length_k": self.max_length,
+        }
+
+    def targets(self) -> dict[str, Tensor | None]:
+        """What a loss is told of the N labels, as its arguments are named."""
+        return {name: getattr(self, name) for name in TARGET_NAMES}
+
+    def features(self) -> dict[str, Any]:
+        """The batch as a plain mapping, which Trainer and accelerate can move: arguments for a model of
+        `accept_targets`.
+
+        None is named `labels`: any other model would take those for its own loss, cross-entropy to the text alone.
+        """
+        targets = {name: item for name, item in self.targets().items() if item is not None}
+        inputs = {name: item for name, item in self.model_inputs().items() if name != "use_cache"}
+        return {**inputs, "positions": self.positions, **targets}
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The batch on a device."""
+        return self._with_tensors(lambda tensor: tensor.to(device))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; a DataLoader with `pin_memory=True` calls it."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def without_weight(self) -> Batch:
+        """The same batch with weights of zero, for a rank that has none of its own in the last round of an epoch."""
+        none = torch.zeros_like(self.position_weights)
+        return replace(self, position_weights=none, counted=None, num_tokens=0)
+
+    def _with_tensors(self, change: Any) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(item) for name, item in values.items() if isinstance(item, Tensor)}
+        return replace(self, **changed)
+
+
+def collate(
+    rows: Sequence[Row],
+    *,
+    metadata: PartMetadata,
+    alpha: float,
+    truncated: Literal["ghost", "renormalise"],
+    draw: int = 0,
+    temperature: float = 1.0,
+    weights: LabelWeights | None = None,
+    packing: bool = False,
+) -> Batch:
+    """Sequences with the targets alpha * delta(label) + (1 - alpha) * sketch.
+
+    `metadata` is that of any part of the rows' manifest. Where the kind leaves tokens out (`topk`, `nucleus`),
+    `ghost` keeps the weights and gives (1 - alpha) of the stored tail mass to a ghost token, and `renormalise`
+    scales the weights of a label to 1 before mixing. A `threshold` sketch is never scaled: its sum is random, and
+    scaling it would bias it. `draw` and `temperature` are as in `entries_of`; without `weights` each label's is 1.
+    """
+    sequences = [sequence for sequence, _ in rows]
+    block = Block(
+        token_ids=np.concatenate([sequence.token_ids for sequence in sequences]),
+        lengths=np.array([len(sequence.token_ids) for sequence in sequences]),
+        first_labels=np.array([sequence.first_label for sequence in sequences]),
+        targets=concatenate([targets.of_draw(draw) for _, targets in rows]),
+    )
+    mixing = Mixing(alpha=alpha, truncated=truncated, temperature=temperature, weights=weights or LabelWeights())
+    mixed = mixed_rows(block, range(len(rows)), metadata=metadata, mixing=mixing)
+    return collate_mixed([row for _, row in mixed], packing=packing, own_token=alpha > 0)
+
+
+def collate_text(sequences: Sequence[TokenSequence], *, packing: bool = False) -> Batch:
+    """Sequences with their own tokens as targets (alpha = 1): the loss is cross-entropy."""
+    return collate_mixed([text_row(sequence) for sequence in sequences], packing=packing)
+
+
+def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token: bool | Sequence[bool] = True) -> Batch:
+    """The batch of some rows. `own_token`: the first entry of each label is its own token, mixed in; of all or of each.
+
+    Raises:
+        ValueError: some rows have a ghost token and others none, which divergences tell apart by the batch.
+    """
+    lengths = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
+    firsts = np.array([row.first_label for row in rows], dtype=np.int64)
+    longest, total = int(lengths.max()), int(lengths.sum())
+    starts = counts_to_offsets(lengths)[:-1] if packing else np.arange(len(rows)) * longest
+    ids = np.zeros(total if packing else len(rows) * longest, dtype=np.int64)
+    for start, row in zip(starts.tolist(), rows, strict=True):
+        ids[start : start + len(row.token_ids)] = row.token_ids
+    positions = ranges_from(starts + firsts - 1, lengths - firsts)
+    offsets = counts_to_offsets(np.concatenate([row.counts for row in rows]))
+    own = np.broadcast_to(own_token, len(rows))
+    tail = _of_labels(rows, [row.tail_mass for row in rows])
+    weights = _of_labels(rows, [row.position_weights for row in rows], missing=1.0)
+    counted = None
+    if any(row.counted is not None for row in rows):
+        each = [row.position_weights if row.counted is None else row.counted for row in rows]
+        counted = _of_labels(rows, each, missing=1.0)
+    return Batch(
+        input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
+        attention_mask=None if packing else torch.from_numpy(np.arange(longest) < lengths[:, None]).long(),
+        position_ids=torch.from_numpy(ranges_from(np.zeros_like(lengths), lengths))[None] if packing else None,
+        cu_seq_lens=torch.from_numpy(counts_to_offsets(lengths)).int() if packing else None,
+        max_length=longest,
+        positions=torch.from_numpy(positions),
+        labels=torch.from_numpy(ids[positions + 1]),
+        entry_ids=torch.from_numpy(np.concatenate([row.entry_ids for row in rows], dtype=np.int64)),
+        entry_weights=torch.from_numpy(np.concatenate([row.entry_weights for row in rows])),
+        entry_offsets=torch.from_numpy(offsets),
+        entry_in_head=None if tail is None else _in_head(offsets, np.repeat(own, lengths - firsts)),
+        tail_mass=tail,
+        position_weights=torch.ones(len(positions)) if weights is None else weights,
+        counted=counted,
+        num_tokens=total,
+    )
+
+
+def _in_head(offsets: NDArray[np.int64], own_token: NDArray[np.bool_]) -> Tensor:
+    """Of entries, by whether the first of each label is its own token."""
+    in_head = torch.ones(int(offsets[-1]), dtype=torch.bool)
+    in_head[offsets[:-1][own_token]] = False
+    return in_head
+
+
+def _of_labels(
+    rows: Sequence[MixedRow], values: Sequence[NDArray[np.float32] | None], *, missing: float | None = None
+) -> Tensor | None:
+    """[N] what rows have for their labels, `missing` for a row without; None where no row has."""
+    if all(value is None for value in values):
+        return None
+    if missing is None and any(value is None for value in values):
+        raise ValueError(
+            'some rows of a batch have a ghost token (topk or nucleus, `truncated="ghost"`, alpha below 1) and others'
+            ' none; batch them apart, or make rows of topk and nucleus with `truncated="renormalise"`'
+        )
+    whole = [
+        np.full(len(row.counts), missing, dtype=np.float32) if value is None else value
+        for row, value in zip(rows, values, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(whole))

@@ -1,0 +1,133 @@
+"""The rows of a split's parts: how many, how long, in which row group, and which of them pass a filter.
+
+In: receipts and the store that their parts lie in. Out: what an order is made of, read from the small columns of each
+part; row groups whose statistics rule out every row are not read. Sizes are checked against the receipts here, hashes
+whenever rows are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from softshard.data.filters import GroupWeights, RowFilter
+from softshard.errors import PartCorrupt
+from softshard.shard.decode import open_part
+from softshard.shard.manifest import Receipt
+from softshard.shard.schema import PartMetadata
+from softshard.storage import Store
+
+__all__ = ["RowIndex", "index_rows"]
+
+_SETTINGS = ("kind", "tau", "draws", "k", "nucleus_mass", "step", "temperature", "tokenizer_fingerprint", "vocab_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowIndex:
+    """Rows of several parts, numbered through all of them in their order."""
+
+    lengths: NDArray[np.int64]
+    """[R] tokens of each row; 0 where its row group was not read."""
+    passing: NDArray[np.bool_]
+    """[R] rows that pass the filter."""
+    groups: list[list[tuple[int, int]]]
+    """Numbers of the first row and past the last one, by part and row group."""
+    names: NDArray[np.bytes_] | None
+    """[R] sequence ids, where they were asked for; then no row group is left out."""
+    factors: NDArray[np.float32] | None
+    """[R] factors of the weights of each row's labels; None: all are 1."""
+    metadata: PartMetadata
+    """Of the first part; the others have the same sketch settings."""
+
+
+def index_rows(
+    store: Store,
+    receipts: Sequence[Receipt],
+    *,
+    where: RowFilter | None = None,
+    groups: GroupWeights | None = None,
+    with_names: bool = False,
+) -> RowIndex:
+    """Number the rows of some parts.
+
+    Raises:
+        PartCorrupt: a part is missing or unreadable, has not the size or the sequences that its receipt names, or has
+            other sketch settings than the first.
+        BalanceImpossible: a row is of a group without a factor.
+    """
+    where = where or RowFilter()
+    parts = [_part_index(store, receipt, where, groups, with_names) for receipt in receipts]
+    shared = parts[0].metadata
+    for receipt, part in zip(receipts, parts, strict=True):
+        for name in _SETTINGS:
+            if (own := getattr(part.metadata, name)) != (other := getattr(shared, name)):
+                problem = f"has {name} {own}, the other parts have {other}"
+                raise PartCorrupt(uri=f"{store.uri}/{receipt.path}", problem=problem)
+    firsts = np.cumsum([0, *(len(part.lengths) for part in parts)]).tolist()
+    names = [part.names for part in parts if part.names is not None]
+    factors = [part.factors for part in parts if part.factors is not None]
+    return RowIndex(
+        lengths=np.concatenate([part.lengths for part in parts]),
+        passing=np.concatenate([part.passing for part in parts]),
+        groups=[
+            [(first + start, first + stop) for start, stop in part.groups[0]]
+            for first, part in zip(firsts, parts, strict=False)
+        ],
+        names=np.concatenate(names) if names else None,
+        factors=np.concatenate(factors) if factors else None,
+        metadata=shared,
+    )
+
+
+def _part_index(
+    store: Store, receipt: Receipt, where: RowFilter, weights: GroupWeights | None, with_names: bool
+) -> RowIndex:
+    """The index of one part alone; of the file, only its footer and small columns are read."""
+    uri = f"{store.uri}/{receipt.path}"
+    try:
+        with store.open(receipt.path) as stream:
+            if (size := stream.seek(0, os.SEEK_END)) != receipt.num_bytes:
+                raise PartCorrupt(uri=uri, problem=f"has {size} bytes, its receipt names {receipt.num_bytes}")
+            index = _indexed(stream, where, weights, with_names, uri=uri)
+    except FileNotFoundError as error:
+        raise PartCorrupt(uri=uri, problem="the part is missing") from error
+    except (pa.ArrowException, OSError) as error:
+        raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
+    if len(index.lengths) != receipt.num_sequences:
+        problem = f"has {len(index.lengths)} sequences, its receipt names {receipt.num_sequences}"
+        raise PartCorrupt(uri=uri, problem=problem)
+    return index
+
+
+def _indexed(
+    stream: BinaryIO, where: RowFilter, weights: GroupWeights | None, with_names: bool, *, uri: str
+) -> RowIndex:
+    stream.seek(0)
+    file, metadata = open_part(stream, uri=uri)
+    footers = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    stops = np.cumsum([0, *(footer.num_rows for footer in footers)]).tolist()
+    lengths = np.zeros(stops[-1], dtype=np.int64)
+    passing = np.zeros(stops[-1], dtype=np.bool_)
+    names = np.zeros(stops[-1], dtype="S32") if with_names else None
+    factors = None if weights is None else np.ones(stops[-1], dtype=np.float32)
+    extra = [*(["sequence_id"] if with_names else []), *([] if weights is None else [weights.column])]
+    columns = list(dict.fromkeys(["first_label", "entropy", *where.conditions, *extra]))
+    groups = [group for group, footer in enumerate(footers) if with_names or where.may_pass(footer)]
+    if groups:
+        table = file.read_row_groups(groups, columns=columns)
+        rows = np.concatenate([np.arange(stops[group], stops[group + 1]) for group in groups])
+        labels = table["entropy"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        lengths[rows] = labels.astype(np.int64) + table["first_label"].to_numpy()
+        passing[rows] = where.passes(table)
+        if factors is not None and weights is not None:
+            factors[rows[passing[rows]]] = weights.of(table.filter(pa.array(passing[rows])), uri=uri)
+        if names is not None:
+            names[rows] = np.array(table["sequence_id"].to_pylist(), dtype="S32")
+    spans = [(stops[group], stops[group + 1]) for group in range(len(footers))]
+    return RowIndex(lengths=lengths, passing=passing, groups=[spans], names=names, factors=factors, metadata=metadata)

@@ -1,0 +1,1 @@
+"""Batches to an adapter: the loss, the steps, retention, checkpoints, and the record of what was trained."""

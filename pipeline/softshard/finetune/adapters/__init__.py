@@ -1,0 +1,1 @@
+"""Adapters of a frozen model, of all kinds."""

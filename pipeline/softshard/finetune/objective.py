@@ -1,0 +1,123 @@
+"""The loss of a batch: a model's hidden states at the batch's positions, against the batch's targets.
+
+In: a model as its two halves and a batch. Out: a mean loss a label, and no tensor of all logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from softshard.data.batch import Batch
+from softshard.finetune.hidden_states import hidden_states
+from softshard.finetune.loss import sparse_divergence, sparse_kl
+from softshard.models.decoder import Decoder, LowRank
+from softshard.sketch.codec import MASS_GRID
+
+__all__ = ["CROSS_ENTROPY", "Objective", "divisor_of", "mean_divisor"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """How a student is compared with a batch's targets. As it is by default: cross-entropy to them."""
+
+    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
+    """The last two are biased for a `threshold` sketch, and wrong for a head that was renormalised."""
+    jsd_beta: float = 0.5
+    """Beta of the Jensen-Shannon divergence."""
+    temperature: float = 1.0
+    """T of the student: its logits are divided by it, and the loss is T^2 times as large. The batch's targets are taken
+    as they are, so they should have been captured, or loaded, with that temperature."""
+
+    def loss(
+        self,
+        decoder: Decoder,
+        batch: Batch,
+        *,
+        num_valid: int,
+        chunk_positions: int,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:
+        """Mean loss over labels by their weights, in nats, 0 where all are 0; weights of groups count in the sum alone.
+
+        The forward one is the KL to the target plus the target's entropy, which no model can change, and so has the
+        KL's gradient; the others are the divergences themselves.
+
+        Args:
+            decoder: of the model.
+            batch: on the model's device.
+            num_valid: vocabulary of the data.
+            chunk_positions: positions whose logits exist at one time.
+            num_items_in_batch: what the sum is divided by in place of this batch's own weights: the weights of all
+                batches of a step, over gradient accumulation and ranks, as transformers counts labels. Sum the
+                gradients over ranks; where they are averaged, multiply the loss by the number of ranks.
+
+        Raises:
+            ModelInvalid: the batch is packed, and the model mixes the sequences of a row.
+        """
+        hidden, low_rank = decoder.adapted(hidden_states(decoder, batch))
+        return self.of_states(
+            hidden,
+            decoder,
+            batch.targets(),
+            low_rank=low_rank,
+            num_valid=num_valid,
+            chunk_positions=chunk_positions,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    def of_states(
+        self,
+        hidden: Tensor,
+        decoder: Decoder,
+        targets: Mapping[str, Tensor | None],
+        *,
+        num_valid: int,
+        chunk_positions: int,
+        low_rank: LowRank | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor:
+        """The same from hidden states [N, d] and a batch's `targets()`.
+
+        Of the decoder it uses the output layer, to whose product `low_rank` is added.
+        """
+        counted = targets.get("counted")
+        target: dict[str, Any] = {
+            **{name: item for name, item in targets.items() if name != "counted"},
+            "bias": decoder.bias,
+            "transform": decoder.transform,
+            "temperature": self.temperature,
+            "low_rank": low_rank,
+            "num_valid": num_valid,
+            "chunk_positions": chunk_positions,
+        }
+        if self.divergence == "forward":
+            total = sparse_kl(hidden, decoder.weight, **target)
+        else:
+            if target["tail_mass"] is not None:
+                # A mass that the grid took for 0 lies between 0 and half a step: the middle of that, for 0 is infinite.
+                target["tail_mass"] = target["tail_mass"].clamp(min=MASS_GRID / 4)
+            kind, beta = self.divergence, self.jsd_beta
+            total = sparse_divergence(hidden, decoder.weight, divergence=kind, jsd_beta=beta, **target)
+        if num_items_in_batch is None:
+            num_items_in_batch = divisor_of(target["position_weights"] if counted is None else counted)
+        return total / num_items_in_batch
+
+
+CROSS_ENTROPY = Objective()
+"""To the batch's targets, whatever they are."""
+
+
+def mean_divisor(batch: Batch) -> Tensor:
+    """What makes a sum over a batch's labels their mean: the sum of what they count as, 1 where that is 0."""
+    return divisor_of(batch.position_weights if batch.counted is None else batch.counted)
+
+
+def divisor_of(position_weights: Tensor) -> Tensor:
+    """The sum of some weights, 1 where all are 0."""
+    weight = position_weights.sum()
+    return torch.where(weight > 0, weight, 1.0)

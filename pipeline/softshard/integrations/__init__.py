@@ -1,0 +1,1 @@
+"""The models and trainers of others: transformers, Trainer, TRL, axolotl."""

@@ -1,0 +1,58 @@
+"""Rows in the layout that axolotl's knowledge-distillation plugin reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from softshard.data.mixing import MixedRow, Mixing
+from softshard.data.target_set import SetReader, TargetSet
+from softshard.integrations.rows import mixed_in_order
+
+__all__ = ["axolotl_rows"]
+
+_NO_LOGPROB = -1e9
+"""What axolotl's collator puts where there is no entry."""
+
+
+def axolotl_rows(targets: TargetSet) -> Iterator[dict[str, Any]]:
+    """Sequences in the layout that the collator of axolotl's kd plugin pads: entries a list of lists a token.
+
+    `input_ids`, `attention_mask`, `labels` [L]; `target_token_ids`, `target_logprobs`, `target_mask` [L][k], where
+    index t is the target after token t, as that plugin's loss compares them since axolotl 0.10 (releases before it took
+    index t for the target of token t). Heads are renormalised to 1, for it knows no ghost token. Tokens without a
+    target have entries whose mask is 0.
+
+    Raises:
+        ValueError: the sketch is `threshold`, whose tail is a sample: as log-probabilities that sum to 1 it is biased.
+        CorpusEmpty, NothingPasses, PartCorrupt: as `SoftLabelDataset`.
+    """
+    reader = SetReader(targets, Mixing(alpha=0.0, truncated="renormalise"))
+    if (kind := reader.metadata.kind) == "threshold":
+        raise ValueError(
+            f"{targets.store.uri}: the sketch is {kind}, and its sampled tail has no log-probabilities; train from it"
+            " with SoftLabelCollator, or capture `topk` for axolotl"
+        )
+    for row in mixed_in_order(reader):
+        yield _axolotl_row(row)
+
+
+def _axolotl_row(row: MixedRow) -> dict[str, Any]:
+    ids, first = row.token_ids.tolist(), row.first_label
+    with np.errstate(divide="ignore"):
+        logprobs = np.maximum(np.log(row.entry_weights), _NO_LOGPROB)
+    bounds = np.cumsum(row.counts)[:-1]
+    entries = [part.tolist() for part in np.split(row.entry_ids, bounds)]
+    values = [part.tolist() for part in np.split(logprobs, bounds)]
+    width = int(row.counts.max())
+    empty, none, before = [0] * width, [_NO_LOGPROB] * width, first - 1
+    return {
+        "input_ids": ids,
+        "attention_mask": [1] * len(ids),
+        "labels": [-100] * first + ids[first:],
+        "target_token_ids": [empty] * before + entries + [empty],
+        "target_logprobs": [none] * before + values + [none],
+        "target_mask": [empty] * before + [[1] * count for count in row.counts.tolist()] + [empty],
+    }

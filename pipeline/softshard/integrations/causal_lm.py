@@ -1,0 +1,154 @@
+"""A causal language model whose own forward gives the loss of a batch's targets: `accept_targets`.
+
+In: a model of transformers, with adapters or without. Out: the same model, which is called as ever and, where it is
+called with `Batch.features()`, returns the loss and builds no logits of all positions. The output layer is called as a
+module, once, so that what wraps modules sees all that it must: DDP, FSDP of either kind, accelerate, Trainer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softshard.data.batch import TARGET_NAMES
+from softshard.errors import ModelInvalid, VocabularyMismatch
+from softshard.finetune.hidden_states import last_states
+from softshard.finetune.objective import CROSS_ENTROPY, Objective
+from softshard.models.decoder import Decoder, LogitTransform, evaluating
+
+__all__ = ["accept_targets", "weight_of_step"]
+
+
+def accept_targets(
+    model: Any, *, vocab_size: int, objective: Objective = CROSS_ENTROPY, chunk_positions: int = 512
+) -> None:
+    """Have a model's forward take the features of a batch, and give the loss; other calls are as before.
+
+    `model(**batch.features()).loss` is the mean over the batch's labels by their weights. With `num_items_in_batch`, it
+    is the sum divided by that: see `weight_of_step`. The other outputs, `logits` among them, are None. A second call
+    with the same settings changes nothing.
+
+    Args:
+        model: causal language model, or a `PeftModel` of one; not yet sharded, nor on the meta device.
+        vocab_size: tokens of the data, `SoftLabelDataset.metadata.vocab_size`; further logits are padding.
+        objective: how the model is compared with targets; cross-entropy to them by default, whose gradient is the KL's.
+        chunk_positions: positions whose logits exist at one time.
+
+    Raises:
+        ModelInvalid: the loss would be wrong for this model; that of packed batches, when it is first given one.
+        VocabularyMismatch: it gives logits for fewer tokens.
+        ValueError: it takes targets already, with other settings.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = str(inner.name_or_path) or type(inner).__name__
+    settings = objective, vocab_size, chunk_positions
+    if isinstance(accepted := inner.get_output_embeddings().forward, _Readout):
+        if accepted.settings != settings:
+            raise ValueError(f"{name}: takes targets already, with {accepted.settings}, and not {settings}")
+        return
+    if (problem := _problem_with(model, inner)) is not None:
+        raise ModelInvalid(model=name, problem=problem)
+    with evaluating(model):
+        decoder = Decoder.of(model)
+    if decoder.output_size < vocab_size:
+        raise VocabularyMismatch(data="targets", data_size=vocab_size, model=name, model_size=decoder.output_size)
+    head = inner.get_output_embeddings()
+    head.forward = _Readout(head, head.forward, objective, decoder.transform, vocab_size, chunk_positions)
+    inner.forward = _Forward(inner, inner.forward)
+
+
+def _problem_with(model: Any, inner: Any) -> str | None:
+    """Why the loss would be wrong for a model, or only a part of its own."""
+    prompt = getattr(model, "active_peft_config", None)
+    if prompt is not None and prompt.is_prompt_learning and prompt.peft_type != "PREFIX_TUNING":
+        kind = str(prompt.peft_type.value)
+        return f"{kind} puts virtual tokens before the text, and targets would be compared at other positions"
+    if getattr(inner.config.get_text_config(), "output_router_logits", False):
+        return "its loss on routers would be left out; load it with `output_router_logits=False`"
+    return None
+
+
+def weight_of_step(*batches: Mapping[str, Any]) -> Tensor:
+    """What the loss of a step is divided by, to be the mean over labels by their weights of the global batch.
+
+    The sum of the weights of these batches' labels over all ranks, which all must call it; 1 where it is 0. Give it as
+    `num_items_in_batch`, and multiply the loss by the number of ranks where their gradients are averaged, as DDP and
+    FSDP do.
+
+    Args:
+        batches: features of this rank's batches of the step, as many as gradients are accumulated over.
+    """
+    weight = torch.stack([batch.get("counted", batch["position_weights"]).sum() for batch in batches]).sum()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(weight)
+    return torch.where(weight > 0, weight, 1.0)
+
+
+class _Forward:
+    """A model's forward. An object and not a closure, so that a copy of the model has one of its own."""
+
+    def __init__(self, model: Any, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._model, self._original = model, original
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        if "entry_ids" not in given:
+            return self._original(*args, **given)
+        from transformers.modeling_outputs import CausalLMOutput
+
+        targets = {name: given.pop(name, None) for name in TARGET_NAMES}
+        positions, num_items = given.pop("positions"), given.pop("num_items_in_batch", None)
+        if given.get("input_ids") is None:
+            raise ValueError("targets are at positions of `input_ids`, which an adapter has replaced by embeddings")
+        inputs = {**{name: item for name, item in given.items() if item is not None}, "use_cache": False}
+        head = self._model.get_output_embeddings()
+        states = last_states(Decoder(body=self._model.get_decoder(), weight=head.weight, bias=None), inputs)
+        return CausalLMOutput(loss=head(states.flatten(0, 1)[positions], targets=targets, num_items=num_items))
+
+
+@dataclass(slots=True)
+class _Readout:
+    """An output layer's forward. Whoever shards the layer has it whole while this runs, and gets its gradient."""
+
+    head: Any
+    original: Callable[..., Any]
+    objective: Objective
+    transform: LogitTransform
+    vocab_size: int
+    chunk_positions: int
+
+    @property
+    def settings(self) -> tuple[Objective, int, int]:
+        """What a model takes targets with."""
+        return self.objective, self.vocab_size, self.chunk_positions
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        *,
+        targets: Mapping[str, Tensor | None] | None = None,
+        num_items: Tensor | float | None = None,
+    ) -> Tensor:
+        if targets is None:
+            logits: Tensor = self.original(hidden)
+            return logits
+        weights = targets["position_weights"]
+        if weights is None or weights.dtype not in (torch.float32, torch.float64):
+            kind = None if weights is None else weights.dtype
+            raise ValueError(
+                f"position_weights are {kind}, they must be float32: whatever casts inputs to a lower precision must"
+                " leave targets alone (FSDP: `MixedPrecisionPolicy(cast_forward_inputs=False)`)"
+            )
+        return self.objective.of_states(
+            hidden,
+            Decoder(body=self.head, weight=self.head.weight, bias=self.head.bias, transform=self.transform),
+            targets,
+            num_valid=self.vocab_size,
+            chunk_positions=self.chunk_positions,
+            num_items_in_batch=num_items,
+        )

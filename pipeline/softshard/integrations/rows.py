@@ -1,0 +1,102 @@
+"""Decoded rows as plain columns, and the collator that makes batches of them.
+
+In: the targets of a run. Out: a mapping a sequence, which `datasets.Dataset.from_generator` makes a map-style data set
+of; and, from such rows in any order, the features of a batch. Whoever loads rows deals them to ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softshard.data.batch import collate_mixed
+from softshard.data.mixing import LabelWeights, MixedRow, Mixing
+from softshard.data.target_set import SetReader, TargetSet
+
+__all__ = ["SoftLabelCollator", "mixed_in_order", "target_rows"]
+
+
+def target_rows(
+    targets: TargetSet,
+    *,
+    alpha: float,
+    truncated: Literal["ghost", "renormalise"] = "ghost",
+    temperature: float = 1.0,
+    weights: LabelWeights | None = None,
+    draw: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Sequences with their targets, in the order of the parts; arguments as in `collate`.
+
+    `input_ids` [L]; `first_label`; of P labels `entry_counts` [P] and their `entry_ids`, `entry_weights` [E], the
+    label's own token first where `own_token`; `tail_mass` [P] where there is a ghost token; `position_weights` [P]
+    where they are not all 1, and `counted` [P] where groups have weights.
+
+    Raises:
+        CorpusEmpty, NothingPasses, PartCorrupt: as `SoftLabelDataset`.
+    """
+    mixing = Mixing(alpha=alpha, truncated=truncated, temperature=temperature, weights=weights or LabelWeights())
+    for row in mixed_in_order(SetReader(targets, mixing), draw=draw):
+        columns = {
+            "input_ids": row.token_ids,
+            "first_label": row.first_label,
+            "own_token": alpha > 0,
+            "entry_counts": row.counts,
+            "entry_ids": row.entry_ids,
+            "entry_weights": row.entry_weights,
+            "tail_mass": row.tail_mass,
+            "position_weights": row.position_weights,
+            "counted": row.counted,
+        }
+        yield {name: value for name, value in columns.items() if value is not None}
+
+
+def mixed_in_order(reader: SetReader, *, draw: int = 0) -> Iterator[MixedRow]:
+    """Rows that pass the set's filter, in the order of the parts."""
+    index = reader.index
+    arrivals = [
+        (part, group, first + np.flatnonzero(index.passing[first:last]))
+        for part, groups in enumerate(index.groups)
+        for group, (first, last) in enumerate(groups)
+    ]
+    for arrived in reader.arriving(arrivals, draw=draw):
+        yield from (arrived[number] for number in sorted(arrived))
+
+
+class SoftLabelCollator:
+    """Rows as `target_rows` gives them, out of any data set, to the features of a batch: a collator for Trainer.
+
+    Args:
+        packing: one row of tokens a batch, without padding; else padded on the right with 0.
+    """
+
+    def __init__(self, *, packing: bool = False) -> None:
+        self._packing = packing
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Arguments for a model of `accept_targets`. Rows may differ in alpha, kind and weights.
+
+        Raises:
+            ValueError: some rows have a ghost token and others none.
+        """
+        mixed = [
+            MixedRow(
+                int(row["first_label"]),
+                np.asarray(row["input_ids"], dtype=np.int32),
+                np.asarray(row["entry_counts"], dtype=np.int64),
+                np.asarray(row["entry_ids"], dtype=np.int32),
+                np.asarray(row["entry_weights"], dtype=np.float32),
+                _floats(row, "tail_mass"),
+                _floats(row, "position_weights"),
+                _floats(row, "counted"),
+            )
+            for row in features
+        ]
+        own_token = [bool(row["own_token"]) for row in features]
+        return collate_mixed(mixed, packing=self._packing, own_token=own_token).features()
+
+
+def _floats(row: Mapping[str, Any], name: str) -> NDArray[np.float32] | None:
+    return None if row.get(name) is None else np.asarray(row[name], dtype=np.float32)

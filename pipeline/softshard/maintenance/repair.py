@@ -1,0 +1,201 @@
+"""An output made whole: what `verify` finds bad is set aside, and exactly that, and what is missing, is made again.
+
+In: an output, the model and, for its corpus, the sources. A receipt that is damaged while its part is not is written
+again from the manifest; a part goes through the task that made it; an adapter of the style teacher that the targets
+were made with is trained on the documents that its list names; a slice is cut from the sources. All else is
+not touched. The manifest is the same afterwards where parts are computed to the same bytes, which the transformers
+engine does on the same hardware; where they are not, a new one says so.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from dataclasses import dataclass
+
+from softshard.cluster.cluster import OpenCluster, lazy_cluster
+from softshard.corpus.build import build_corpus
+from softshard.corpus.manifest import CorpusManifest, write_corpus_manifest
+from softshard.corpus.verify import CorpusVerification
+from softshard.errors import NotMendable, PartCorrupt
+from softshard.maintenance.repair_targets import corpus_of, repair_targets
+from softshard.maintenance.verify import Checked, check_output
+from softshard.output.lease import hold_lease
+from softshard.output.workspace import Workspace, saved_job
+from softshard.records.canonical import canonical_json
+from softshard.shard.manifest import read_manifest
+from softshard.shard.quarantine import Quarantine
+from softshard.stages.corpus.stage import retention_settings
+from softshard.stages.teacher.stage import named_teacher, train_missing
+from softshard.storage import LocalStore, Store, open_store
+from softshard.telemetry import Reporter
+
+__all__ = ["Repaired", "render_repaired", "repair"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repaired:
+    """What a repair has done; paths are below the output folder."""
+
+    num_problems: int
+    """Findings at its beginning."""
+    set_aside: tuple[str, ...]
+    """Where the bad files lie now."""
+    made: tuple[str, ...]
+    """Files that are there again."""
+    left: tuple[str, ...]
+    """What the next run trains again: adapters of the student."""
+    manifest: str | None
+    """Digest of the targets' manifest."""
+    manifest_before: str | None
+    """The same before; null where none could be read."""
+
+
+def repair(out: str, reporter: Reporter, *, deep: bool) -> Repaired:
+    """Verify an output and mend what is found.
+
+    Args:
+        out: the output folder.
+        reporter: where progress goes.
+        deep: decode every sketch while verifying.
+
+    Raises:
+        JobInvalid: there is no job in the folder.
+        OutputBusy: a run works there.
+        NotMendable: what is bad cannot be made again from what there is now; it and all after it is left as it was.
+        PartsFailed: a part, or an adapter, could not be computed.
+        SoftshardError: see the stages.
+    """
+    store = open_store(out)
+    job = saved_job(store)
+    with hold_lease(store, job=job.name, run=f"repair-{uuid.uuid4().hex[:8]}") as lease:
+        with reporter.progress("verify", total=None, unit="parts") as progress:
+            checked = check_output(store, deep=deep, on_part=lambda done, total: progress(done, total=total))
+        workspace, quarantine = Workspace(job=job, out=store), Quarantine(store, before_each=lease.check)
+        made = _mend_corpora(workspace, checked, quarantine, reporter)
+        left = _set_adapters_aside(checked, quarantine)
+        with lazy_cluster(workspace.job.cluster, reporter) as cluster:
+            if checked.findings["teacher"]:
+                made += _train_teacher(workspace, checked, reporter, cluster)
+            made += repair_targets(workspace, checked.targets, quarantine, reporter, cluster)
+        before = checked.targets.manifest
+        now = read_manifest(workspace.targets) if store.exists("targets/manifest.json") else None
+        return Repaired(
+            num_problems=sum(len(findings) for findings in checked.findings.values()),
+            set_aside=tuple(quarantine.taken),
+            made=tuple(made),
+            left=tuple(left),
+            manifest=now.digest if now else None,
+            manifest_before=before.digest if before else None,
+        )
+
+
+def _mend_corpora(workspace: Workspace, checked: Checked, quarantine: Quarantine, reporter: Reporter) -> list[str]:
+    """Paths that were made again. Each corpus is cut beside the bad one, which takes from it what it lacks."""
+    made = []
+    for name, found in checked.corpora.items():
+        if not found.findings:
+            continue
+        expected = found.manifest.digest if found.manifest else None
+        if expected is None and name == "corpus" and checked.targets.manifest:
+            expected = checked.targets.manifest.corpus
+        with tempfile.TemporaryDirectory(prefix="softshard-corpus-") as folder:
+            scratch = LocalStore(folder)
+            rebuilt = _rebuilt(workspace, name, scratch, reporter)
+            if expected not in {None, rebuilt.digest}:
+                problem = (
+                    f"is corpus {str(expected)[:16]}, but the sources, or the settings in job.yaml, have changed since"
+                    f" and give {rebuilt.digest[:16]}; `softshard run JOB.yaml` makes all of what is there now"
+                )
+                raise NotMendable(uri=workspace.out.below(name).uri, problem=problem)
+            made += [f"{name}/{path}" for path in _taken_over(workspace.out, name, found, rebuilt, scratch, quarantine)]
+    return made
+
+
+def _rebuilt(workspace: Workspace, name: str, scratch: Store, reporter: Reporter) -> CorpusManifest:
+    job = workspace.job
+    settings = job.corpus if name == "corpus" else retention_settings(workspace)
+    if settings is None:
+        problem = "is damaged, and the job has no retention text any more; remove this folder"
+        raise NotMendable(uri=workspace.out.below(name).uri, problem=problem)
+    return build_corpus(
+        settings=settings,
+        tokenizer=workspace.teacher_model.tokenizer,
+        folds=job.teacher.folds if name == "corpus" else 0,
+        seed=job.seed,
+        store=scratch,
+        reporter=reporter,
+    )
+
+
+def _taken_over(
+    out: Store,
+    name: str,
+    found: CorpusVerification,
+    rebuilt: CorpusManifest,
+    scratch: Store,
+    quarantine: Quarantine,
+) -> list[str]:
+    """Paths below the corpus that were bad or missing, and now are those of the corpus that was cut again."""
+    store, bad, made = out.below(name), {finding.path for finding in found.findings}, []
+    for path in rebuilt.paths:
+        # Where no manifest can be read, nothing vouches for what is there.
+        suspect = path in bad or found.manifest is None
+        if not store.exists(path) or (suspect and store.read(path) != scratch.read(path)):
+            quarantine.take(f"{name}/{path}")
+            store.put_once(path, scratch.read(path))
+            made.append(path)
+    # Files that were moved or touched leave the corpus as it is, and its list of documents names their new places.
+    if not found.manifest or "manifest.json" in bad or canonical_json(found.manifest) != canonical_json(rebuilt):
+        quarantine.take(f"{name}/manifest.json")
+        write_corpus_manifest(store, rebuilt)
+        made.append("manifest.json")
+    return made
+
+
+def _train_teacher(workspace: Workspace, checked: Checked, reporter: Reporter, cluster: OpenCluster) -> list[str]:
+    """Train the adapters that the targets were made with, or, without targets, that a run would use; their folders.
+
+    Those of earlier corpora, which nothing names any more, are not trained.
+    """
+    manifest = checked.targets.manifest
+    digests = manifest.teacher.get("adapters", []) if manifest else None
+    made = train_missing(workspace, corpus_of(workspace), digests, reporter, cluster)
+    try:
+        named_teacher(workspace.teacher, digests or [])
+    except PartCorrupt as error:
+        problem = (
+            f"{error.problem}, and what can be trained in its place has other weights; `softshard run JOB.yaml` goes"
+            " on with that, and makes new targets"
+        )
+        raise NotMendable(uri=error.uri, problem=problem) from error
+    return [f"teacher/{folder}" for folder in made]
+
+
+def _set_adapters_aside(checked: Checked, quarantine: Quarantine) -> list[str]:
+    """Bad files of adapters, each with its receipt, without which it is trained again; those left to a run."""
+    left = []
+    for stage in ("teacher", "adapter"):
+        for finding in checked.findings[stage]:
+            path = f"{stage}/{finding.path}"
+            quarantine.take(path)
+            folder, _, name = path.rpartition("/")
+            if name not in {"receipt.json", "adapter.json"}:
+                quarantine.take(f"{folder}/receipt.json")
+            left += [path] if stage == "adapter" else []
+    return left
+
+
+def render_repaired(out: str, repaired: Repaired) -> str:
+    """What was done, a line a file."""
+    lines = [f"set aside: {path}" for path in repaired.set_aside]
+    lines += [f"made again: {path}" for path in repaired.made]
+    lines += [f"left to `softshard run`, which trains it again: {path}" for path in repaired.left]
+    if repaired.manifest_before is not None and repaired.manifest != repaired.manifest_before:
+        lines.append(
+            f"the manifest is {str(repaired.manifest)[:16]} now and was {repaired.manifest_before[:16]}: what was"
+            " computed again has other bytes, within the noise of its engine or hardware"
+        )
+    done = f"{repaired.num_problems} problem(s), {len(repaired.made)} file(s) made again"
+    lines.append(f"{out}: {done if repaired.num_problems else 'nothing to repair'}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,38 @@
+"""Causal language models and tokenizers: found, checked, named by digest, loaded; a model as body and output layer.
+
+`decoder` is imported by its own name, because it needs torch.
+"""
+
+from __future__ import annotations
+
+from softshard.models.device import out_of_memory, release_memory, resolve_device, resolve_dtype
+from softshard.models.folder import (
+    check_context,
+    check_vocabulary,
+    check_weights,
+    output_size,
+    read_architecture,
+    resolve_model,
+    weights_digest,
+)
+from softshard.models.loading import load_model
+from softshard.models.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, wrap_tokenizer
+
+__all__ = [
+    "Tokenizer",
+    "check_context",
+    "check_tokenizer",
+    "check_vocabulary",
+    "check_weights",
+    "load_model",
+    "load_tokenizer",
+    "out_of_memory",
+    "output_size",
+    "read_architecture",
+    "release_memory",
+    "resolve_device",
+    "resolve_dtype",
+    "resolve_model",
+    "weights_digest",
+    "wrap_tokenizer",
+]

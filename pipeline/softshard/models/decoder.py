@@ -1,0 +1,228 @@
+"""A causal language model as its body and its output layer, so that nobody need hold all logits at once.
+
+In: a model of transformers, with adapters or without, and sequences. Out: hidden states at the position before each
+label, and the logits of as many of them as are asked for. Models that scale or cap their logits as their config says
+are taken; one that does anything else to them is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from softshard.errors import ModelInvalid
+from softshard.sketch.types import TokenSequence
+
+__all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "LowRank", "batches_by_length", "evaluating"]
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_EITHER = "logits_scaling"
+"""Granite divides by it, HyperCLOVA X multiplies: which of the two, the model's own logits tell."""
+_PROBE_SIZE = 100.0
+"""Products as large as this show caps up to 400, which move them by 2%; those of a short text would hide them."""
+_TOLERANCE = 0.02
+"""Share of the largest logit: bfloat16 alone rounds by .4% in each of a few steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitTransform:
+    """From the output layer's product x to a logit: `scale * x`, or `cap * tanh(scale * x / cap)` with a soft cap.
+
+    The cap is Gemma 2's (arXiv 2408.00118, section 2), the scale Granite's and Cohere's.
+    """
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """Logits, of the product's type; the product itself where nothing is to be done."""
+        if self.soft_cap is not None:
+            return self.soft_cap * torch.tanh(product * (self.scale / self.soft_cap))
+        return product if self.scale == 1 else product * self.scale
+
+
+class LowRank(NamedTuple):
+    """What an adapter of the output layer adds to its product: `factor @ features`."""
+
+    features: Tensor
+    """[..., r]"""
+    factor: Tensor
+    """[V, r]"""
+
+
+PLAIN_LOGITS = LogitTransform()
+"""Nothing is done to the product."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """Logits of a position are `transform(weight @ hidden + bias)`, with what an adapter of the output layer adds."""
+
+    body: nn.Module
+    """Everything before the output layer, the last norm included; adapters on its layers stay in force."""
+    weight: Tensor
+    """[V, d]"""
+    bias: Tensor | None
+    """[V]"""
+    transform: LogitTransform = PLAIN_LOGITS
+    output: nn.Module | None = None
+    """The output layer with its adapter; None: it has none. `weight` and `bias` are those of the layer below it."""
+
+    @classmethod
+    def of(cls, model: Any) -> Decoder:
+        """Halves of a causal language model, or of the one inside a `PeftModel`, in evaluation mode.
+
+        Raises:
+            ModelInvalid: its logits are not what its config says, from the output layer's product with the body's last
+                hidden state.
+        """
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        name = str(inner.name_or_path) or type(inner).__name__
+        adapted = inner.get_output_embeddings()
+        output = adapted.get_base_layer() if hasattr(adapted, "get_base_layer") else adapted
+        if not isinstance(output, nn.Linear):
+            problem = f"its output layer is {type(output).__name__}, it must be a linear one"
+            raise ModelInvalid(model=name, problem=problem)
+        transforms, said = _transforms_of(inner.config.get_text_config())
+        halves = (
+            cls(
+                body=inner.get_decoder(),
+                weight=output.weight,
+                bias=output.bias,
+                transform=one,
+                output=None if adapted is output else adapted,
+            )
+            for one in transforms
+        )
+        differences = [(decoder._difference(inner), decoder) for decoder in halves]
+        difference, nearest = min(differences, key=lambda pair: pair[0])
+        if not difference <= _TOLERANCE:
+            what = "its logits are not output layer times hidden state" + (f" with {said}" if said else "")
+            raise ModelInvalid(model=name, problem=f"{what} (off by {difference:.2g}); use another model")
+        return nearest
+
+    @torch.no_grad()
+    def _difference(self, inner: Any) -> float:
+        """How far the model's own logits are from these, as a share of the largest; hidden states are scaled up.
+
+        0 where weights that are not finite leave nothing to compare: those are found by who scores with them.
+        """
+        seen: list[Tensor] = []
+
+        def enlarge(module: nn.Module, inputs: Any, output: Any) -> Any:
+            product = nn.functional.linear(output.last_hidden_state.to(self.weight.dtype), self.weight, self.bias)
+            factor = _PROBE_SIZE / max(float(product.abs().max()), 1e-30)
+            output.last_hidden_state = output.last_hidden_state * factor
+            seen.append(output.last_hidden_state)
+            return output
+
+        ids = torch.arange(1, 5, device=self.weight.device)[None] % len(self.weight)
+        hook = self.body.register_forward_hook(enlarge)
+        try:
+            own = inner(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            hook.remove()
+        difference = (own - self.logits(seen[-1][0]).float()).abs().max() / own.abs().max()
+        return float(difference) if bool(torch.isfinite(own).all()) else 0.0
+
+    @property
+    def output_size(self) -> int:
+        """V, padding included."""
+        return int(self.weight.shape[0])
+
+    def states(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """[labels, d] hidden states at the position before each label, sequence after sequence.
+
+        Sequences are padded on the right, where a causal model never looks.
+        """
+        device = self.weight.device
+        longest = max(len(sequence.token_ids) for sequence in sequences)
+        ids = torch.zeros((len(sequences), longest), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence.token_ids)] = torch.from_numpy(sequence.token_ids.astype(np.int64))
+            mask[row, : len(sequence.token_ids)] = 1
+        hidden = self.body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+        return torch.cat([hidden[row, s.first_label - 1 : len(s.token_ids) - 1] for row, s in enumerate(sequences)])
+
+    def adapted(self, states: Tensor) -> tuple[Tensor, LowRank | None]:
+        """What the output matrix is multiplied with, and what is added: the adapter of the output layer, if it has one.
+
+        Without one, or where it is switched off, the states themselves and nothing. Differentiable in states and
+        adapter, whose products are taken in its own type.
+        """
+        if self.output is None:
+            return states, None
+        output: Any = self.output
+        if hasattr(output, "adapted"):
+            found: tuple[Tensor, LowRank | None] = output.adapted(states)
+            return found
+        return states, _low_rank_of(output, states)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., V] logits of some hidden states."""
+        states, low_rank = self.adapted(states)
+        product = nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias)
+        if low_rank is not None:
+            product = product + nn.functional.linear(*low_rank).to(product.dtype)
+        return self.transform(product)
+
+
+def _low_rank_of(layer: Any, states: Tensor) -> LowRank | None:
+    """What a LoRA layer of peft adds, unless it is switched off."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or not names:
+        return None
+    (name,) = names
+    first = layer.lora_A[name]
+    features = first(layer.lora_dropout[name](states.to(first.weight.dtype))) * layer.scaling[name]
+    return LowRank(features, layer.lora_B[name].weight)
+
+
+def _transforms_of(config: Any) -> tuple[list[LogitTransform], str]:
+    """What a config may mean to be done to the product, and the settings that say so, in words."""
+    found = {
+        name: float(value)
+        for name in (*_CAPS, *_FACTORS, _EITHER)
+        if (value := getattr(config, name, None)) not in (None, 1, False)
+    }
+    cap = next((found[name] for name in _CAPS if name in found), None)
+    factor = float(np.prod([found[name] for name in _FACTORS if name in found]))
+    scales = [factor / found[_EITHER], factor * found[_EITHER]] if _EITHER in found else [factor]
+    said = " and ".join(f"{name} {value:g}" for name, value in found.items())
+    return [LogitTransform(scale=scale, soft_cap=cap) for scale in scales], said
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode for as long as this lasts; each of its modules then has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def batches_by_length(sequences: Sequence[TokenSequence], *, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of sequences in batches of similar length, longest first.
+
+    A batch has at most `batch_tokens` with its padding; a longer sequence is a batch of its own.
+    """
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].token_ids))
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * len(sequences[batch[0]].token_ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,148 @@
+"""Model folders: found or fetched, checked without loading the weights, named by a digest.
+
+Nothing here runs code that comes with a model: remote code is refused, also where a terminal would be asked, and
+weights are safetensors, never pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from softshard.errors import ModelInvalid, TryAgain, VocabularyMismatch
+
+__all__ = [
+    "check_context",
+    "check_vocabulary",
+    "check_weights",
+    "output_size",
+    "read_architecture",
+    "resolve_model",
+    "weights_digest",
+]
+
+_INDEX = "model.safetensors.index.json"
+
+
+def resolve_model(model: str, *, revision: str | None = None) -> Path:
+    """Local folder of a model: the folder itself, or a snapshot of the hub's.
+
+    Raises:
+        ModelInvalid: it is neither, or the folder has no config.json.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+            raise ModelInvalid(model=model, problem="no such folder")
+        folder = _from_hub(model, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelInvalid(model=model, problem="the folder has no config.json, so it is not a transformers model")
+    return folder
+
+
+def _from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except LocalEntryNotFoundError as error:
+        raise TryAgain(f"{model}: no such folder, and the hub cannot be reached for a model of this name") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        problem = f"no such folder, and the hub gives none of this name ({type(error).__name__})"
+        raise ModelInvalid(model=model, problem=problem) from error
+
+
+def check_vocabulary(*, model: str, model_size: int, data: str, data_size: int) -> None:
+    """Refuse a model that has no logit for some token of the data. Raises VocabularyMismatch."""
+    if model_size < data_size:
+        raise VocabularyMismatch(data=data, data_size=data_size, model=model, model_size=model_size)
+
+
+def read_architecture(folder: Path) -> str:
+    """Name of a model's class, by its config. Raises ModelInvalid."""
+    try:
+        names = json.loads((folder / "config.json").read_text()).get("architectures")
+    except (OSError, ValueError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"its config.json cannot be read: {error}") from error
+    if not names:
+        raise ModelInvalid(model=str(folder), problem="its config.json names no architecture")
+    return str(names[0])
+
+
+def output_size(folder: Path) -> int:
+    """Number of tokens that a model gives logits for, by its config, padding included. Raises ModelInvalid."""
+    return int(_text_config(folder).vocab_size)
+
+
+def check_context(folder: Path, *, context_tokens: int) -> None:
+    """Refuse sequences that are longer than a model's positions. Raises ModelInvalid."""
+    longest = getattr(_text_config(folder), "max_position_embeddings", None)
+    if longest is not None and context_tokens > longest:
+        problem = (
+            f"has {longest} positions, `corpus.context_tokens` is {context_tokens}; lower it, or use another model"
+        )
+        raise ModelInvalid(model=str(folder), problem=problem)
+
+
+def _text_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config.get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"its config.json cannot be read: {error}") from error
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """The files of a model folder's weights, by name, whose lengths are as they say; their content is not read.
+
+    Raises:
+        ModelInvalid: the folder holds no safetensors, lacks a shard that its index names, or one is cut off.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if missing := sorted(_shards_of_index(folder) - {file.name for file in files}):
+        named = f"{missing[0]}, which {_INDEX} names, is missing ({len(missing)} in all)"
+        raise ModelInvalid(model=str(folder), problem=f"the shard {named}; fetch the model again")
+    if not files:
+        raise ModelInvalid(model=str(folder), problem="the folder has no weights (*.safetensors)")
+    for file in files:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            problem = f"{file.name} is cut off or no safetensors file ({error}); fetch the model again"
+            raise ModelInvalid(model=str(folder), problem=problem) from error
+    return files
+
+
+def _shards_of_index(folder: Path) -> set[str]:
+    index = folder / _INDEX
+    if not index.is_file():
+        return set()
+    try:
+        return set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"its {_INDEX} cannot be read: {error!r}") from error
+
+
+@lru_cache(maxsize=8)
+def weights_digest(folder: Path) -> str:
+    """SHA-256, in hex, of a model folder's config and weights (safetensors), in the order of their names.
+
+    Raises:
+        ModelInvalid: see `check_weights`.
+    """
+    files = check_weights(folder)
+    digest = hashlib.sha256()
+    for file in (folder / "config.json", *files):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Plain records: canonical JSON, digests, long lists on disk, seeds."""

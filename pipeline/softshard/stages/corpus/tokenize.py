@@ -1,0 +1,69 @@
+"""The corpus's texts, tokenised on a cluster: batches of texts in, their ids out, in the order of the batches.
+
+Reading, screening and cutting stay with the client, which has to see the documents in their order. Tokenising is most
+of the work on a corpus, and the ids of a text depend on nothing else, so where they are made changes no byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softshard.cluster.cluster import Cluster
+from softshard.config import ClusterSettings, CorpusSettings
+from softshard.corpus.build import Encode
+from softshard.corpus.sources import list_source
+from softshard.corpus.tokenize import encode_texts
+from softshard.models import Tokenizer, check_tokenizer, load_tokenizer
+
+__all__ = ["encode_on", "is_worth_a_cluster"]
+
+_LEAST_BYTES = 64 * 2**20
+"""What one process reads and tokenises in about the time that a local cluster takes to start."""
+
+
+def is_worth_a_cluster(settings: CorpusSettings, cluster: ClusterSettings) -> bool:
+    """Whether there are several workers, and text enough for them; what files do not tell counts as little.
+
+    Raises:
+        SourceUnreadable: a source cannot be listed.
+    """
+    if cluster.scheduler is None and cluster.scheduler_file is None and cluster.most_workers == 1:
+        return False
+    return sum(file.size or 0 for source in settings.sources for file in list_source(source)) >= _LEAST_BYTES
+
+
+def encode_on(cluster: Callable[[], Cluster], *, model: Path, fingerprint: str, out: str) -> Encode:
+    """How `build_corpus` is to tokenise.
+
+    Args:
+        cluster: opens the cluster; called when there is a text.
+        model: folder with the tokenizer, on the workers too.
+        fingerprint: of the tokenizer; a worker that finds another one there refuses.
+        out: the corpus folder, for the error of a batch that fails.
+    """
+
+    def encode(batches: Iterable[list[str]]) -> Iterator[list[NDArray[np.int32]]]:
+        encode_there = partial(_encode, folder=model, fingerprint=fingerprint)
+        return cluster().in_order(encode_there, batches, name="corpus", out=out)
+
+    return encode
+
+
+def _encode(texts: list[str], *, folder: Path, fingerprint: str) -> list[NDArray[np.int32]]:
+    return encode_texts(texts, tokenizer=_tokenizer(folder, fingerprint))
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != fingerprint:
+        # A worker may outlive the folder's content that it has read once.
+        load_tokenizer.cache_clear()
+        tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, model=str(folder), data="the corpus", data_fingerprint=fingerprint)
+    return tokenizer

@@ -1,0 +1,123 @@
+"""A whole job: the stages in their order, each doing what is missing, one cluster for those that need one."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from softshard.cluster.cluster import lazy_cluster
+from softshard.config import Job
+from softshard.errors import JobInvalid
+from softshard.evaluate.report import Report
+from softshard.finetune.record import Trained
+from softshard.output.lease import Lease, hold_lease
+from softshard.output.workspace import Workspace, claim, open_workspace
+from softshard.shard.manifest import Manifest
+from softshard.stages.corpus.stage import ensure_corpora
+from softshard.stages.evaluate import ensure_report
+from softshard.stages.targets.stage import ensure_targets
+from softshard.stages.teacher.stage import ensure_teacher
+from softshard.stages.train.author_cap import check_corpora
+from softshard.stages.train.stage import ensure_trained
+from softshard.telemetry import Reporter
+
+__all__ = ["STAGES", "Outcome", "refuse_without_holdout", "run_job"]
+
+STAGES = ("corpus", "teacher", "targets", "train", "evaluate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a job has left; None for what no stage that was asked for needs."""
+
+    out: str
+    seconds: float
+    manifest: Manifest | None = None
+    trained: Trained | None = None
+    report: Report | None = None
+
+
+def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES, run: str | None = None) -> Outcome:
+    """Run some stages. What an earlier stage makes is computed if that stage is asked for too, else it must be there.
+
+    Raises:
+        ManifestMissing: an earlier stage that was not asked for has not finished, or its settings have changed.
+        JobInvalid: a stage that was asked for needs a hold-out, and the job has none.
+        OutputBusy: another run works on the output.
+        LeaseLost: this run was taken for dead, and another has taken over.
+        SoftshardError: see the stages.
+    """
+    refuse_without_holdout(job, stages)
+    workspace = open_workspace(job)
+    _resolve_models(workspace, stages)
+    with hold_lease(workspace.out, job=job.name, run=run or uuid.uuid4().hex[:12]) as lease:
+        # Another job may have claimed the empty folder between the look at it and the lease.
+        open_workspace(job)
+        claim(workspace)
+        return _run_stages(workspace, reporter, stages, lease)
+
+
+def _run_stages(workspace: Workspace, reporter: Reporter, stages: Collection[str], lease: Lease) -> Outcome:
+    started = time.monotonic()
+    last = max(STAGES.index(stage) for stage in stages)
+    manifest: Manifest | None = None
+    trained: Trained | None = None
+    report: Report | None = None
+
+    @contextmanager
+    def stage(name: str) -> Iterator[bool]:
+        """Whether a stage may compute, which is then told."""
+        lease.check()
+        with _told(name, reporter) if name in stages else nullcontext():
+            yield name in stages
+
+    with lazy_cluster(workspace.job.cluster, reporter) as cluster:
+        with stage("corpus") as compute:
+            corpora = ensure_corpora(workspace, reporter, cluster, compute=compute)
+        if last >= STAGES.index("teacher"):
+            check_corpora(workspace, corpora)
+            with stage("teacher") as compute:
+                teacher = ensure_teacher(workspace, corpora.style, reporter, cluster, compute=compute)
+        if last >= STAGES.index("targets"):
+            with stage("targets") as compute:
+                manifest = ensure_targets(workspace, corpora.style, teacher, reporter, cluster, compute=compute)
+    if manifest is not None and last >= STAGES.index("train"):
+        with stage("train") as compute:
+            trained = ensure_trained(workspace, manifest, corpora.retention, reporter, compute=compute)
+        if last >= STAGES.index("evaluate"):
+            both = (corpora.style, corpora.retention)
+            with stage("evaluate") as compute:
+                report = ensure_report(workspace, both, manifest, trained, reporter, compute=compute)
+    seconds = time.monotonic() - started
+    return Outcome(out=workspace.job.out, seconds=seconds, manifest=manifest, trained=trained, report=report)
+
+
+@contextmanager
+def _told(stage: str, reporter: Reporter) -> Iterator[None]:
+    """Tell that a stage starts and, unless it is broken off, that it has finished."""
+    started = time.monotonic()
+    reporter.event("stage_started", stage=stage)
+    yield
+    reporter.event("stage_finished", stage=stage, seconds=round(time.monotonic() - started, 3))
+
+
+def _resolve_models(workspace: Workspace, stages: Collection[str]) -> None:
+    """Find the models before anything is written, so that a wrong name leaves the folder as it was."""
+    _ = workspace.teacher_model
+    if "train" in stages or "evaluate" in stages:
+        _ = workspace.student_model
+
+
+def refuse_without_holdout(job: Job, stages: Collection[str]) -> None:
+    """Refuse stages that measure something, where there is nothing to measure it on. Raises JobInvalid."""
+    chooses = job.train.baseline is not None or job.train.sweep is not None
+    needs = "evaluate" in stages or ("train" in stages and chooses)
+    if needs and job.corpus.holdout_fraction == 0:
+        problem = (
+            "is 0, but the report and the choice among trainings are measured on the hold-out;"
+            " set it above 0, or run the stages corpus, teacher and targets alone"
+        )
+        raise JobInvalid(file=f"job {job.name}", place="corpus.holdout_fraction", problem=problem)

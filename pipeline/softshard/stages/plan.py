@@ -1,0 +1,227 @@
+"""What a job would do, before it does it: documents, tokens, parts, bytes, hours and cost.
+
+The corpus is read and counted in full, nothing is written. Speed and bytes a position are measured on the first
+sequences of the corpus with the teacher's model as it is, or given; a pilot measures what other targets would cost.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from softshard.config import Job, SketchSettings, ThresholdSketch
+from softshard.corpus.build import count_corpus, first_sequences
+from softshard.models import Tokenizer, check_context, load_tokenizer, resolve_model, weights_digest
+from softshard.pilot.measure import (
+    NUM_SEQUENCES,
+    Extent,
+    Measured,
+    Pilot,
+    chosen_by,
+    format_setting,
+    measure,
+    run_pilot,
+    spread,
+)
+from softshard.shard.commit import PartSpec
+from softshard.sketch.types import TokenSequence
+from softshard.stages.train.author_cap import CountedAuthors, count_authors
+from softshard.stages.train.trainings import count_trainings
+from softshard.teacher.engines import open_teacher, teacher_identity
+from softshard.teacher.protocol import Teacher
+from softshard.telemetry import Reporter, SilentReporter
+
+__all__ = ["Plan", "make_plan"]
+
+_PASSES_OF_A_TRAINING_STEP = 3.0
+_SPREAD = 16
+"""A pilot's sequences are chosen from so many times as many, the first ones of the corpus."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a job would do."""
+
+    job: str
+    out: str
+    documents: int
+    left_out: dict[str, int]
+    tokens: int
+    sequences: int
+    positions: int
+    parts: int
+    bytes_per_position: float
+    bytes: int
+    tokens_per_second: float
+    """Of one worker."""
+    speed_is: str
+    """`measured` or `given`."""
+    workers: int
+    scoring_hours: float
+    """Teacher hours of the targets, over all workers."""
+    training_hours: float
+    """Teacher hours of the style teacher; a token trained is counted as three tokens scored."""
+    wall_hours: float
+    """Style teacher and targets on the job's workers; the student's trainings come on top."""
+    cost: float | None
+    """Of the teacher hours."""
+    num_trainings: int
+    """The student's, and the baseline's at each learning rate."""
+    trained_tokens: int
+    """Tokens of all of them, retention text left out."""
+    adapted_teacher: bool
+    """Whether the run will have a style teacher, which was not there to be measured."""
+    target: str
+    """What will be stored; where the job has a budget, what a pilot of the model as it is leads to."""
+    budget: str | None
+    """The job's `budget_bytes` or `max_angle_degrees`; None where it gives the target itself."""
+    pilot: Pilot | None
+    """What other targets would cost; None where no pilot was run."""
+    authors: CountedAuthors | None
+    """Who has how much of what would be trained on; None where that cannot be told before there are targets."""
+
+
+def make_plan(
+    job: Job,
+    reporter: Reporter,
+    *,
+    tokens_per_second: float | None = None,
+    price_per_hour: float | None = None,
+    num_pilot: int | None = None,
+) -> Plan:
+    """Count the corpus, and measure what is not given.
+
+    Args:
+        job: the job.
+        reporter: where progress goes.
+        tokens_per_second: speed of one worker; None: it is measured.
+        price_per_hour: price of one worker's hour; None: no cost is given.
+        num_pilot: sequences of a pilot; None: none is run, unless the target has a budget.
+
+    Raises:
+        JobInvalid: the target has a budget that no tau keeps.
+    """
+    folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
+    check_context(folder, context_tokens=job.corpus.context_tokens)
+    tokenizer = load_tokenizer(folder)
+    count = count_corpus(
+        settings=job.corpus, tokenizer=tokenizer, folds=job.teacher.folds, seed=job.seed, reporter=reporter
+    )
+    train, test, everything = count.total("train"), count.total("test"), count.total()
+    extent = Extent(num_parts=everything["num_slices"], num_labels=everything["num_labels"])
+    found = _measure(job, tokenizer, reporter, extent=extent, num_pilot=num_pilot)
+    speed = tokens_per_second if tokens_per_second is not None else found.tokens_per_second
+    hours = _teacher_hours(job, train_tokens=train["num_tokens"], test_tokens=test["num_tokens"], speed=speed)
+    trainings = count_trainings(job.train)
+    return Plan(
+        job=job.name,
+        out=job.out,
+        documents=everything["num_documents"],
+        left_out={name: number for name, number in count.counts.items() if name != "kept" and number},
+        tokens=everything["num_tokens"],
+        sequences=everything["num_sequences"],
+        positions=everything["num_labels"],
+        parts=everything["num_slices"],
+        bytes_per_position=found.target.bytes_per_position,
+        bytes=found.target.num_bytes,
+        tokens_per_second=speed,
+        speed_is="measured" if tokens_per_second is None else "given",
+        workers=job.cluster.most_workers,
+        scoring_hours=hours.scoring,
+        training_hours=hours.training,
+        wall_hours=hours.wall,
+        cost=None if price_per_hour is None else (hours.scoring + hours.training) * price_per_hour,
+        num_trainings=trainings,
+        trained_tokens=round(train["num_tokens"] * job.train.optimizer.epochs * trainings),
+        adapted_teacher=job.teacher.folds > 0,
+        target=f"{job.target.kind} {format_setting(found.target.sketch)}",
+        budget=_budget(job.target),
+        pilot=found.pilot,
+        authors=count_authors(job, tokenizer, count.groups, reporter),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Hours:
+    """Of the teacher: over all workers, and on the clock."""
+
+    scoring: float
+    training: float
+    wall: float
+
+
+def _teacher_hours(job: Job, *, train_tokens: int, test_tokens: int, speed: float) -> _Hours:
+    folds, workers = job.teacher.folds, job.cluster.most_workers
+    scored = train_tokens + test_tokens * max(1, folds)
+    trained = train_tokens * max(0, folds - 1) * job.teacher.optimizer.epochs
+    scoring = scored / speed / 3600
+    training = trained * _PASSES_OF_A_TRAINING_STEP / speed / 3600
+    wall = scoring / workers + (training / min(workers, folds) if folds else 0.0)
+    return _Hours(scoring=scoring, training=training, wall=wall)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    tokens_per_second: float
+    target: Measured
+    pilot: Pilot | None
+
+
+def _measure(job: Job, tokenizer: Tokenizer, reporter: Reporter, *, extent: Extent, num_pilot: int | None) -> _Found:
+    engine, plan = _engine(job, tokenizer)
+    pilot: Pilot | None = None
+    if num_pilot is not None or _budget(job.target) is not None:
+        num = NUM_SEQUENCES if num_pilot is None else num_pilot
+        reporter.say(f"pilot: {num} sequences through the teacher's model")
+        first = _first(job, tokenizer, num_tokens=_SPREAD * num * job.corpus.context_tokens)
+        pilot = run_pilot(engine, spread(first, num=num), plan=plan, extent=extent, reporter=reporter)
+        plan = replace(plan, sketch=chosen_by(pilot, target=job.target, job=job.name))
+    reporter.say("measuring the teacher on the first sequences of the corpus")
+    sequences = _first(job, tokenizer, num_tokens=2 * job.teacher.batch_tokens)
+    engine.score(sequences[:1], sketch=plan.sketch, seed=plan.seed)
+    started = time.perf_counter()
+    engine.score(sequences, sketch=plan.sketch, seed=plan.seed)
+    seconds = time.perf_counter() - started
+    if pilot is None:
+        rows = measure(engine, sequences, sketches=(plan.sketch,), plan=plan, extent=extent, reporter=SilentReporter())
+    else:
+        rows = [row for row in pilot.rows if row.sketch == plan.sketch]
+    (target,) = rows
+    engine.close()
+    num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+    return _Found(tokens_per_second=num_tokens / seconds, target=target, pilot=pilot)
+
+
+def _first(job: Job, tokenizer: Tokenizer, *, num_tokens: int) -> list[TokenSequence]:
+    return first_sequences(settings=job.corpus, tokenizer=tokenizer, seed=job.seed, num_tokens=num_tokens)
+
+
+def _engine(job: Job, tokenizer: Tokenizer) -> tuple[Teacher, PartSpec]:
+    """The teacher's model as it is, and a part that it would score."""
+    folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
+    identity = teacher_identity(
+        job.teacher, context_tokens=job.corpus.context_tokens, weights=weights_digest(folder), adapters=()
+    )
+    plan = PartSpec(
+        index=0,
+        split="train",
+        fold=-1,
+        slice="",
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        teacher=identity,
+        sketch=job.target,
+        seed=job.seed,
+    )
+    engine = open_teacher(
+        folder, adapters=(), identity=identity, device=job.teacher.device, vocab_size=tokenizer.vocab_size
+    )
+    return engine, plan
+
+
+def _budget(target: SketchSettings) -> str | None:
+    if not isinstance(target, ThresholdSketch) or target.is_resolved:
+        return None
+    if target.budget_bytes is not None:
+        return f"budget_bytes {target.budget_bytes:g}"
+    return f"max_angle_degrees {target.max_angle_degrees:g}"

@@ -1,0 +1,122 @@
+"""The targets stage: a corpus and its style teacher in, the parts and their manifest out.
+
+It looks for what it would make and makes only what is missing. With `compute=False` it refuses instead, with
+the command to run first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from softshard.cluster.cluster import OpenCluster
+from softshard.config import SketchSettings
+from softshard.corpus.manifest import CorpusManifest
+from softshard.errors import ManifestMissing
+from softshard.output.workspace import Workspace
+from softshard.records.spool import Spool
+from softshard.shard.card import write_card
+from softshard.shard.manifest import Manifest, Receipt, bytes_per_position, mean_fidelity, write_manifest
+from softshard.shard.schema import SCHEMA_VERSION
+from softshard.stages.targets.parts import committed, find_missing, score_parts
+from softshard.stages.targets.tasks import FoldTeacher, ScoringSpec
+from softshard.stages.targets.threshold import ensure_tau
+from softshard.stages.teacher.stage import StyleTeacher
+from softshard.teacher.engines import run_teacher_identity, teacher_identity
+from softshard.teacher.protocol import TeacherIdentity
+from softshard.telemetry import Reporter
+
+__all__ = ["ensure_targets", "make_scoring_spec"]
+
+
+def make_scoring_spec(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeacher) -> ScoringSpec:
+    """What all parts of the run share, with the job's own target."""
+    job, model = workspace.job, workspace.teacher_model
+    teachers = {
+        fold: FoldTeacher(identity=_identity(workspace, teacher, fold), adapters=teacher.of_fold(fold))
+        for fold in {part.fold for part in corpus.slices}
+    }
+    return ScoringSpec(
+        corpus=workspace.corpus.uri,
+        targets=workspace.targets.uri,
+        teacher=workspace.teacher.uri,
+        model=model.folder,
+        device=job.teacher.device,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+        vocab_size=corpus.vocab_size,
+        teachers=teachers,
+        sketch=job.target,
+        seed=job.seed,
+    )
+
+
+def _identity(workspace: Workspace, teacher: StyleTeacher, fold: int) -> TeacherIdentity:
+    adapters = [receipt.digest for receipt in teacher.of_fold(fold)]
+    return teacher_identity(
+        workspace.job.teacher,
+        context_tokens=workspace.job.corpus.context_tokens,
+        weights=workspace.teacher_model.weights,
+        adapters=adapters,
+    )
+
+
+def ensure_targets(
+    workspace: Workspace,
+    corpus: CorpusManifest,
+    teacher: StyleTeacher,
+    reporter: Reporter,
+    cluster: OpenCluster,
+    *,
+    compute: bool,
+) -> Manifest:
+    """The targets of the whole corpus: parts computed where they are missing, then the manifest and the card.
+
+    Raises:
+        JobInvalid: the target has a budget that no tau keeps.
+        PartsFailed: some parts were set aside; no manifest was written.
+        PartCorrupt: a committed part is not what its receipt names.
+    """
+    store = workspace.targets
+    asked = make_scoring_spec(workspace, corpus, teacher)
+    sketch = ensure_tau(asked, corpus, reporter, cluster, job=workspace.job.name, compute=compute)
+    run = replace(asked, sketch=sketch)
+    missing = find_missing(store, run, corpus.slices)
+    if missing.num_parts and not compute:
+        raise ManifestMissing(uri=f"{store.uri}/{missing.first_path}", stage="targets")
+    if missing.num_parts:
+        score_parts(cluster(), run, missing, reporter)
+    manifest = _manifest(workspace, corpus, teacher, sketch, Spool(Receipt, committed(store, run, corpus.slices)))
+    write_manifest(store, manifest)
+    write_card(store, manifest)
+    return manifest
+
+
+def _manifest(
+    workspace: Workspace,
+    corpus: CorpusManifest,
+    teacher: StyleTeacher,
+    sketch: SketchSettings,
+    receipts: Spool[Receipt],
+) -> Manifest:
+    job = workspace.job
+    identity = run_teacher_identity(
+        job.teacher,
+        context_tokens=job.corpus.context_tokens,
+        weights=workspace.teacher_model.weights,
+        adapters=[receipt.digest for receipt in teacher.adapters],
+    )
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        job=job.name,
+        corpus=corpus.digest,
+        sources=corpus.sources,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+        vocab_size=corpus.vocab_size,
+        context_tokens=corpus.context_tokens,
+        overlap_tokens=corpus.overlap_tokens,
+        target=sketch.model_dump(mode="json"),
+        seed=job.seed,
+        teacher=dict(identity),
+        fidelity=mean_fidelity(receipts),
+        bytes_per_position=bytes_per_position(receipts),
+        parts=receipts,
+    )

@@ -1,0 +1,132 @@
+"""What runs on a worker to make targets: one part, scored and committed.
+
+A worker keeps the engine that it used last, so parts of one fold that follow each other load it once.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from softshard.config import SketchSettings
+from softshard.corpus.manifest import CorpusSlice
+from softshard.corpus.read import read_slice
+from softshard.errors import EngineFailed
+from softshard.models import out_of_memory
+from softshard.records.digest import canonical_digest
+from softshard.shard.commit import PartSpec, build_part, commit_part, find_receipt
+from softshard.shard.manifest import Receipt
+from softshard.storage import open_store
+from softshard.teacher.protocol import Teacher, TeacherIdentity
+from softshard.teacher.record import AdapterReceipt
+
+__all__ = ["FoldTeacher", "ScoreTask", "ScoringSpec", "load_teacher", "score_part"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldTeacher:
+    """Who scores one fold."""
+
+    identity: TeacherIdentity
+    adapters: tuple[AdapterReceipt, ...]
+    """One adapter, several that are averaged, or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringSpec:
+    """What all parts of a run share; a worker is sent it with each."""
+
+    corpus: str
+    """The `corpus/` folder."""
+    targets: str
+    """The `targets/` folder."""
+    teacher: str
+    """The `teacher/` folder."""
+    model: Path
+    device: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    teachers: dict[int, FoldTeacher]
+    """By fold; -1: of the hold-out."""
+    sketch: SketchSettings
+    seed: int
+
+    def plan(self, index: int, part: CorpusSlice) -> PartSpec:
+        """The part that a slice becomes; `index` is the slice's place in the corpus."""
+        return PartSpec(
+            index=index,
+            split=part.split,
+            fold=part.fold,
+            slice=part.sha256,
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            vocab_size=self.vocab_size,
+            teacher=self.teachers[part.fold].identity,
+            sketch=self.sketch,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreTask:
+    """One part to compute."""
+
+    index: int
+    """Place of its slice in the corpus."""
+    part_id: str
+    slice: CorpusSlice
+
+
+_engine: tuple[str, Teacher] | None = None
+
+
+def score_part(task: ScoreTask, *, run: ScoringSpec) -> Receipt:
+    """Score a slice of the corpus and commit the part, unless that has been done."""
+    targets = open_store(run.targets)
+    receipt = find_receipt(targets, task.part_id)
+    if receipt is not None:
+        return receipt
+    plan = run.plan(task.index, task.slice)
+    sequences = read_slice(open_store(run.corpus), task.slice)
+    try:
+        scored, fidelity = load_teacher(run, fold=plan.fold).score(sequences, sketch=plan.sketch, seed=plan.seed)
+    except EngineFailed:
+        _forget_teacher()
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        _forget_teacher()
+        problem = f"memory ran out ({error}), give the worker more, or lower teacher.batch_tokens"
+        raise EngineFailed(engine=str(plan.teacher["engine"]), problem=problem) from error
+    content, receipt = build_part(plan, list(zip(sequences, scored, strict=True)), fidelity)
+    return commit_part(targets, content, receipt)
+
+
+def load_teacher(run: ScoringSpec, *, fold: int) -> Teacher:
+    """The engine of a fold; that of the last part where it is the same. Raises EngineDiffers."""
+    global _engine
+    scorer = run.teachers[fold]
+    key = canonical_digest([scorer.identity, str(run.model), run.teacher])
+    if _engine is None or _engine[0] != key:
+        from softshard.teacher.engines import open_teacher
+
+        _forget_teacher()
+        store = open_store(run.teacher)
+        teacher = open_teacher(
+            run.model,
+            adapters=[store.local_folder(receipt.folder, receipt.weight_files) for receipt in scorer.adapters],
+            identity=scorer.identity,
+            device=run.device,
+            vocab_size=run.vocab_size,
+        )
+        _engine = (key, teacher)
+    return _engine[1]
+
+
+def _forget_teacher() -> None:
+    global _engine
+    if _engine is not None:
+        last, _engine = _engine[1], None
+        last.close()

@@ -1,0 +1,1 @@
+"""The teacher stage: a corpus to the adapters of the style teacher."""

@@ -1,0 +1,1 @@
+"""The train stage: target sets to adapters, the baseline among them."""

@@ -1,0 +1,440 @@
+"""Faults of what comes from elsewhere: job files, documents, models, disks and clocks."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+import zstandard
+
+from faults.bad_inputs import Section
+from softshard.cli import main
+from softshard.shard.manifest import read_manifest
+
+jobs, documents = Section("Job files"), Section("Documents")
+models, machines = Section("Models"), Section("Disks and clocks")
+SECTIONS = (jobs, documents, models, machines)
+TEXT = "The harbour lay grey at dawn, and two boats went out. One of them came back before noon with nothing in it. "
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def good(count=20):
+    """Documents that nothing is wrong with."""
+    return lines(*({"text": f"{TEXT * 3}{number}."} for number in range(count)))
+
+
+@jobs("corpus IN/job.yaml", 2)
+def _(place):
+    """YAML that would run a command
+    a tag !!python/object/apply:os.system
+    IN/job.yaml: line 1: is not YAML: could not determine a constructor for the tag …
+    """
+    (place.folder / "job.yaml").write_text('!!python/object/apply:os.system ["touch /tmp/softshard-was-here"]\n')
+
+
+@jobs("plan IN/job.yaml", 2)
+def _(place):
+    """aliases of aliases of aliases
+    60 lines of YAML that stand for 9^60 values
+    IN/job.yaml: …; line 61, name: input should be a valid string, not [[[[...], …
+    """
+    bomb = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 60))
+    (place.folder / "job.yaml").write_text(f"a0: &a0 [x]\n{bomb}name: *a59\n")
+
+
+@jobs("run IN/job.yaml", 2)
+def _(place):
+    """a job nested 20,000 deep
+    name: [[[[…
+    IN/job.yaml: is not a job: it is nested too deeply
+    """
+    (place.folder / "job.yaml").write_text("name: " + "[" * 20_000)
+
+
+@jobs("run IN/job.yaml", 2)
+def _(place):
+    """an empty job
+    0 bytes
+    IN/job.yaml: line 1: must be a mapping with the keys name, out, corpus, teacher
+    """
+    (place.folder / "job.yaml").write_bytes(b"")
+
+
+@jobs("run IN/job.yaml", 2)
+def _(place):
+    """a job that is no text
+    bytes that are not UTF-8
+    IN/job.yaml: is not UTF-8 at byte 0
+    """
+    (place.folder / "job.yaml").write_bytes(b"\xff\xfe\x00")
+
+
+@jobs("run IN/job.yaml", 2)
+def _(place):
+    """a name that leaves the folder
+    name: ../../elsewhere
+    IN/job.yaml: line 1, name: string should match pattern …, not '../../elsewhere'
+    """
+    place.change_job(name="../../elsewhere")
+
+
+@jobs("run IN/job.yaml", 2)
+def _(place):
+    """a name with a newline
+    name: a, newline, b
+    IN/job.yaml: line 1, name: string should match pattern …, not 'a\\nb'
+    """
+    place.change_job(name="a\nb")
+
+
+@jobs("run IN/job.yaml", 2)
+def _(place):
+    """an output folder whose name is too long
+    300 characters
+    IN/aaa…: cannot be written: File name too long; give `out` a folder on a disk that can be
+    """
+    place.change_job(out=str(place.folder / ("a" * 300)))
+
+
+@jobs("corpus IN/job.yaml", 0)
+def _(place):
+    """an output folder whose name has a newline, a space and a letter of Greek
+    all is made there
+    corpus    complete
+    """
+    place.read_file("a.jsonl", good())
+    place.change_job(out=str(place.folder / "two\nlines of λ"))
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """nothing but empty documents
+    an empty one and one of spaces
+    the corpus has no document (0 kept, 2 empty, 0 undecodable, 0 oversize, 0 malformed, 0 duplicate); …
+    """
+    place.read_file("a.jsonl", lines({"text": ""}, {"text": " \n\t"}))
+
+
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """a giant document
+    4 MB in one line where 1 MB is allowed: counted, left out, never held
+    corpus: 20 of 21 documents kept; left out 1 oversize (first: …/a.jsonl, line 1)
+    """
+    place.read_file("a.jsonl", lines({"text": "x" * 2**22}) + good())
+    place.change_job(corpus={"max_document_bytes": 2**20})
+
+
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """a document of one token
+    a single letter among others
+    corpus: 21 of 21 documents kept
+    """
+    place.read_file("a.jsonl", lines({"text": "x"}) + good())
+
+
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """a file whose name has a newline, and that is not UTF-8
+    counted and named on one line
+    corpus: 20 of 21 documents kept; left out 1 undecodable (first: …/two lines.txt)
+    """
+    (place.folder / "texts").mkdir()
+    (place.folder / "texts/two\nlines.txt").write_bytes(b"\xff\xfe")
+    (place.folder / "texts/good.jsonl").write_bytes(good())
+    place.read_from(place.folder / "texts")
+
+
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """lines that are no JSON, no object, or have no text
+    four of them, one nested 100,000 deep
+    corpus: 20 of 24 documents kept; left out 4 malformed (first: …/a.jsonl, line 1)
+    """
+    bad = b'{"text": \n[1]\n{"title": "x"}\n' + b'{"text": ' + b"[" * 100_000 + b"\n"
+    place.read_file("a.jsonl", bad + good())
+
+
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """half a surrogate pair
+    \\ud800 in JSON
+    corpus: 20 of 21 documents kept; left out 1 undecodable (first: …/a.jsonl, line 1)
+    """
+    place.read_file("a.jsonl", b'{"text": "\\ud800"}\n' + good())
+
+
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """text that spells the end of a document
+    <|end|> in it is text, and ends nothing
+    corpus: 21 of 21 documents kept
+    """
+    place.read_file("a.jsonl", lines({"text": f"Before. <|end|> {TEXT * 3}"}) + good())
+
+
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """NUL and line ends of another system
+    with them a copy of a text is still a copy
+    corpus: 20 of 21 documents kept; left out 1 duplicate (first: …/a.jsonl, line 21)
+    """
+    copy = f"{TEXT * 3}0.".replace("dawn", "\x00dawn")
+    place.read_file("a.jsonl", good() + lines({"text": copy}))
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a gzip that is cut short
+    its last 20 bytes are removed
+    file://IN/a.jsonl.gz: source 's': cannot be read: Compressed file ended before the end-of-stream marker was reached
+    """
+    place.read_file("a.jsonl.gz", gzip.compress(good())[:-20])
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a zstandard file that is cut short
+    its last 20 bytes are removed
+    file://IN/a.jsonl.zst: source 's': cannot be read: …
+    """
+    place.read_file("a.jsonl.zst", zstandard.ZstdCompressor().compress(good())[:-20])
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a Parquet source that is cut short
+    its last 10 bytes are removed
+    file://IN/a.parquet: source 's': cannot be read: …
+    """
+    pq.write_table(pa.table({"text": [TEXT]}), place.folder / "whole.parquet")
+    place.read_file("a.parquet", (place.folder / "whole.parquet").read_bytes()[:-10])
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a Parquet column that holds no text
+    pickled objects in a struct: they are data, and not asked for
+    file://IN/a.parquet: source 's': column 'text' holds struct<pickle: binary>, not text; …
+    """
+    rows = [{"pickle": b"cos\nsystem\n(S'touch /tmp/softshard-was-here'\ntR."}]
+    pq.write_table(pa.table({"text": rows}), place.folder / "a.parquet")
+    place.read_from(place.folder / "a.parquet")
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a folder with nothing readable in it
+    one picture
+    IN/pictures: source 's': has no ending that `format: auto` knows …
+    """
+    (place.folder / "pictures").mkdir()
+    (place.folder / "pictures/a.png").write_bytes(b"\x89PNG")
+    place.read_from(place.folder / "pictures")
+
+
+@documents("corpus IN/job.yaml", 2)
+def _(place):
+    """a source that is not there
+    no file of that name
+    IN/job.yaml: line …, corpus.sources[0].uri: IN/nothing.jsonl: no such file or folder
+    """
+    place.read_from(place.folder / "nothing.jsonl")
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a field that no document has
+    text_field: body
+    IN/a.jsonl: source 's': none of its 20 documents has text in the field 'body'; check `text_field`
+    """
+    place.read_file("a.jsonl", good(), text_field="body")
+
+
+def model_of(place, **config):
+    """A copy of the model, with changes to its config, which the job then names."""
+    shutil.rmtree(place.out)
+    shutil.copytree(place.model, place.folder / "model")
+    file = place.folder / "model/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    place.change_job(teacher={"model": str(place.folder / "model"), "folds": 0})
+    return place.folder / "model"
+
+
+@models("corpus IN/job.yaml", 3)
+def _(place):
+    """a model that brings code
+    auto_map in config.json names a module that would leave a file behind
+    IN/model: its config.json cannot be read: …
+    """
+    folder = model_of(place, model_type="mine", auto_map={"AutoConfig": "code.Config"})
+    (folder / "code.py").write_text("open('/tmp/softshard-was-here', 'w')\n")
+
+
+@models("run IN/job.yaml", 3)
+def _(place):
+    """a model whose weights are a pickle
+    pytorch_model.bin in place of model.safetensors
+    IN/model: the folder has no weights (*.safetensors)
+    """
+    folder = model_of(place)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@models("corpus IN/job.yaml", 3)
+def _(place):
+    """a model without a tokenizer
+    tokenizer.json is deleted
+    IN/model: the tokenizer cannot be loaded: …
+    """
+    folder = model_of(place)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+@models("corpus IN/job.yaml", 3)
+def _(place):
+    """a folder that is no model
+    config.json is deleted
+    IN/model: the folder has no config.json, so it is not a transformers model
+    """
+    (model_of(place) / "config.json").unlink()
+
+
+@models("run IN/job.yaml", 3)
+def _(place):
+    """weights cut short
+    the last 1,000 bytes of model.safetensors are removed
+    IN/model: model.safetensors is cut off or no safetensors file (…); fetch the model again
+    """
+    folder = model_of(place)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def mounted(place, target, *options):
+    """Mount a file system for the time of a test, or skip it where that is not allowed."""
+    if subprocess.run(["mount", *options, target], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    place.undo.callback(subprocess.run, ["umount", target], check=True)
+
+
+def goes_on(place, stage, mount):
+    """The disk gets room, and the same command ends well."""
+    subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+    assert main([stage, str(place.folder / "job.yaml"), "--quiet"]) == 0
+
+
+@machines("corpus IN/job.yaml", 75)
+def _(place):
+    """a full disk
+    the output is a tmpfs of 64 KiB; with more room the same command ends well
+    OUT/corpus/…: no space left on the device; free some and run the job again, nothing written is lost
+    """
+    place.read_file("a.jsonl", good(300))
+    place.out.mkdir()
+    mounted(place, str(place.out), "-t", "tmpfs", "-o", "size=64k", "tmpfs")
+    place.then.append(lambda: goes_on(place, "corpus", place.out))
+
+
+@machines("targets IN/job.yaml", 75)
+def _(place):
+    """a disk that fills while parts are committed
+    targets/ is a tmpfs of 64 KiB; with more room the same command ends with the same parts
+    OUT/targets/data/…: no space left on the device; free some and run the job again, nothing written is lost
+    """
+    shutil.rmtree(place.targets)
+    place.targets.mkdir()
+    mounted(place, str(place.targets), "-t", "tmpfs", "-o", "size=64k", "tmpfs")
+    place.change_job(cluster={"scheduler": place.scheduler})
+    before = read_manifest(place.finished / "targets")
+
+    def same_parts():
+        goes_on(place, "targets", place.targets)
+        assert read_manifest(place.targets) == before
+
+    place.then.append(same_parts)
+
+
+@machines("targets IN/job.yaml", 75)
+def _(place):
+    """a full disk for temporary files
+    the folder for them is a tmpfs of three inodes; with more the same command ends well
+    IN/tmp/…: no space left on the device; free some and run the job again, nothing written is lost
+    """
+    shutil.rmtree(place.targets)
+    folder = place.folder / "tmp"
+    folder.mkdir()
+    mounted(place, str(folder), "-t", "tmpfs", "-o", "nr_inodes=3", "tmpfs")
+    place.undo.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
+    tempfile.tempdir = str(folder)
+
+    def goes_on_with_more():
+        subprocess.run(["mount", "-o", "remount,nr_inodes=10000", str(folder)], check=True)
+        assert main(["targets", str(place.folder / "job.yaml"), "--quiet"]) == 0
+
+    place.then.append(goes_on_with_more)
+
+
+@machines("corpus IN/job.yaml", 2)
+def _(place):
+    """a read-only disk
+    the output is mounted read-only
+    OUT/…: cannot be written: Read-only file system; give `out` a folder on a disk that can be
+    """
+    mounted(place, str(place.out), "--bind", str(place.out))
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(place.out)], check=True)
+
+
+@machines("verify OUT", 0)
+def _(place):
+    """a read-only disk that is only read
+    the output is mounted read-only
+    all is as it claims
+    """
+    mounted(place, str(place.out), "--bind", str(place.out))
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(place.out)], check=True)
+
+
+@machines("corpus IN/job.yaml", 2)
+def _(place):
+    """a file where the output folder should be
+    it holds one line
+    OUT: …
+    """
+    shutil.rmtree(place.out)
+    place.out.write_text("not a folder")
+
+
+@machines("verify OUT", 0)
+def _(place):
+    """a clock that was wrong while files were written
+    half of the output is dated 1970, half 2100
+    all is as it claims
+    """
+    for number, file in enumerate(sorted(place.out.rglob("*"))):
+        os.utime(file, (4102444800 * (number % 2),) * 2)
+
+
+@machines("targets IN/job.yaml", 0)
+def _(place):
+    """documents that are dated anew
+    2100: they are read again, and no part is computed, for which there would be no cluster
+    targets   complete
+    """
+    source = yaml.safe_load((place.folder / "job.yaml").read_text())["corpus"]["sources"][0]
+    shutil.copy(source["uri"], place.folder / "tales.jsonl")
+    os.utime(place.folder / "tales.jsonl", (4102444800,) * 2)
+    place.change_job(corpus={"sources": [{**source, "uri": str(place.folder / "tales.jsonl")}]})
+    assert main(["corpus", str(place.folder / "job.yaml"), "--quiet"]) == 0
+    place.change_job(cluster={"scheduler": "tcp://127.0.0.1:9"})
