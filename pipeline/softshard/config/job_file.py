@@ -19,7 +19,7 @@ from softshard.telemetry.redaction import without_credentials
 if TYPE_CHECKING:
     import yaml
 
-__all__ = ["load_job", "parse_job"]
+__all__ = ["load_job", "parse_job", "parse_values"]
 
 # A value in an error is shown in part: a few lines of YAML aliases can stand for gigabytes of it.
 _shown = reprlib.Repr()
@@ -58,6 +58,20 @@ def parse_job(text: bytes, *, file: str, check_paths: bool = True) -> Job:
     if check_paths:
         _refuse_missing_paths(job, root, file)
     return job
+
+
+def parse_values(text: bytes) -> dict[str, Any] | None:
+    """The plain values of a job file, not checked: another version may have written it.
+
+    None where the file is not a YAML mapping that has a `name`.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError):
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("name"), str) else None
 
 
 def _read_yaml(text: bytes, file: str) -> tuple[yaml.Node | None, dict[str, Any]]:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from softshard.config.job_file import parse_values
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import JobInvalid, ManifestMissing
 from softshard.finetune.sweep import sweep_rows
@@ -72,10 +71,10 @@ def job_values(store: Store) -> dict[str, Any]:
         JobInvalid: there is none with a name.
     """
     try:
-        values = yaml.safe_load(store.read("job.yaml"))
-    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, yaml.YAMLError):
+        values = parse_values(store.read("job.yaml"))
+    except (FileNotFoundError, NotADirectoryError):
         values = None
-    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+    if values is None:
         raise JobInvalid(file=store.uri, place="", problem="holds no output of softshard (no job.yaml with a name)")
     return values
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from softshard.config import Job
-from softshard.config.job_file import parse_job
+from softshard.config.job_file import parse_job, parse_values
 from softshard.errors import JobInvalid, OutputForeign, OutputUnusable
 from softshard.models import Tokenizer, load_tokenizer, resolve_model, weights_digest
 from softshard.storage import Store, open_store
@@ -97,11 +97,10 @@ def read_owner(out: str | Path) -> str | None:
 
 def _name_in(store: Store) -> str | None:
     try:
-        content = yaml.safe_load(store.read(_JOB_FILE))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = parse_values(store.read(_JOB_FILE))
+    except OSError:
         return None
-    name = content.get("name") if isinstance(content, dict) else None
-    return name if isinstance(name, str) else None
+    return None if values is None else str(values["name"])
 
 
 def saved_job(store: Store) -> Job:
