@@ -228,7 +228,7 @@ def test_stopped_run_ends_with_75_and_goes_on_to_its_end(tiny_job, tmp_path, num
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert errors.strip().splitlines()[-1].startswith(f"softshard: stopped by {signal.Signals(number).name}")
-    assert "what is committed is kept" in errors
+    assert "committed parts are kept" in errors
     assert "Traceback" not in errors
     assert main(["run", str(path), "--quiet"]) == 0
     assert (tmp_path / "out/report/index.html").exists()

@@ -14,7 +14,7 @@ from softshard.data.filters import RowFilter
 from softshard.data.mixing import LabelWeights
 from softshard.data.row_index import index_rows
 from softshard.data.target_set import TargetSet
-from softshard.errors import NothingPasses, PartCorrupt, ResumeMismatch
+from softshard.errors import FilterMatchesNothing, PartCorrupt, ResumeMismatch
 from softshard.shard.decode import decode_part
 from softshard.storage import LocalStore
 
@@ -109,7 +109,7 @@ def test_row_groups_whose_statistics_rule_all_rows_out_are_not_read(targets):
 
 
 def test_nothing_that_passes_is_an_error_that_says_what_was_asked(targets):
-    with pytest.raises(NothingPasses, match=r"style \('gothic',\)"):
+    with pytest.raises(FilterMatchesNothing, match=r"style \('gothic',\)"):
         dataset(targets, RowFilter(style=("gothic",))).batches_per_epoch(0)
 
 

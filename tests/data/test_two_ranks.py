@@ -149,4 +149,4 @@ def test_accelerate_does_not_deal_a_second_time(folder, tmp_path):
     on_ranks(through_accelerate, 2, folder, tmp_path)
     for number, (*_, refused_on) in enumerate(CASES):
         for rank in refused_on:
-            assert "dealt to ranks already" in (tmp_path / f"{number}-{rank}.txt").read_text(), (number, rank)
+            assert "already sharded them over ranks" in (tmp_path / f"{number}-{rank}.txt").read_text(), (number, rank)

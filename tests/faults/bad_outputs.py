@@ -345,7 +345,7 @@ def _(place):
 def _(place):
     """no manifest
     manifest.json is deleted
-    OUT/targets/manifest.json: not there, or made with other settings, so the targets stage is not complete; …
+    OUT/targets/manifest.json: missing or made with other settings, so the targets stage is not complete; …
     """
     (place.targets / "manifest.json").unlink()
 
@@ -448,7 +448,7 @@ def _(place):
 def _(place):
     """the output of another job
     the job has another name
-    OUT: this folder belongs to job 'tiny', not to job 'another'; give `out` another folder
+    OUT: this folder belongs to job 'tiny', not to job 'another'; set `out` to another folder
     """
     place.change_job(name="another")
 
@@ -457,7 +457,7 @@ def _(place):
 def _(place):
     """a folder with other things
     it holds a thesis, and no job.yaml
-    OUT: this folder is not empty and holds no job.yaml of softshard, not to job 'tiny'; give `out` another folder
+    OUT: this folder holds other files and no job.yaml; set `out` to another folder
     """
     (place.out / "job.yaml").unlink()
     (place.out / "thesis.txt").write_text("mine")

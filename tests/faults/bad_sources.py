@@ -100,7 +100,7 @@ def _(place):
 def _(place):
     """an output folder whose name is too long
     300 characters
-    IN/aaa…: cannot be written: File name too long; give `out` a folder on a disk that can be
+    IN/aaa…: cannot be written: File name too long; set `out` to a folder that can be written to
     """
     place.change_job(out=str(place.folder / ("a" * 300)))
 
@@ -119,7 +119,7 @@ def _(place):
 def _(place):
     """nothing but empty documents
     an empty one and one of spaces
-    the corpus has no document (0 kept, 2 empty, 0 undecodable, 0 oversize, 0 malformed, 0 duplicate); …
+    the corpus has no documents (0 kept, 2 empty, 0 undecodable, 0 oversize, 0 malformed, 0 duplicate); …
     """
     place.read_file("a.jsonl", lines({"text": ""}, {"text": " \n\t"}))
 
@@ -339,7 +339,7 @@ def goes_on(place, stage, mount):
 def _(place):
     """a full disk
     the output is a tmpfs of 64 KiB; with more room the same command ends well
-    OUT/corpus/…: no space left on the device; free some and run the job again, nothing written is lost
+    OUT/corpus/…: no space left on the device; free some space and run the job again, committed parts are kept
     """
     place.read_file("a.jsonl", good(300))
     place.out.mkdir()
@@ -351,7 +351,7 @@ def _(place):
 def _(place):
     """a disk that fills while parts are committed
     targets/ is a tmpfs of 64 KiB; with more room the same command ends with the same parts
-    OUT/targets/data/…: no space left on the device; free some and run the job again, nothing written is lost
+    OUT/targets/data/…: no space left on the device; free some space and run the job again, committed parts are kept
     """
     shutil.rmtree(place.targets)
     place.targets.mkdir()
@@ -370,7 +370,7 @@ def _(place):
 def _(place):
     """a full disk for temporary files
     the folder for them is a tmpfs of three inodes; with more the same command ends well
-    IN/tmp/…: no space left on the device; free some and run the job again, nothing written is lost
+    IN/tmp/…: no space left on the device; free some space and run the job again, committed parts are kept
     """
     shutil.rmtree(place.targets)
     folder = place.folder / "tmp"
@@ -390,7 +390,7 @@ def _(place):
 def _(place):
     """a read-only disk
     the output is mounted read-only
-    OUT/…: cannot be written: Read-only file system; give `out` a folder on a disk that can be
+    OUT/…: cannot be written: Read-only file system; set `out` to a folder that can be written to
     """
     mounted(place, str(place.out), "--bind", str(place.out))
     subprocess.run(["mount", "-o", "remount,bind,ro", str(place.out)], check=True)

@@ -12,7 +12,7 @@ import pytest
 from softshard.cli import main
 from softshard.config.job_file import load_job
 from softshard.corpus.manifest import read_corpus_manifest
-from softshard.errors import NotMendable
+from softshard.errors import NotRepairable
 from softshard.maintenance.repair import repair
 from softshard.maintenance.rescore import rescore
 from softshard.maintenance.verify import verify_output
@@ -353,7 +353,7 @@ def test_an_adapter_that_cannot_be_made_as_it_was_is_not_replaced_by_another_in_
     (folder,) = (adapted.out / "teacher").glob("fold-0-*")
     shutil.rmtree(folder)
     parts = adapted.files("targets")
-    with pytest.raises(NotMendable, match=r"`softshard run JOB\.yaml` goes on"):
+    with pytest.raises(NotRepairable, match=r"`softshard run JOB\.yaml` goes on"):
         repair(str(adapted.out), SilentReporter(), deep=False)
     assert adapted.files("targets") == parts
     digest = adapted.adapters[0]

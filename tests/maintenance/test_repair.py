@@ -10,7 +10,7 @@ from fakes.outputs import tree
 from softshard.cli import main
 from softshard.cluster import cluster
 from softshard.corpus.manifest import read_corpus_manifest
-from softshard.errors import NotMendable, TryAgain
+from softshard.errors import NotRepairable, TryAgain
 from softshard.maintenance import repair_targets as mending
 from softshard.maintenance.repair import repair
 from softshard.maintenance.verify import verify_output
@@ -202,7 +202,7 @@ def test_slice_whose_source_has_changed_cannot_be_mended_and_nothing_is_touched(
     change_job(out, corpus={"sources": [source], "holdout_fraction": 0.0}, teacher={"folds": 0})
     flip(next((out / "corpus/sequences").iterdir()))
     before = places(out)
-    with pytest.raises(NotMendable, match=r"the sources, or the settings in job\.yaml, have changed"):
+    with pytest.raises(NotRepairable, match=r"the sources, or the settings in job\.yaml, have changed"):
         mend(out)
     assert places(out) == before
 
@@ -236,7 +236,7 @@ def test_part_that_would_be_another_now_is_left_as_it_is_and_the_reason_named(ou
     part = read_manifest(out / "targets").parts[0]
     flip(out / "targets" / part.path)
     before = places(out)
-    with pytest.raises(NotMendable, match=said) as caught:
+    with pytest.raises(NotRepairable, match=said) as caught:
         mend(out)
     assert part.path in str(caught.value)
     assert places(out) == before

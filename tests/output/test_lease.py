@@ -144,7 +144,7 @@ def test_stopped_run_whose_lease_was_taken_over_ends_when_it_wakes(tmp_path, whe
         with hold_lease(LocalStore(tmp_path), job="tales", run="second", pace=FAST):
             first.send_signal(signal.SIGCONT)
             said, _ = first.communicate(timeout=20)
-            assert said.startswith(f"75 {tmp_path}: this run stood still")
+            assert said.startswith(f"75 {tmp_path}: this run was suspended")
             assert "run second of job 'tales'" in said
             assert lease_files(tmp_path) == ["000001.json", "000002.json"]
     finally:

@@ -112,7 +112,7 @@ def test_what_is_there_already_is_left_alone(finished, tmp_path, what, capsys):
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
     assert main(["export", str(finished), "--to", str(target)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert mine.read_text() == "mine"
 
 
@@ -175,7 +175,7 @@ def test_an_adapter_that_is_lost_in_rounding_is_not_exported_but_in_float32(fini
     out = changed(finished, tmp_path, 1e-3)
     halved(out, tiny_model, tmp_path)
     assert main(["export", str(out), "--to", str(tmp_path / "model")]) == 3
-    assert "rounded to bfloat16, the merged model is nearer to the base" in capsys.readouterr().err
+    assert "rounded to bfloat16, the merged model is closer to the base" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
     assert main(["export", str(out), "--to", str(tmp_path / "model"), "--dtype", "float32"]) == 0
 

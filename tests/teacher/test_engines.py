@@ -73,4 +73,4 @@ def test_an_engine_that_is_not_installed_ends_the_command_with_one_line(missing,
     capsys.readouterr()
     assert main(["targets", str(job), "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "vllm is not installed here; install softshard[vllm]" in line
+    assert "vllm is not installed; install softshard[vllm]" in line

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from softshard.errors import AdapterNotInForce, PartCorrupt
+from softshard.errors import AdapterNotApplied, PartCorrupt
 from softshard.finetune.adapters.lora import load_adapter
 from softshard.models import load_model
 from softshard.teacher.merged import check_canary, merged_model
@@ -64,7 +64,7 @@ def test_canary_passes_the_adapted_model_and_refuses_the_base(tiny_model, merged
     base = label_logprobs(AutoModelForCausalLM.from_pretrained(tiny_model), canary.token_ids)
     np.testing.assert_allclose(base, canary.base, atol=1e-5)
     for wrong in (base, (base + served) / 4, served + 0.02):
-        with pytest.raises(AdapterNotInForce, match="not proven to be in force"):
+        with pytest.raises(AdapterNotApplied, match="may not have applied the adapter"):
             check_canary(canary, wrong, dtype="float32", model="m")
 
 
@@ -72,14 +72,14 @@ def test_canary_sees_through_the_noise_of_a_coarser_type(merged):
     _, canary = merged
     noise = np.random.default_rng(0).normal(size=len(canary.base)) * 0.05
     check_canary(canary, np.array(canary.adapted) + noise, dtype="bfloat16", model="m")
-    with pytest.raises(AdapterNotInForce):
+    with pytest.raises(AdapterNotApplied):
         check_canary(canary, np.array(canary.base) + noise, dtype="bfloat16", model="m")
 
 
 def test_an_adapter_that_changes_nothing_cannot_be_proven(merged):
     _, canary = merged
     same = canary.model_copy(update={"adapted": canary.base})
-    with pytest.raises(AdapterNotInForce, match="0% of what the adapter changes"):
+    with pytest.raises(AdapterNotApplied, match="0% of the adapter's effect"):
         check_canary(same, np.array(canary.base), dtype="float32", model="m")
 
 

@@ -10,7 +10,7 @@ from tiny_decoders import VOCAB, dense, direct_logprobs, open_vllm, some_sequenc
 from transformers import AutoModelForCausalLM
 
 from softshard.config import FullSketch, TeacherSettings
-from softshard.errors import AdapterNotInForce
+from softshard.errors import AdapterNotApplied
 from softshard.teacher.engines import open_teacher, teacher_identity
 
 
@@ -34,5 +34,5 @@ def test_an_engine_that_serves_the_base_is_refused(tiny_model, adapter, tmp_path
     open_vllm(tiny_model, adapters=(copy,), digests=("a",)).close()
     (merged,) = (tmp_path / ".merged").iterdir()
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(merged)
-    with pytest.raises(AdapterNotInForce, match=r"shows -?0% of what the adapter changes"):
+    with pytest.raises(AdapterNotApplied, match=r"shows -?0% of the adapter's effect"):
         open_vllm(tiny_model, adapters=(copy,), digests=("a",))

@@ -22,7 +22,7 @@ from softshard.teacher.vllm_pooler import PREFIX, make_teacher, register, teache
     ],
 )
 def test_what_cannot_be_a_teacher_is_refused_by_name(architecture, reason):
-    with pytest.raises(ArchitectureUnsupported, match=f"teacher of {architecture}: .*{reason}"):
+    with pytest.raises(ArchitectureUnsupported, match=f"cannot use {architecture} as a teacher: .*{reason}"):
         teacher_class(architecture)
 
 

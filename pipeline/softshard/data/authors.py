@@ -19,7 +19,7 @@ from softshard.data.filters import RowFilter
 from softshard.data.groups import passing_tables
 from softshard.data.mixing import LabelWeights
 from softshard.data.target_set import TargetSet
-from softshard.errors import NothingPasses
+from softshard.errors import FilterMatchesNothing
 
 __all__ = [
     "AuthorShares",
@@ -104,7 +104,7 @@ def author_shares(
         weights: of labels in the loss.
 
     Raises:
-        NothingPasses: no row does.
+        FilterMatchesNothing: no row does.
         BalanceImpossible: a row is of a group without a weight.
         PartCorrupt: a part is missing or unreadable.
     """
@@ -158,7 +158,7 @@ def _rows(targets: TargetSet, weights: LabelWeights, *, with_names: bool) -> _Ro
         factors.append(ones if targets.groups is None else targets.groups.of(table, uri=uri))
         names.append(np.array(table["sequence_id"].to_pylist() if with_names else [], dtype="S32"))
     if not writers:
-        raise NothingPasses(uri=targets.store.uri, split=targets.split, where=str(targets.where))
+        raise FilterMatchesNothing(uri=targets.store.uri, split=targets.split, where=str(targets.where))
     return _Rows(
         writers=writers,
         labels=np.concatenate(counts),

@@ -40,7 +40,7 @@ class SoftLabelDataset(ShardedBatches):
         ValueError: alpha, temperature or `truncated` has a value that means nothing.
         TargetsUnsuitable: the temperature cannot be applied to targets of this kind.
         CorpusEmpty: the split has no sequence.
-        NothingPasses, BlendIncomplete, BlendInvalid, PartCorrupt: when the data is first looked at.
+        FilterMatchesNothing, BlendIncomplete, BlendInvalid, PartCorrupt: when the data is first looked at.
     """
 
     def __init__(

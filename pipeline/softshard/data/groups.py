@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from softshard.data.filters import GroupWeights
 from softshard.data.target_set import TargetSet
-from softshard.errors import BalanceImpossible, NothingPasses, PartCorrupt
+from softshard.errors import BalanceImpossible, FilterMatchesNothing, PartCorrupt
 from softshard.shard.decode import open_part
 
 __all__ = ["Balance", "GroupShare", "Tally", "balanced", "passing_tables", "tally_groups"]
@@ -61,7 +61,7 @@ def tally_groups(targets: TargetSet, column: str) -> Tally:
     """Labels of each group among the sequences that pass the set's filter, by name.
 
     Raises:
-        NothingPasses: there is none.
+        FilterMatchesNothing: there is none.
         PartCorrupt: a part is missing or unreadable.
     """
     counts: Counter[str] = Counter()
@@ -70,7 +70,7 @@ def tally_groups(targets: TargetSet, column: str) -> Tally:
         for value, count in zip(table[column].to_pylist(), labels, strict=True):
             counts[str(value)] += count
     if not counts:
-        raise NothingPasses(uri=targets.store.uri, split=targets.split, where=str(targets.where))
+        raise FilterMatchesNothing(uri=targets.store.uri, split=targets.split, where=str(targets.where))
     return dict(sorted(counts.items()))
 
 

@@ -18,7 +18,7 @@ from softshard.data.filters import GroupWeights, RowFilter
 from softshard.data.mixing import MixedRow, Mixing, mixed_rows, weighed
 from softshard.data.row_index import RowIndex, index_rows
 from softshard.data.shuffle import batch_bounds, through_buffer
-from softshard.errors import CorpusEmpty, NothingPasses
+from softshard.errors import CorpusEmpty, FilterMatchesNothing
 from softshard.records.seeds import keyed_generator
 from softshard.shard.manifest import Manifest
 from softshard.shard.read import PartReader, read_checked
@@ -92,7 +92,7 @@ class SetReader:
 
     Raises:
         CorpusEmpty: the split has no sequence.
-        NothingPasses: when its rows are first looked at: none of them passes the filter.
+        FilterMatchesNothing: when its rows are first looked at: none of them passes the filter.
         PartCorrupt: while reading, of a part that is missing, is not what its receipt names, or has other sketch
             settings than the rest.
     """
@@ -116,7 +116,7 @@ class SetReader:
             targets.store, self._receipts, where=targets.where, groups=targets.groups, with_names=self._with_names
         )
         if not index.passing.any():
-            raise NothingPasses(uri=targets.store.uri, split=targets.split, where=str(targets.where))
+            raise FilterMatchesNothing(uri=targets.store.uri, split=targets.split, where=str(targets.where))
         return index
 
     @property

@@ -1,7 +1,7 @@
 """The named errors of softshard and the exit code that each one ends the command with.
 
-Every error carries its values, says on one line what is wrong, where, and the way out. Exit codes: 0 done, 1 a bug,
-2 the job file or the arguments are wrong, 3 data is not what it claims (do not retry), 75 try again.
+Every error carries its values as attributes and says on one line what is wrong, where, and what to do. Exit codes:
+0 done, 1 a bug, 2 the job file or the arguments are wrong, 3 data is not what it claims (do not retry), 75 try again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from softshard.errors.base import (
 )
 from softshard.errors.data import (
     AdapterMissing,
-    AdapterNotInForce,
+    AdapterNotApplied,
     AdapterNotMergeable,
     AdapterWithoutEffect,
     ArchitectureUnsupported,
@@ -28,13 +28,13 @@ from softshard.errors.data import (
     BlendInvalid,
     CorpusEmpty,
     EngineDiffers,
+    FilterMatchesNothing,
     FoldEmpty,
     HoldoutEmpty,
     LogitsInvalid,
     MergeDiffers,
     ModelInvalid,
-    NothingPasses,
-    NotMendable,
+    NotRepairable,
     PartConflict,
     PartCorrupt,
     PartsFailed,
@@ -73,7 +73,7 @@ __all__ = [
     "EXIT_JOB",
     "EXIT_TRY_AGAIN",
     "AdapterMissing",
-    "AdapterNotInForce",
+    "AdapterNotApplied",
     "AdapterNotMergeable",
     "AdapterWithoutEffect",
     "ArchitectureUnsupported",
@@ -87,6 +87,7 @@ __all__ = [
     "EngineFailed",
     "EngineMissing",
     "ExtraMissing",
+    "FilterMatchesNothing",
     "FoldEmpty",
     "FolderTaken",
     "HoldoutEmpty",
@@ -96,8 +97,7 @@ __all__ = [
     "ManifestMissing",
     "MergeDiffers",
     "ModelInvalid",
-    "NotMendable",
-    "NothingPasses",
+    "NotRepairable",
     "OutputBusy",
     "OutputForeign",
     "OutputUnusable",

@@ -1,4 +1,4 @@
-"""What all named errors have in common: their exit code, one line, and that they can be sent to another process."""
+"""The base classes of all named errors: exit codes, one-line messages, and pickling between processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ EXIT_TRY_AGAIN = 75
 
 
 class SoftshardError(Exception):
-    """Base of every error that softshard raises on purpose; `exit_code` is what the command ends with.
+    """Base of every error that softshard raises on purpose; the command ends with its `exit_code`.
 
-    Pickles by its message, so that an error raised on a worker reaches the client whole.
+    The message is kept on one line. The error pickles with its message and attributes, so that one raised on a worker
+    reaches the client whole.
     """
 
     exit_code = EXIT_BUG
@@ -42,7 +43,7 @@ def _rebuild(kind: type[SoftshardError], message: str, values: dict[str, object]
 
 
 def exit_code_for(error: BaseException) -> int:
-    """What the command ends with on an error; an interruption may be tried again, what nothing named is a bug."""
+    """The exit code for any exception: an interrupt may be tried again, and an unnamed error is a bug."""
     if isinstance(error, SoftshardError):
         return error.exit_code
     return EXIT_TRY_AGAIN if isinstance(error, KeyboardInterrupt) else EXIT_BUG
@@ -55,6 +56,6 @@ class DataInvalid(SoftshardError):
 
 
 class TryAgain(SoftshardError):
-    """Something passed away that may be there again later."""
+    """Something is unavailable for now; the same command may succeed later."""
 
     exit_code = EXIT_TRY_AGAIN

@@ -6,27 +6,30 @@ from softshard.errors.base import DataInvalid
 
 __all__ = [
     "AdapterMissing",
-    "AdapterNotInForce",
+    "AdapterNotApplied",
     "AdapterNotMergeable",
     "AdapterWithoutEffect",
     "ArchitectureUnsupported",
+    "AuthorDominates",
+    "BalanceImpossible",
     "BlendIncomplete",
     "BlendInvalid",
     "CorpusEmpty",
     "EngineDiffers",
+    "FilterMatchesNothing",
     "FoldEmpty",
     "HoldoutEmpty",
     "LogitsInvalid",
     "MergeDiffers",
     "ModelInvalid",
-    "NotMendable",
-    "NothingPasses",
+    "NotRepairable",
     "PartConflict",
     "PartCorrupt",
     "PartsFailed",
     "ResumeMismatch",
     "SequenceUnknown",
     "SourceUnreadable",
+    "TargetsUnsuitable",
     "TokenizerMismatch",
     "TrainingDiverged",
     "VocabularyMismatch",
@@ -42,93 +45,93 @@ class SourceUnreadable(DataInvalid):
 
 
 class CorpusEmpty(DataInvalid):
-    """No document was left after screening."""
+    """No document is left after screening, or a split is empty."""
 
     def __init__(self, *, counts: dict[str, int], split: str | None = None) -> None:
         self.counts, self.split = counts, split
         seen = ", ".join(f"{count} {name}" for name, count in counts.items())
         where = f"the {split} split of the corpus" if split else "the corpus"
-        super().__init__(f"{where} has no document ({seen}); check `corpus.sources` and `corpus.holdout_fraction`")
+        super().__init__(f"{where} has no documents ({seen}); check `corpus.sources` and `corpus.holdout_fraction`")
 
 
 class EngineDiffers(DataInvalid):
-    """A worker would score with another engine than the one that a part is named by."""
+    """A worker's engine differs from the one that part ids are computed from."""
 
     def __init__(self, *, what: str, expected: str, actual: str) -> None:
         self.what, self.expected, self.actual = what, expected, actual
         super().__init__(
-            f"this worker's {what} is {actual}, the job's is {expected}: parts would not be what their id says;"
-            " give all workers the same environment and name `teacher.device`"
+            f"this worker's {what} is {actual}, the job's is {expected}, so its parts would not match their ids;"
+            " give all workers the same environment and set `teacher.device`"
         )
 
 
 class ArchitectureUnsupported(DataInvalid):
-    """A model whose architecture an engine cannot make a teacher of."""
+    """An engine cannot run this model architecture as a teacher."""
 
     def __init__(self, *, architecture: str, reason: str) -> None:
         self.architecture, self.reason = architecture, reason
         super().__init__(
-            f"the vllm engine cannot make a teacher of {architecture}: {reason}; use `teacher.engine: transformers`"
+            f"the vllm engine cannot use {architecture} as a teacher: {reason}; set `teacher.engine: transformers`"
         )
 
 
-class AdapterNotInForce(DataInvalid):
-    """An engine that should serve an adapted model does not give that model's distributions."""
+class AdapterNotApplied(DataInvalid):
+    """An engine that should serve an adapted model does not return that model's distributions."""
 
     def __init__(self, *, model: str, share: float, difference: float, allowed: float) -> None:
         self.model, self.share, self.difference, self.allowed = model, share, difference, allowed
         super().__init__(
-            f"{model}: on a known text the engine shows {share:.0%} of what the adapter changes, and is"
-            f" {difference:.2g} nats a token from the adapted model (allowed: {allowed:g}), so the adapter is not"
-            " proven to be in force; use `teacher.engine: transformers`, or `teacher.dtype: float32`"
+            f"{model}: on a known text the engine shows {share:.0%} of the adapter's effect and differs by"
+            f" {difference:.2g} nats per token from the adapted model (allowed: {allowed:g}), so it may not have"
+            " applied the adapter; set `teacher.engine: transformers`, or `teacher.dtype: float32`"
         )
 
 
 class AdapterNotMergeable(DataInvalid):
-    """An adapter that no weights of the model's own shape can stand for."""
+    """An adapter of a kind that cannot be merged into the model's own weights."""
 
     def __init__(self, *, kind: str, reason: str) -> None:
         self.kind, self.reason = kind, reason
-        super().__init__(f"adapter {kind}: {reason}; train with another `train.adapter` to export a whole model")
+        super().__init__(f"adapter {kind}: {reason}; train with another `train.adapter` to export a merged model")
 
 
 class AdapterWithoutEffect(DataInvalid):
-    """A model with an adapter whose distributions are those of the base, or would be once its weights are rounded."""
+    """An adapter that does not change the base model's distributions, or no longer does once merged and rounded."""
 
     def __init__(self, *, adapter: str, rounded_to: str | None = None) -> None:
         self.adapter, self.rounded_to = adapter, rounded_to
         super().__init__(
-            f"{adapter}: on a known text the adapter changes nothing, so there is nothing to export"
+            f"{adapter}: on a known text the adapter changes nothing, so nothing was exported; train it again"
             if rounded_to is None
-            else f"{adapter}: rounded to {rounded_to}, the merged model is nearer to the base than to base and adapter,"
-            " so nothing is written; export it with --dtype float32"
+            else f"{adapter}: rounded to {rounded_to}, the merged model is closer to the base model than to the adapted"
+            " one, so nothing was exported; export with --dtype float32"
         )
 
 
 class MergeDiffers(DataInvalid):
-    """A merged model whose logits are not those of the base with its adapter."""
+    """The logits of a merged model differ from those of the base model with its adapter."""
 
     def __init__(self, *, model: str, difference: float, allowed: float) -> None:
         self.model, self.difference, self.allowed = model, difference, allowed
         super().__init__(
-            f"{model}: merged, a logit differs by {difference:.2g} (allowed: {allowed:g}), so nothing is written;"
-            " serve base and adapter, or train with a smaller learning rate"
+            f"{model}: after merging, a logit differs by {difference:.2g} (allowed: {allowed:g}), so nothing was"
+            " exported; serve the base model with its adapter, or train with a smaller learning rate"
         )
 
 
 class FoldEmpty(DataInvalid):
-    """A fold of the style teacher would have nothing to train on."""
+    """A fold of the style teacher has no document to train on."""
 
     def __init__(self, *, fold: int, folds: int, documents: int) -> None:
         self.fold, self.folds, self.documents = fold, folds, documents
         super().__init__(
             f"corpus: style teacher {fold} of {folds} would have no document to train on"
-            f" ({documents} documents in all); add documents, or set `teacher.folds: 0` to use the model as it is"
+            f" ({documents} documents in all); add documents, or set `teacher.folds: 0` to use the model unadapted"
         )
 
 
 class HoldoutEmpty(DataInvalid):
-    """There is nothing held out to measure a model on."""
+    """No text is held out to evaluate a model on."""
 
     def __init__(self, *, data: str, problem: str, remedy: str) -> None:
         self.data, self.problem, self.remedy = data, problem, remedy
@@ -142,7 +145,7 @@ class TokenizerMismatch(DataInvalid):
         self.data, self.model = data, model
         self.data_fingerprint, self.model_fingerprint = data_fingerprint, model_fingerprint
         super().__init__(
-            f"{data}: made with tokenizer {data_fingerprint[:16]}, but the tokenizer of {model} is"
+            f"{data}: was made with tokenizer {data_fingerprint[:16]}, but the tokenizer of {model} is"
             f" {model_fingerprint[:16]}; use a model with the tokenizer of the data, or recompute the data"
         )
 
@@ -187,26 +190,26 @@ class LogitsInvalid(DataInvalid):
 
 
 class PartCorrupt(DataInvalid):
-    """A part is not the bytes that its receipt names, or cannot be decoded."""
+    """A stored file differs from its receipt, or cannot be decoded."""
 
     def __init__(self, *, uri: str, problem: str) -> None:
         self.uri, self.problem = uri, problem
-        super().__init__(f"{uri}: {problem}; `softshard repair` sets it aside and makes it again")
+        super().__init__(f"{uri}: {problem}; `softshard repair` moves it aside and makes it again")
 
 
 class PartConflict(DataInvalid):
-    """Another file with other bytes already has the name of this part."""
+    """A file with other content already has the name of this part."""
 
     def __init__(self, *, uri: str, expected: str, actual: str) -> None:
         self.uri, self.expected, self.actual = uri, expected, actual
         super().__init__(
-            f"{uri}: a file with sha256 {actual[:16]} is already there where {expected[:16]} was to be written;"
+            f"{uri}: a file with other content exists here (sha256 {actual[:16]}, new content {expected[:16]});"
             " nothing was overwritten; move that file away and run the job again"
         )
 
 
-class NotMendable(DataInvalid):
-    """What is bad in an output cannot be made again as it was."""
+class NotRepairable(DataInvalid):
+    """A damaged file cannot be recomputed to what it was."""
 
     def __init__(self, *, uri: str, problem: str) -> None:
         self.uri, self.problem = uri, problem
@@ -214,33 +217,33 @@ class NotMendable(DataInvalid):
 
 
 class PartsFailed(DataInvalid):
-    """Parts were set aside; the others are committed, and no manifest was written."""
+    """Some tasks failed and were set aside; other parts are committed, and no manifest was written."""
 
     def __init__(self, *, failures: dict[str, str], out: str) -> None:
         self.failures, self.out = failures, out
-        named = "; ".join(f"{part}: {why}" for part, why in list(failures.items())[:5])
+        listed = "; ".join(f"{part}: {reason}" for part, reason in list(failures.items())[:5])
         more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
         super().__init__(
-            f"{out}: {len(failures)} task(s) were set aside, no manifest was written: {named}{more};"
-            " mend the cause and run the job again, what is committed is kept"
+            f"{out}: {len(failures)} task(s) were set aside, and no manifest was written: {listed}{more};"
+            " fix the cause and run the job again, committed parts are kept"
         )
 
 
 class AdapterMissing(DataInvalid):
-    """An adapter that a stage needs is not there."""
+    """An adapter that a stage needs does not exist."""
 
     def __init__(self, *, uri: str) -> None:
         self.uri = uri
-        super().__init__(f"{uri}: no finished adapter is here; run `softshard train JOB.yaml` first")
+        super().__init__(f"{uri}: there is no finished adapter; run `softshard train JOB.yaml` first")
 
 
 class SequenceUnknown(DataInvalid):
-    """No part holds the sequence that was asked for."""
+    """No part holds the requested sequence."""
 
     def __init__(self, *, sequence_id: str, out: str) -> None:
         self.sequence_id, self.out = sequence_id, out
         super().__init__(
-            f"{out}: no sequence has an id that starts with {sequence_id!r}; `softshard status {out}` names some"
+            f"{out}: no sequence has an id that starts with {sequence_id!r}; `softshard status {out}` lists some"
         )
 
 
@@ -250,33 +253,35 @@ class ResumeMismatch(DataInvalid):
     def __init__(self, *, saved: str, current: str, what: str = "manifest") -> None:
         self.saved, self.current, self.what = saved, current, what
         super().__init__(
-            f"the saved state belongs to {what} {saved[:16]}, the data is {what} {current[:16]};"
-            " remove the checkpoint to start again"
+            f"the saved state belongs to {what} {saved[:16]}, but the data has {what} {current[:16]};"
+            " remove the checkpoint to start from the beginning"
         )
 
 
-class NothingPasses(DataInvalid):
-    """No sequence of a split passes the filter."""
+class FilterMatchesNothing(DataInvalid):
+    """No sequence of a split matches the filter."""
 
     def __init__(self, *, uri: str, split: str, where: str) -> None:
         self.uri, self.split, self.where = uri, split, where
-        super().__init__(f"{uri}: no sequence of the {split} split passes the filter ({where}); widen it")
+        super().__init__(f"{uri}: no sequence of the {split} split matches the filter ({where}); widen the filter")
 
 
 class BlendIncomplete(DataInvalid):
-    """Target sets that are to be blended do not hold the same sequences."""
+    """The target sets of a blend do not hold the same sequences."""
 
     def __init__(self, *, missing: dict[str, tuple[int, list[str]]], num_sequences: int) -> None:
         self.missing, self.num_sequences = missing, num_sequences
         listed = "; ".join(
-            f"{uri} lacks {count} of {num_sequences} ({', '.join(some)}{', ...' if count > len(some) else ''})"
-            for uri, (count, some) in missing.items()
+            f"{uri} lacks {count} of {num_sequences} ({', '.join(examples)}{', ...' if count > len(examples) else ''})"
+            for uri, (count, examples) in missing.items()
         )
-        super().__init__(f"target sets of a blend must hold the same sequences: {listed}; score them all, or filter")
+        super().__init__(
+            f"the target sets of a blend must hold the same sequences: {listed}; score the rest, or filter them out"
+        )
 
 
 class BlendInvalid(DataInvalid):
-    """Target sets that cannot be mixed or blended with each other."""
+    """Target sets that cannot be mixed or blended."""
 
     def __init__(self, *, uri: str, problem: str) -> None:
         self.uri, self.problem = uri, problem
@@ -284,15 +289,15 @@ class BlendInvalid(DataInvalid):
 
 
 class TargetsUnsuitable(DataInvalid):
-    """Stored targets that cannot be trained on as asked."""
+    """Stored targets do not support the requested loss or settings."""
 
     def __init__(self, *, uri: str, problem: str) -> None:
         self.uri, self.problem = uri, problem
-        super().__init__(f"{uri}: {problem}; compute targets of another kind, or train on them as they are stored")
+        super().__init__(f"{uri}: {problem}; compute targets of another kind, or change the training settings")
 
 
 class BalanceImpossible(DataInvalid):
-    """Groups of sequences cannot be given the shares that are asked for."""
+    """Groups of sequences cannot have the requested shares."""
 
     def __init__(self, *, column: str, problem: str) -> None:
         self.column, self.problem = column, problem
@@ -300,19 +305,19 @@ class BalanceImpossible(DataInvalid):
 
 
 class AuthorDominates(DataInvalid):
-    """One author's writing is more of what would be trained on, or weighs more in the loss, than the job allows."""
+    """One author has a larger share of the training text, or of its weight in the loss, than the job allows."""
 
     def __init__(self, *, author: str, share: float, cap: float, of: str) -> None:
         self.author, self.share, self.cap, self.of = author, share, cap, of
         super().__init__(
-            f"train.author_cap: author {author!r} has {share:.1%} of {of}, at most {cap:.1%} may be one"
-            " author's; add other writing, name the author in the `consent` of the source if there is consent, or leave"
-            " `group_field` out where it does not name authors"
+            f"train.author_cap: author {author!r} has {share:.1%} of {of}, and one author may have at most {cap:.1%};"
+            " add writing by others, list the author in the source's `consent` if they have agreed, or remove"
+            " `group_field` if it does not name authors"
         )
 
 
 class TrainingDiverged(DataInvalid):
-    """A training step gave a loss or a gradient that is not finite."""
+    """A training step produced a loss or gradient that is not finite."""
 
     def __init__(self, *, step: int, loss: float) -> None:
         self.step, self.loss = step, loss

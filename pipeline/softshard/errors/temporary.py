@@ -1,4 +1,4 @@
-"""Errors that end the command with 75: something passed away that may be there again later."""
+"""Errors that end the command with 75: something is unavailable for now, and the same command may succeed later."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ __all__ = [
 
 
 class OutputBusy(TryAgain):
-    """Another run works on the same output."""
+    """Another run is using the same output."""
 
     def __init__(self, *, out: str, holder: str) -> None:
         self.out, self.holder = out, holder
-        super().__init__(f"{out}: {holder} works here; wait for its end, or stop it, and start again")
+        super().__init__(f"{out}: in use by {holder}; wait until it ends, or stop it, and run the same command again")
 
 
 class LeaseLost(TryAgain):
-    """This run was taken for dead, and another works on its output now."""
+    """This run did not renew its lease in time, and another run has taken over its output."""
 
     def __init__(self, *, out: str, other: str | None) -> None:
         self.out, self.other = out, other
         super().__init__(
-            f"{out}: this run stood still, or was cut off from its output, so {other or 'another run'} has taken over;"
-            " what both have committed is kept, and never mixed"
+            f"{out}: this run was suspended or cut off from its output, so {other or 'another run'} has taken over;"
+            " parts that either has committed are kept; leave this one stopped"
         )
 
 
 class EngineFailed(TryAgain):
-    """An engine ended in the middle of its work."""
+    """An engine crashed, or ran out of memory, while scoring."""
 
     def __init__(self, *, engine: str, problem: str) -> None:
         self.engine, self.problem = engine, problem
-        super().__init__(f"the {engine} engine failed: {problem}; what is committed is kept, run the job again")
+        super().__init__(f"the {engine} engine failed: {problem}; committed parts are kept, run the job again")
 
 
 class Stopped(TryAgain):
-    """A signal asked the run to stop; `finished` tasks were ended in the time it had, `dropped` ones were cut off."""
+    """A signal stopped the run; `finished` running tasks completed within the grace period, `dropped` ones did not."""
 
     def __init__(self, *, signal: str, finished: int, dropped: int) -> None:
         self.signal, self.finished, self.dropped = signal, finished, dropped
         super().__init__(
-            f"stopped by {signal}: of the tasks in hand {finished} finished and {dropped} dropped; what is committed"
-            " is kept, and the same command goes on from there"
+            f"stopped by {signal}: {finished} running tasks finished, {dropped} dropped; committed parts are kept,"
+            " and the same command continues from there"
         )
 
 
 class StoreUnavailable(TryAgain):
-    """An object store has not answered, or asks for patience, in all attempts."""
+    """An object store did not answer, or asked to slow down, on every attempt."""
 
     def __init__(self, *, uri: str, reason: str) -> None:
         self.uri, self.reason = uri, reason
         super().__init__(
-            f"{uri}: the object store does not answer ({reason}); what is committed is kept, run the job again"
+            f"{uri}: the object store does not answer ({reason}); committed parts are kept, run the job again"
         )
 
 
@@ -71,20 +71,20 @@ class StorageFull(TryAgain):
     def __init__(self, *, uri: str) -> None:
         self.uri = uri
         super().__init__(
-            f"{uri}: no space left on the device; free some and run the job again, nothing written is lost"
+            f"{uri}: no space left on the device; free some space and run the job again, committed parts are kept"
         )
 
 
 def full_disk(error: BaseException, *, uri: str | None = None) -> StorageFull | None:
-    """What to raise where a full disk is the cause of an error, or the cause of its cause; None where it is not.
+    """The StorageFull to raise if a full disk is anywhere in an error's chain of causes, else None.
 
     Args:
-        error: any.
-        uri: what was to be written; None: as the cause says.
+        error: any exception.
+        uri: the file or folder being written; None takes the file name from the cause.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return StorageFull(uri=uri or str(cause.filename or "a file for temporary use"))
+            return StorageFull(uri=uri or str(cause.filename or "a temporary file"))
         cause = cause.__cause__ or cause.__context__
     return None

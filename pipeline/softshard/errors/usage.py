@@ -1,4 +1,4 @@
-"""Errors that end the command with 2: the job file, the arguments, or what they name cannot be used."""
+"""Errors that end the command with 2: the job file or an argument is wrong, or names something that cannot be used."""
 
 from __future__ import annotations
 
@@ -35,55 +35,54 @@ class EngineMissing(SoftshardError):
     def __init__(self, *, engine: str) -> None:
         self.engine = engine
         super().__init__(
-            f"teacher.engine: {engine} is not installed here; install softshard[{engine}],"
-            " or use `engine: transformers`"
+            f"teacher.engine: {engine} is not installed; install softshard[{engine}], or set `engine: transformers`"
         )
 
 
 class ExtraMissing(SoftshardError):
-    """Something was asked for that an optional package does, and the package is not installed."""
+    """A feature needs an optional package that is not installed."""
 
     exit_code = EXIT_JOB
 
     def __init__(self, *, what: str, package: str, extra: str, remedy: str = "") -> None:
         self.what, self.package, self.extra = what, package, extra
-        way_out = f", or {remedy}" if remedy else ""
-        super().__init__(f"{what}: {package} is not installed here; install softshard[{extra}]{way_out}")
+        alternative = f", or {remedy}" if remedy else ""
+        super().__init__(f"{what}: {package} is not installed; install softshard[{extra}]{alternative}")
 
 
 class FolderTaken(SoftshardError):
-    """Something was to be written to a folder in which there is something already."""
+    """The destination folder exists and is not empty."""
 
     exit_code = EXIT_JOB
 
     def __init__(self, *, folder: str) -> None:
         self.folder = folder
-        super().__init__(f"{folder}: is there already, and nothing is written over it; name another folder")
+        super().__init__(f"{folder}: already exists, and nothing in it is overwritten; name another folder")
 
 
 class OutputForeign(SoftshardError):
-    """The output folder belongs to another job, or to something else altogether."""
+    """The output folder belongs to another job, or holds files that softshard did not write."""
 
     exit_code = EXIT_JOB
 
     def __init__(self, *, out: str, owner: str | None, job: str) -> None:
         self.out, self.owner, self.job = out, owner, job
-        whose = f"belongs to job {owner!r}" if owner else "is not empty and holds no job.yaml of softshard"
-        super().__init__(f"{out}: this folder {whose}, not to job {job!r}; give `out` another folder")
+        problem = f"belongs to job {owner!r}, not to job {job!r}" if owner else "holds other files and no job.yaml"
+        super().__init__(f"{out}: this folder {problem}; set `out` to another folder")
 
 
 class OutputUnusable(SoftshardError):
-    """The output folder cannot be written."""
+    """The output folder cannot be written to."""
 
     exit_code = EXIT_JOB
 
     def __init__(self, *, uri: str, problem: str, setting: str = "out") -> None:
         self.uri, self.problem, self.setting = uri, problem, setting
-        super().__init__(f"{uri}: cannot be written: {problem}; give `{setting}` a folder on a disk that can be")
+        super().__init__(f"{uri}: cannot be written: {problem}; set `{setting}` to a folder that can be written to")
 
 
 class StoreUnusable(SoftshardError):
-    """An object store refuses what is asked of it, or does not do it."""
+    """An object store refuses a request, or ignores a condition that commits rely on."""
 
     exit_code = EXIT_JOB
 
@@ -93,25 +92,25 @@ class StoreUnusable(SoftshardError):
 
 
 class ManifestMissing(SoftshardError):
-    """A stage was asked for whose input is not complete, or was made with other settings."""
+    """The input of a stage is missing, incomplete, or was made with other settings."""
 
     exit_code = EXIT_JOB
 
     def __init__(self, *, uri: str, stage: str) -> None:
         self.uri, self.stage = uri, stage
-        problem = f"not there, or made with other settings, so the {stage} stage is not complete"
+        problem = f"missing or made with other settings, so the {stage} stage is not complete"
         super().__init__(f"{uri}: {problem}; run `softshard {stage} JOB.yaml`")
 
 
 class ShardedTwice(SoftshardError):
-    """Batches that are dealt to ranks already would be dealt again, so that each rank would see a part of its own."""
+    """accelerate would shard batches over ranks that the dataset has already sharded, so most data would be skipped."""
 
     exit_code = EXIT_JOB
 
     def __init__(self, *, wrapper: str, num_processes: int) -> None:
         self.wrapper, self.num_processes = wrapper, num_processes
         super().__init__(
-            f"accelerate's {wrapper} would deal batches to {num_processes} processes that are dealt to ranks already,"
-            " and only some of the data would be seen; do not give this data set's loader to `accelerator.prepare`,"
-            " and put `SoftLabelTraining` before Trainer"
+            f"accelerate's {wrapper} would shard the batches over {num_processes} processes, but this dataset has"
+            " already sharded them over ranks, so most data would be skipped; do not pass its loader to"
+            " `accelerator.prepare`, and put `SoftLabelTraining` before Trainer in the list of base classes"
         )

@@ -27,7 +27,7 @@ def axolotl_rows(targets: TargetSet) -> Iterator[dict[str, Any]]:
 
     Raises:
         ValueError: the sketch is `threshold`, whose tail is a sample: as log-probabilities that sum to 1 it is biased.
-        CorpusEmpty, NothingPasses, PartCorrupt: as `SoftLabelDataset`.
+        CorpusEmpty, FilterMatchesNothing, PartCorrupt: as `SoftLabelDataset`.
     """
     reader = SetReader(targets, Mixing(alpha=0.0, truncated="renormalise"))
     if (kind := reader.metadata.kind) == "threshold":

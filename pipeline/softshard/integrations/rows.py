@@ -35,7 +35,7 @@ def target_rows(
     where they are not all 1, and `counted` [P] where groups have weights.
 
     Raises:
-        CorpusEmpty, NothingPasses, PartCorrupt: as `SoftLabelDataset`.
+        CorpusEmpty, FilterMatchesNothing, PartCorrupt: as `SoftLabelDataset`.
     """
     mixing = Mixing(alpha=alpha, truncated=truncated, temperature=temperature, weights=weights or LabelWeights())
     for row in mixed_in_order(SetReader(targets, mixing), draw=draw):

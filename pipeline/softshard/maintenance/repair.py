@@ -17,7 +17,7 @@ from softshard.cluster.cluster import OpenCluster, lazy_cluster
 from softshard.corpus.build import build_corpus
 from softshard.corpus.manifest import CorpusManifest, write_corpus_manifest
 from softshard.corpus.verify import CorpusVerification
-from softshard.errors import NotMendable, PartCorrupt
+from softshard.errors import NotRepairable, PartCorrupt
 from softshard.maintenance.repair_targets import corpus_of, repair_targets
 from softshard.maintenance.verify import Checked, check_output
 from softshard.output.lease import hold_lease
@@ -62,7 +62,7 @@ def repair(out: str, reporter: Reporter, *, deep: bool) -> Repaired:
     Raises:
         JobInvalid: there is no job in the folder.
         OutputBusy: a run works there.
-        NotMendable: what is bad cannot be made again from what there is now; it and all after it is left as it was.
+        NotRepairable: what is bad cannot be made again from what there is now; it and all after it is left as it was.
         PartsFailed: a part, or an adapter, could not be computed.
         SoftshardError: see the stages.
     """
@@ -107,7 +107,7 @@ def _mend_corpora(workspace: Workspace, checked: Checked, quarantine: Quarantine
                     f"is corpus {str(expected)[:16]}, but the sources, or the settings in job.yaml, have changed since"
                     f" and give {rebuilt.digest[:16]}; `softshard run JOB.yaml` makes all of what is there now"
                 )
-                raise NotMendable(uri=workspace.out.below(name).uri, problem=problem)
+                raise NotRepairable(uri=workspace.out.below(name).uri, problem=problem)
             made += [f"{name}/{path}" for path in _taken_over(workspace.out, name, found, rebuilt, scratch, quarantine)]
     return made
 
@@ -117,7 +117,7 @@ def _rebuilt(workspace: Workspace, name: str, scratch: Store, reporter: Reporter
     settings = job.corpus if name == "corpus" else retention_settings(workspace)
     if settings is None:
         problem = "is damaged, and the job has no retention text any more; remove this folder"
-        raise NotMendable(uri=workspace.out.below(name).uri, problem=problem)
+        raise NotRepairable(uri=workspace.out.below(name).uri, problem=problem)
     return build_corpus(
         settings=settings,
         tokenizer=workspace.teacher_model.tokenizer,
@@ -168,7 +168,7 @@ def _train_teacher(workspace: Workspace, checked: Checked, reporter: Reporter, c
             f"{error.problem}, and what can be trained in its place has other weights; `softshard run JOB.yaml` goes"
             " on with that, and makes new targets"
         )
-        raise NotMendable(uri=error.uri, problem=problem) from error
+        raise NotRepairable(uri=error.uri, problem=problem) from error
     return [f"teacher/{folder}" for folder in made]
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from softshard.cluster.cluster import OpenCluster
 from softshard.config import SketchSettings, ThresholdSketch
 from softshard.corpus.manifest import CorpusManifest, read_corpus_manifest
-from softshard.errors import NotMendable
+from softshard.errors import NotRepairable
 from softshard.output.workspace import Workspace
 from softshard.records.canonical import canonical_json
 from softshard.records.spool import Spool
@@ -35,11 +35,11 @@ __all__ = ["corpus_of", "repair_targets"]
 
 
 def corpus_of(workspace: Workspace) -> CorpusManifest:
-    """The corpus of an output. Raises NotMendable where it is not complete."""
+    """The corpus of an output. Raises NotRepairable where it is not complete."""
     corpus = read_corpus_manifest(workspace.corpus)
     if corpus is None:
         problem = "is not complete, so nothing that rests on it can be made again; run `softshard run JOB.yaml`"
-        raise NotMendable(uri=workspace.corpus.uri, problem=problem)
+        raise NotRepairable(uri=workspace.corpus.uri, problem=problem)
     return corpus
 
 
@@ -49,7 +49,7 @@ def repair_targets(
     """Mend what verification found; the paths, below the output, that were made again.
 
     Raises:
-        NotMendable: a bad part would not be the same part if it were computed now.
+        NotRepairable: a bad part would not be the same part if it were computed now.
         PartsFailed: some parts could not be computed.
     """
     if not found.findings:
@@ -103,18 +103,20 @@ def _compute(
 def _as_missing(
     run: ScoringSpec, manifest: Manifest, bad: Mapping[str, Receipt], corpus: CorpusManifest, *, uri: str
 ) -> Missing:
-    """The bad parts as those that a run lacks, in the manifest's order, which names them. Raises NotMendable."""
+    """The bad parts as those that a run lacks, in the manifest's order, which names them. Raises NotRepairable."""
     wanted = {receipt.slice for receipt in bad.values()}
     slices = {part.sha256: part for part in corpus.slices if part.sha256 in wanted}
     if lost := sorted(wanted - set(slices)):
-        raise NotMendable(uri=uri, problem=f"has a bad part of slice {lost[0][:16]}, which the corpus no longer holds")
+        raise NotRepairable(
+            uri=uri, problem=f"has a bad part of slice {lost[0][:16]}, which the corpus no longer holds"
+        )
     places, flags = [], bytearray(len(manifest.parts))
     for index, receipt in enumerate(manifest.parts):
         part = slices.get(receipt.slice)
         places.append(part or next(iter(slices.values())))
         if receipt.part_id in bad and part is not None:
             if run.plan(index, part).part_id != receipt.part_id:
-                raise NotMendable(uri=f"{uri}/{receipt.path}", problem=_why_another(manifest, receipt, run))
+                raise NotRepairable(uri=f"{uri}/{receipt.path}", problem=_why_another(manifest, receipt, run))
             flags[index] = 1
     labels = sum(receipt.num_labels for receipt in bad.values())
     first = next(iter(bad.values())).path

@@ -75,7 +75,7 @@ def open_teacher(
         EngineDiffers: this process has another version or kind of device.
         ModelInvalid: the engine cannot load the model.
         ArchitectureUnsupported: vLLM cannot make a teacher of it.
-        AdapterNotInForce: vLLM does not give the adapted model's distributions.
+        AdapterNotApplied: vLLM does not give the adapted model's distributions.
     """
     refuse_other_engine(identity, device=device)
     if identity["engine"] == "vllm":

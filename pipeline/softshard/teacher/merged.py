@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from softshard.errors import AdapterNotInForce, PartCorrupt
+from softshard.errors import AdapterNotApplied, PartCorrupt
 from softshard.finetune.adapters.lora import load_adapter
 from softshard.models import load_model, load_tokenizer
 from softshard.records.canonical import canonical_json
@@ -138,7 +138,7 @@ def check_canary(canary: Canary, engine: NDArray[np.float32], *, dtype: str, mod
         model: name for the error.
 
     Raises:
-        AdapterNotInForce: the engine serves another model, or one that cannot be told from the base.
+        AdapterNotApplied: the engine serves another model, or one that cannot be told from the base.
     """
     base, adapted = np.array(canary.base), np.array(canary.adapted)
     way = adapted - base
@@ -147,4 +147,4 @@ def check_canary(canary: Canary, engine: NDArray[np.float32], *, dtype: str, mod
     difference = float(np.abs(engine - adapted).mean())
     allowed = _ALLOWED_NATS[dtype]
     if not (_LEAST_SHARE < share < _MOST_SHARE and difference <= allowed):
-        raise AdapterNotInForce(model=model, share=share, difference=difference, allowed=allowed)
+        raise AdapterNotApplied(model=model, share=share, difference=difference, allowed=allowed)

@@ -247,7 +247,7 @@ def test_label_weights_of_a_blend_are_the_sets_mean_for_the_adapter_and_the_base
 @pytest.mark.parametrize("where", [{"mean_entropy": [90, 99]}, {"group": ["nobody"]}])
 def test_groups_of_nothing_are_named_as_nothing(changed, capsys, where):
     assert main(["train", str(changed(balance={}, where=where))]) == 3
-    assert "no sequence of the train split passes the filter" in capsys.readouterr().err
+    assert "no sequence of the train split matches the filter" in capsys.readouterr().err
 
 
 def test_a_blend_of_two_jobs_runs_from_the_command_line(changed, other, capsys):

@@ -27,7 +27,7 @@ from softshard.data.authors import (
 from softshard.data.blend import Blend
 from softshard.data.groups import Tally, balanced
 from softshard.data.mixing import LabelWeights
-from softshard.errors import AuthorDominates, ManifestMissing, NothingPasses
+from softshard.errors import AuthorDominates, FilterMatchesNothing, ManifestMissing
 from softshard.finetune.loop import num_steps
 from softshard.models import Tokenizer
 from softshard.output.workspace import Workspace
@@ -89,7 +89,7 @@ def check_corpora(workspace: Workspace, corpora: Corpora) -> None:
 
     Raises:
         AuthorDominates: one author's writing is more of it than the job allows.
-        NothingPasses, BalanceImpossible: as in `expected_shares`.
+        FilterMatchesNothing, BalanceImpossible: as in `expected_shares`.
     """
     style, retention = corpora.style, corpora.retention
     with_retention = retention is not None and _trains_on_retention_text(workspace.job.train)
@@ -107,7 +107,7 @@ def expected_shares(workspace: Workspace, text: CountedText) -> dict[str, Larges
     be told. Weights of labels are not known yet; of a mix the first step is looked at, and each label counts once.
 
     Raises:
-        NothingPasses: no text of the corpus passes `train.where`.
+        FilterMatchesNothing: no text of the corpus passes `train.where`.
         BalanceImpossible: its groups cannot have their shares.
     """
     settings, more = workspace.job.train, workspace.job.train.targets
@@ -161,7 +161,7 @@ def _passing(workspace: Workspace, counts: Sequence[GroupCount]) -> list[GroupCo
         one for one in counts if all(names is None or getattr(one, name) in names for name, names in wanted.items())
     ]
     if not found:
-        raise NothingPasses(uri=workspace.corpus.uri, split="train", where=str(make_row_filter(where)))
+        raise FilterMatchesNothing(uri=workspace.corpus.uri, split="train", where=str(make_row_filter(where)))
     return found
 
 
@@ -211,7 +211,7 @@ def check_author_cap(workspace: Workspace, feed: TrainingData, retention: Corpus
 
     Raises:
         AuthorDominates: one has more than the job's cap.
-        NothingPasses, BalanceImpossible, PartCorrupt: of the sets.
+        FilterMatchesNothing, BalanceImpossible, PartCorrupt: of the sets.
     """
     weights = make_label_weights(workspace.job.train.label_weights)
     if feed.how == "blend":

@@ -135,7 +135,8 @@ def open_training_data(workspace: Workspace, manifest: Manifest) -> TrainingData
     Raises:
         ManifestMissing, JobInvalid: another job's targets are not there.
         TokenizerMismatch, BlendInvalid, TargetsUnsuitable: another set does not fit the student, or the job.
-        BalanceImpossible, NothingPasses: its groups cannot have their shares, or none of a set is left to have any.
+        BalanceImpossible: its groups cannot have their shares.
+        FilterMatchesNothing: no row of a set is left.
     """
     settings = workspace.job.train
     own = WeightedTargets(
