@@ -15,7 +15,9 @@ from softshard.data.mixing import LabelWeights
 from softshard.data.row_index import index_rows
 from softshard.data.target_set import TargetSet
 from softshard.errors import FilterMatchesNothing, PartCorrupt, ResumeMismatch
+from softshard.records.spool import Spool
 from softshard.shard.decode import decode_part
+from softshard.shard.manifest import Receipt
 from softshard.storage import LocalStore
 
 SETTINGS = {"seed": 1, "batch_tokens": 64, "shuffle_buffer": 20, "alpha": 0.5}
@@ -129,7 +131,7 @@ def test_the_order_is_the_same_each_time_under_a_filter(targets):
 def test_a_part_of_another_size_is_found_before_its_rows_are_read(tmp_path):
     store, manifest = write_targets(tmp_path, numbered_parts(np.random.default_rng(0), (4,)))
     longer = manifest.parts[0].model_copy(update={"num_bytes": manifest.parts[0].num_bytes + 1})
-    data = dataset(TargetSet(store=store, manifest=manifest.model_copy(update={"parts": (longer,)})))
+    data = dataset(TargetSet(store=store, manifest=manifest.model_copy(update={"parts": Spool(Receipt, [longer])})))
     with pytest.raises(PartCorrupt, match=f"its receipt names {longer.num_bytes}"):
         data.batches_per_epoch(0)
 

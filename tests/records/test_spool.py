@@ -13,7 +13,9 @@ from pydantic import BaseModel, ValidationError
 from fakes.targets import manifest_of, receipt
 from softshard.errors import StorageFull
 from softshard.records import spool as spool_module
-from softshard.records.canonical import canonical_json, digest_by_item, read_by_item, write_by_item
+from softshard.records.canonical import canonical_json, write_canonical_json
+from softshard.records.digest import members_digest
+from softshard.records.json_stream import read_json_items
 from softshard.records.spool import Spool, temporary_disk
 from softshard.shard.manifest import Manifest, read_manifest, write_manifest
 from softshard.storage import LocalStore
@@ -77,7 +79,7 @@ def test_a_full_disk_is_that_of_the_temporary_files(monkeypatch):
 
 def by_item(content, name):
     items = []
-    return read_by_item(io.BytesIO(content), name=name, on_item=items.append), items
+    return read_json_items(io.BytesIO(content), name=name, on_item=items.append), items
 
 
 def same(one, other):
@@ -91,11 +93,11 @@ def test_a_record_by_its_items_is_the_json_of_the_whole(record, name, items):
     record = {key: value for key, value in record.items() if key != name}
     whole = {**record, name: items}
     file = io.BytesIO()
-    write_by_item(file, record, name=name, items=iter(items))
+    write_canonical_json(file, {**record, name: iter(items)})
     expected = json.dumps(whole, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
     assert file.getvalue().decode("utf-8", "surrogatepass") == expected
     compact = json.dumps(whole, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert digest_by_item(record, name=name, items=iter(items)) == hashlib.sha256(compact.encode()).hexdigest()
+    assert members_digest({**record, name: iter(items)}) == hashlib.sha256(compact.encode()).hexdigest()
 
 
 @settings(max_examples=200, deadline=None)
@@ -103,14 +105,14 @@ def test_a_record_by_its_items_is_the_json_of_the_whole(record, name, items):
     record=records, items=st.lists(values, max_size=4), indent=st.none() | st.integers(0, 3), block=st.integers(1, 40)
 )
 def test_json_of_any_layout_is_read_by_its_items(record, items, indent, block):
-    from softshard.records import canonical
+    from softshard.records import json_stream
 
-    before, canonical._BLOCK_BYTES = canonical._BLOCK_BYTES, block
+    before, json_stream._BLOCK_BYTES = json_stream._BLOCK_BYTES, block
     try:
         content = json.dumps({**record, "items": items}, indent=indent).encode()
         rest, found = by_item(content, "items")
     finally:
-        canonical._BLOCK_BYTES = before
+        json_stream._BLOCK_BYTES = before
     assert same(found, items)
     assert same(rest, {key: value for key, value in record.items() if key != "items"})
 

@@ -16,11 +16,13 @@ from softshard.config import FullSketch, NucleusSketch, ThresholdSketch, TopkSke
 from softshard.errors import PartConflict, PartCorrupt
 from softshard.records.canonical import canonical_json
 from softshard.records.digest import sha256_hex
+from softshard.records.spool import Spool
 from softshard.shard.card import write_card
 from softshard.shard.commit import PartSpec, build_part, commit_part, find_receipt, receipt_path
 from softshard.shard.decode import decode_part, open_part
 from softshard.shard.manifest import (
     Manifest,
+    Receipt,
     SourceRights,
     bytes_per_position,
     mean_fidelity,
@@ -376,7 +378,7 @@ def test_deep_verification_finds_what_a_hash_cannot(tmp_path, damage):
     content = (tmp_path / part.path).read_bytes()
     receipt = part.model_copy(update={"sha256": sha256_hex(content), "num_bytes": len(content)})
     store.replace(receipt_path(part.part_id), canonical_json(receipt))
-    write_manifest(store, manifest.model_copy(update={"parts": (receipt,)}))
+    write_manifest(store, manifest.model_copy(update={"parts": Spool(Receipt, [receipt])}))
     problems = verify_targets(store, deep=True).problems
     assert problems
     assert all(part.path in problem for problem in problems)

@@ -61,10 +61,10 @@ def _run(job: Job, reporter: FanOut, stages: Collection[str], *, outlets: Outlet
         reporter.event(
             "targets_complete",
             manifest=manifest.digest,
-            parts=len(manifest.parts),
-            sequences=sum(part.num_sequences for part in manifest.parts),
-            positions=sum(part.num_labels for part in manifest.parts),
-            bytes=sum(part.num_bytes for part in manifest.parts),
+            parts=manifest.totals.num_parts,
+            sequences=manifest.totals.num_sequences,
+            positions=manifest.totals.num_labels,
+            bytes=manifest.totals.num_bytes,
         )
     return outcome
 

@@ -6,14 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from softshard.config import CorpusSettings
 from softshard.corpus.boundaries import SliceCut
 from softshard.corpus.screen import ScreenedDocument, Split
 from softshard.corpus.windows import make_sequence_id, window_starts
 from softshard.errors import CorpusEmpty, FoldEmpty
 from softshard.models import Tokenizer
+from softshard.records.record import Record
 
 __all__ = ["CorpusCount", "GroupCount", "SplitCount", "Tally"]
 
@@ -28,10 +27,8 @@ class GroupCount(NamedTuple):
     num_labels: int
 
 
-class SplitCount(BaseModel):
+class SplitCount(Record):
     """What one fold of one split holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     split: Literal["train", "test"]
     fold: int
@@ -46,10 +43,8 @@ class SplitCount(BaseModel):
     num_slices: int = 0
 
 
-class CorpusCount(BaseModel):
+class CorpusCount(Record):
     """What a corpus would be, without one having been written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     counts: dict[str, int]
     """Documents by outcome of the screening."""

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from softshard.errors import PartCorrupt
-from softshard.records.canonical import digest_by_item, read_by_item, write_by_item
+from softshard.records.canonical import write_canonical_json
+from softshard.records.json_stream import read_json_items
+from softshard.records.record import Record, SpooledRecord
 from softshard.records.spool import Spool
 from softshard.shard.manifest import SourceRights
 from softshard.storage import Store
@@ -31,11 +32,7 @@ CORPUS_VERSION = 2
 _PATH = "manifest.json"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class CorpusSlice(_Record):
+class CorpusSlice(Record):
     """One file of sequences, all of one split and one fold."""
 
     path: str = Field(pattern=r"^sequences/[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -54,7 +51,7 @@ class CorpusSlice(_Record):
     """UTF-8 bytes of the documents that start in this slice."""
 
 
-class DocumentsFile(_Record):
+class DocumentsFile(Record):
     """One file with a row a document."""
 
     path: str = Field(pattern=r"^documents/[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -63,7 +60,7 @@ class DocumentsFile(_Record):
     num_documents: int
 
 
-class CorpusStatistics(_Record):
+class CorpusStatistics(Record):
     """Documents of one style, source and split."""
 
     style: str
@@ -80,8 +77,14 @@ class CorpusStatistics(_Record):
     max_tokens: int
 
 
-class CorpusManifest(_Record):
-    """The record of a whole corpus."""
+class CorpusManifest(SpooledRecord):
+    """The record of a whole corpus.
+
+    Its digest is of what the corpus holds: of all but `key` and `documents`, which also say where each text lay, so
+    that a file that is touched, or a folder that is moved, leaves the digest as it is.
+    """
+
+    left_out_of_digest = frozenset({"key", "documents"})
 
     schema_version: int
     key: str
@@ -103,13 +106,6 @@ class CorpusManifest(_Record):
     statistics: tuple[CorpusStatistics, ...]
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of what the corpus holds: of all but `key` and `documents`, which also say where each text lay, so
-        that a file that is touched, or a folder that is moved, leaves the digest as it is."""
-        plain = self.model_dump(mode="json", exclude={"key", "documents", "slices"})
-        return digest_by_item(plain, name="slices", items=_plain(self.slices))
-
-    @property
     def paths(self) -> tuple[str, ...]:
         """Paths of all its files."""
         return (*(part.path for part in self.slices), *(file.path for file in self.documents))
@@ -122,14 +118,8 @@ class CorpusManifest(_Record):
 def write_corpus_manifest(store: Store, manifest: CorpusManifest) -> None:
     """Make the corpus complete: write `manifest.json` in place of an older one."""
     content = io.BytesIO()
-    write_by_item(
-        content, manifest.model_dump(mode="json", exclude={"slices"}), name="slices", items=_plain(manifest.slices)
-    )
+    write_canonical_json(content, manifest.members())
     store.replace(_PATH, content.getvalue())
-
-
-def _plain(slices: Spool[CorpusSlice]) -> Iterator[dict[str, Any]]:
-    return (part.model_dump(mode="json") for part in slices)
 
 
 def read_corpus_manifest(store: Store) -> CorpusManifest | None:
@@ -142,7 +132,7 @@ def read_corpus_manifest(store: Store) -> CorpusManifest | None:
     try:
         slices = Spool(CorpusSlice)
         with store.open(_PATH) as file:
-            values = read_by_item(file, name="slices", on_item=lambda item: slices.append(CorpusSlice(**item)))
+            values = read_json_items(file, name="slices", on_item=lambda item: slices.append(CorpusSlice(**item)))
         version = values["schema_version"]
         if version == CORPUS_VERSION:
             return CorpusManifest.model_validate({**values, "slices": slices})

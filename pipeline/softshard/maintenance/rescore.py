@@ -113,7 +113,7 @@ def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = N
 
 def _some_rows(store: Store, manifest: Manifest, *, num: int) -> dict[int, list[Row]]:
     """Rows at equal distances over all parts, by fold; only parts that hold one are read."""
-    wanted = spread(range(sum(receipt.num_sequences for receipt in manifest.parts)), num=num)
+    wanted = spread(range(manifest.totals.num_sequences), num=num)
     chosen: dict[int, list[Row]] = {}
     first = 0
     for receipt in manifest.parts:

@@ -14,7 +14,7 @@ from softshard.config.job_file import parse_values
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import JobInvalid, ManifestMissing
 from softshard.finetune.sweep import sweep_rows
-from softshard.shard.manifest import Manifest, Receipt, mean_fidelity, read_manifest, read_receipt
+from softshard.shard.manifest import Manifest, Receipt, mean_fidelity, read_manifest, read_receipt, sum_receipts
 from softshard.shard.read import read_rows
 from softshard.storage import Store, open_store
 from softshard.teacher.record import parse_fold
@@ -106,12 +106,12 @@ def _targets(store: Store) -> tuple[StageStatus, tuple[str, ...]]:
         receipts: Sequence[Receipt] = manifest.parts
     except ManifestMissing:
         receipts = tuple(read_receipt(store, path) for path in store.list("receipts"))
-    labels = sum(receipt.num_labels for receipt in receipts)
-    figures: dict[str, Any] = {"parts": len(receipts), "positions": labels}
+    totals = sum_receipts(receipts)
+    figures: dict[str, Any] = {"parts": totals.num_parts, "positions": totals.num_labels}
     fidelity = mean_fidelity(receipts)
     if fidelity is not None:
-        figures["bytes"] = sum(receipt.num_bytes for receipt in receipts)
-        figures["bytes_per_position"] = round(figures["bytes"] / labels, 2)
+        figures["bytes"] = totals.num_bytes
+        figures["bytes_per_position"] = round(totals.num_bytes / totals.num_labels, 2)
         figures["entries_per_position"] = round(fidelity.mean_entries, 2)
         figures["mean_squared_error"] = round(fidelity.mean_squared_error, 6)
         figures["gradient_angle_degrees"] = round(fidelity.gradient_angle_degrees, 2)

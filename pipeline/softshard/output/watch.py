@@ -81,6 +81,7 @@ class Watcher:
         self._corpus_size: int | None = None
         self._slices: dict[str, CorpusSlice] = {}
         self._manifest: Manifest | None = None
+        self._named: dict[str, Receipt] = {}
         self._pointer: bytes | None = None
         self._receipts: dict[str, Receipt] = {}
         self._last: deque[str] = deque(maxlen=_NUM_LAST)
@@ -153,16 +154,16 @@ class Watcher:
                 self._manifest = read_manifest(self._targets)
             except ManifestMissing:
                 self._manifest = None
+            self._named = {part.part_id: part for part in self._manifest.parts} if self._manifest else {}
             self._pointer = pointer
             self._new_ids.clear()
 
     def _is_of_corpus(self) -> bool:
-        assert self._manifest is not None
-        return {part.slice for part in self._manifest.parts} == set(self._slices)
+        return {part.slice for part in self._named.values()} == set(self._slices)
 
     def _done(self) -> list[Receipt]:
         """One receipt for each slice of the corpus that has one which counts."""
-        named = {part.part_id: part for part in self._manifest.parts} if self._manifest else {}
+        named = self._named
         of_manifest = {part.slice: part for part in named.values() if part.slice in self._slices}
         others = {
             receipt.slice: receipt

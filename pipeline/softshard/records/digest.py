@@ -1,28 +1,41 @@
-"""Digests: of a value, which is what settings are named by, and of bytes."""
+"""Digests: SHA-256, in hex, of values and of bytes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from pydantic import BaseModel
+from softshard.records.canonical import compact_json, compact_pieces
 
-__all__ = ["canonical_digest", "sha256_hex"]
+__all__ = ["canonical_digest", "members_digest", "sha256_hex", "sha256_of_file", "sha256_of_stream"]
 
 
 def canonical_digest(value: Any) -> str:
-    """SHA-256, in hex, of a value's canonical JSON: sorted keys, no spaces, UTF-8. Models are dumped whole."""
+    """Digest of a value's compact canonical JSON. Models inside it are dumped whole."""
+    return sha256_hex(compact_json(value).encode())
 
-    def plain(item: Any) -> Any:
-        if isinstance(item, BaseModel):
-            return item.model_dump(mode="json")
-        raise TypeError(f"{type(item).__name__} has no canonical form")
 
-    text = json.dumps(value, default=plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def members_digest(members: Mapping[str, Any]) -> str:
+    """`canonical_digest` of a record, given by its members; an iterator is a list whose items are taken one by one."""
+    digest = hashlib.sha256()
+    for piece in compact_pieces(members):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def sha256_hex(content: bytes) -> str:
-    """SHA-256 in hex."""
+    """Digest of bytes."""
     return hashlib.sha256(content).hexdigest()
+
+
+def sha256_of_stream(stream: BinaryIO) -> str:
+    """Digest of what is left in a stream, read in blocks."""
+    return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def sha256_of_file(path: Path) -> str:
+    """Digest of a local file, read in blocks."""
+    with path.open("rb") as file:
+        return sha256_of_stream(file)

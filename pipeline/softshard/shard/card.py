@@ -1,8 +1,7 @@
-"""The data set card: README.md of a `targets/` folder, which tells `datasets` the splits and people what this is."""
+"""The data set card: README.md of a `targets/` folder, with the splits for `datasets` and a description for people."""
 
 from __future__ import annotations
 
-import itertools
 import json
 
 from softshard.shard.manifest import Manifest
@@ -12,18 +11,18 @@ __all__ = ["write_card"]
 
 
 def write_card(store: Store, manifest: Manifest) -> None:
-    """Write README.md. It names each file where `data/` holds files that the manifest does not, else the folders."""
-    unnamed = set(store.list("data"))
-    unnamed.difference_update(part.path for part in manifest.parts)
-    globs = not unnamed
+    """Write README.md. It lists every part where `data/` holds files that the manifest does not name, else folders."""
+    paths: dict[str, list[str]] = {"train": [], "test": []}
+    for part in manifest.parts:
+        paths[part.split].append(part.path)
+    named = {path for listed in paths.values() for path in listed}
+    if named.issuperset(store.list("data")):
+        paths = {split: [f"data/{split}/*.parquet"] if listed else [] for split, listed in paths.items()}
     lines = ["---", "configs:", "- config_name: default", "  data_files:"]
-    paths = {}
-    for split in ("train", "test"):
-        of_split = (part.path for part in manifest.parts if part.split == split)
-        listed = list(itertools.islice(of_split, 1 if globs else None))
-        paths[split] = [f"data/{split}/*.parquet"] if globs and listed else listed
+    for split, listed in paths.items():
         if listed:
-            lines += [f"  - split: {split}", "    path:", *(f"    - {path}" for path in paths[split])]
+            lines += [f"  - split: {split}", "    path:", *(f"    - {path}" for path in listed)]
+    totals = manifest.totals
     licenses = sorted({source.license for source in manifest.sources})
     lines += [
         "tags:",
@@ -36,9 +35,8 @@ def write_card(store: Store, manifest: Manifest) -> None:
     ]
     lines += [
         "One row a sequence; every label of it has a sparse record of the teacher's whole next-token distribution.",
-        f"Manifest `{manifest.digest[:16]}`: {len(manifest.parts)} parts,"
-        f" {sum(part.num_sequences for part in manifest.parts):,} sequences,"
-        f" {sum(part.num_labels for part in manifest.parts):,} labels. Licences: {', '.join(licenses)}.",
+        f"Manifest `{manifest.digest[:16]}`: {totals.num_parts} parts,"
+        f" {totals.num_sequences:,} sequences, {totals.num_labels:,} labels. Licences: {', '.join(licenses)}.",
         "",
         "| source | style | licence | rights |",
         "|---|---|---|---|",

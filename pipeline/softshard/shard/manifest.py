@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from softshard.errors import ManifestMissing, PartCorrupt
-from softshard.records.canonical import digest_by_item, read_by_item, write_by_item
+from softshard.records.canonical import write_canonical_json
+from softshard.records.json_stream import read_json_items
+from softshard.records.record import Record, SpooledRecord
 from softshard.records.spool import Spool, temporary_disk
 from softshard.shard.schema import SCHEMA_VERSION, Fidelity
 from softshard.storage import Store, open_store
@@ -26,12 +29,14 @@ __all__ = [
     "Manifest",
     "Receipt",
     "SourceRights",
+    "Totals",
     "bytes_per_position",
     "manifest_path",
     "mean_fidelity",
     "pointer_to",
     "read_manifest",
     "read_receipt",
+    "sum_receipts",
     "write_manifest",
 ]
 
@@ -39,11 +44,7 @@ __all__ = [
 _MEANS = ("mean_squared_error", "gradient_angle_degrees", "mean_kl_nats", "mean_entries")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Receipt(_Record):
+class Receipt(Record):
     """The record that a part is committed."""
 
     part_id: str = Field(pattern=r"^[0-9a-f]{32}$")
@@ -67,7 +68,16 @@ class Receipt(_Record):
     fidelity: Fidelity
 
 
-class SourceRights(_Record):
+class Totals(NamedTuple):
+    """Sums over the parts of a run."""
+
+    num_parts: int
+    num_sequences: int
+    num_labels: int
+    num_bytes: int
+
+
+class SourceRights(Record):
     """Where text came from and by what right it is used."""
 
     name: str
@@ -76,7 +86,7 @@ class SourceRights(_Record):
     rights_basis: str
 
 
-class Manifest(_Record):
+class Manifest(SpooledRecord):
     """The record of a whole run of the targets stage."""
 
     schema_version: int
@@ -101,14 +111,24 @@ class Manifest(_Record):
     parts: Spool[Receipt]
     """Receipts, in the order of the corpus."""
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the manifest's canonical JSON, as `canonical_digest` has it; computed anew from all parts."""
-        return digest_by_item(self.model_dump(mode="json", exclude={"parts"}), name="parts", items=_plain(self.parts))
+    @cached_property
+    def totals(self) -> Totals:
+        """Sums over all parts, computed once."""
+        return sum_receipts(self.parts)
 
     def of_split(self, split: str) -> tuple[Receipt, ...]:
         """Receipts of one split."""
         return tuple(part for part in self.parts if part.split == split)
+
+
+def sum_receipts(receipts: Iterable[Receipt]) -> Totals:
+    """Sums over receipts, in one pass."""
+    sums = dict.fromkeys(Totals._fields, 0)
+    for receipt in receipts:
+        sums["num_parts"] += 1
+        for name in Totals._fields[1:]:
+            sums[name] += getattr(receipt, name)
+    return Totals(**sums)
 
 
 def mean_fidelity(receipts: Collection[Receipt]) -> Fidelity | None:
@@ -141,8 +161,8 @@ def mean_fidelity(receipts: Collection[Receipt]) -> Fidelity | None:
 
 def bytes_per_position(receipts: Collection[Receipt]) -> float | None:
     """Bytes of all parts over their labels. None where there is no label."""
-    labels = sum(receipt.num_labels for receipt in receipts)
-    return sum(receipt.num_bytes for receipt in receipts) / labels if labels else None
+    totals = sum_receipts(receipts)
+    return totals.num_bytes / totals.num_labels if totals.num_labels else None
 
 
 def read_receipt(store: Store, path: str) -> Receipt:
@@ -174,8 +194,7 @@ def write_manifest(store: Store, manifest: Manifest) -> bool:
     pointer = pointer_to(digest)
     with tempfile.NamedTemporaryFile() as file:
         with temporary_disk():
-            plain = manifest.model_dump(mode="json", exclude={"parts"})
-            write_by_item(file, plain, name="parts", items=_plain(manifest.parts))
+            write_canonical_json(file, manifest.members())
             file.flush()
         store.put_file_once(manifest_path(digest), Path(file.name))
     if store.exists("manifest.json") and store.read("manifest.json") == pointer:
@@ -233,9 +252,5 @@ def _digest_in(pointer: Any) -> str:
 def _manifest_at(store: Store, path: str) -> Manifest:
     parts = Spool(Receipt)
     with store.open(path) as file:
-        values = read_by_item(file, name="parts", on_item=lambda item: parts.append(Receipt.model_validate(item)))
+        values = read_json_items(file, name="parts", on_item=lambda item: parts.append(Receipt.model_validate(item)))
     return Manifest.model_validate({**values, "parts": parts})
-
-
-def _plain(parts: Spool[Receipt]) -> Iterator[dict[str, Any]]:
-    return (receipt.model_dump(mode="json") for receipt in parts)

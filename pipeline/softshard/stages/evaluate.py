@@ -271,8 +271,8 @@ def _targets_summary(manifest: Manifest) -> TargetsSummary:
     assert fidelity is not None
     assert manifest.bytes_per_position is not None
     return TargetsSummary(
-        parts=len(manifest.parts),
-        positions=sum(part.num_labels for part in manifest.parts),
+        parts=manifest.totals.num_parts,
+        positions=manifest.totals.num_labels,
         bytes_per_position=manifest.bytes_per_position,
         mean_entries=fidelity.mean_entries,
         mean_squared_error=fidelity.mean_squared_error,

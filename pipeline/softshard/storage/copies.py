@@ -7,8 +7,6 @@ serves every run that needs it. The cache may be deleted while nothing runs.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -16,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from softshard.errors import PartCorrupt
-from softshard.records.digest import sha256_hex
+from softshard.records.digest import canonical_digest, sha256_hex
 from softshard.storage.local import named_errors
 
 __all__ = ["copied_folder"]
@@ -35,7 +33,7 @@ def copied_folder(read: Callable[[str], bytes], files: Mapping[str, str], *, uri
         PartCorrupt: a file is not the one that its digest names.
         StorageFull, OutputUnusable: the cache cannot be written.
     """
-    digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
+    digest = canonical_digest(sorted(files.items()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "softshard" / "copies"
     folder = cache / digest[:32]
     if _is_whole(folder, files):

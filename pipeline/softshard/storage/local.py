@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from softshard.errors import OutputUnusable, PartConflict, StorageFull
-from softshard.records.digest import sha256_hex
+from softshard.records.digest import sha256_hex, sha256_of_file
 from softshard.storage.store import confined
 
 __all__ = ["LocalStore", "named_errors"]
@@ -59,7 +58,7 @@ class LocalStore:
         """`put_once` of a local file's content; a block of it is held at a time. Raises PartConflict, StorageFull."""
         with file.open("rb") as source:
             if not self._link(path, source):
-                expected, actual = _sha256_of_file(file), _sha256_of_file(self.local_path(path))
+                expected, actual = sha256_of_file(file), sha256_of_file(self.local_path(path))
                 if expected != actual:
                     raise PartConflict(uri=str(self.local_path(path)), expected=expected, actual=actual)
 
@@ -168,11 +167,6 @@ def named_errors(target: Path) -> Iterator[None]:
         if error.errno in _UNUSABLE:
             raise OutputUnusable(uri=str(target), problem=error.strerror or str(error)) from error
         raise
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(file: IO[bytes]) -> None:

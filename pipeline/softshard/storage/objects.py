@@ -9,7 +9,6 @@ one of many is told that it has created it, even where all write the same bytes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from softshard.errors import JobInvalid, PartConflict, StoreUnusable
-from softshard.records.digest import sha256_hex
+from softshard.records.digest import sha256_hex, sha256_of_file, sha256_of_stream
 from softshard.storage.copies import copied_folder
 from softshard.storage.reader import open_object
 from softshard.storage.s3 import S3, Passing, Patience, Taken, Unsupported
@@ -84,12 +83,11 @@ class ObjectStore:
     def put_file_once(self, path: str, file: Path) -> None:
         """`put_once` of a local file's content, a part of which is held at a time."""
         if not self._create(path, FileContent(file)):
-            with file.open("rb") as source:
-                self._refuse_other(path, hashlib.file_digest(source, "sha256").hexdigest())
+            self._refuse_other(path, sha256_of_file(file))
 
     def _refuse_other(self, path: str, expected: str) -> None:
         with self._open(path, block_bytes=_HASHED_BYTES) as stream:
-            actual = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            actual = sha256_of_stream(stream)
         if actual != expected:
             raise PartConflict(uri=self._named(path), expected=expected, actual=actual)
 

@@ -6,7 +6,6 @@ An adapter is float32 whatever the base; the same seed gives the same weights, a
 
 from __future__ import annotations
 
-import hashlib
 import json
 from enum import Enum
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from softshard.config import LoraSettings
 from softshard.errors import AdapterMissing, ModelInvalid
-from softshard.records.digest import canonical_digest
+from softshard.records.digest import canonical_digest, sha256_hex
 from softshard.records.seeds import keyed_seed
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def _plain(value: Any) -> Any:
 
 def adapter_digest(files: dict[str, bytes]) -> str:
     """SHA-256, in hex, of an adapter's files and their names."""
-    return canonical_digest({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+    return canonical_digest({name: sha256_hex(content) for name, content in files.items()})
 
 
 def load_adapter(model: Any, folder: Path, *, adapter_name: str, device: str) -> PeftModel:
