@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from softshard.cli import main
+from softshard.cli.commands.registry import COMMANDS
 from softshard.shard.manifest import read_manifest
+from softshard.stages.job import STAGES
 
-COMMANDS = (
-    "run corpus teacher targets train evaluate plan status verify repair gc show schema".split()  # noqa: SIM905
-)
+ROOT = Path(__file__).parents[2]
+NAMES = [command.name for command in COMMANDS]
 
 
 def softshard(*arguments, **options):
@@ -38,12 +40,23 @@ def test_importing_softshard_and_asking_for_help_load_nothing_heavy():
     assert not heavy & loaded_by(f"exec({help_asked!r})")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", NAMES)
 def test_every_command_has_help_with_the_exit_codes(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
     assert "75 try" in capsys.readouterr().out
+
+
+def test_there_is_a_command_for_every_stage():
+    assert NAMES[: 1 + len(STAGES)] == ["run", *STAGES]
+
+
+def test_readme_or_docs_explain_every_command():
+    """Each flag is in the generated `docs/commands.md`, which `softshard schema --check` compares."""
+    pages = [ROOT / "README.md", *(page for page in (ROOT / "docs").glob("*.md") if page.name != "commands.md")]
+    text = "".join(page.read_text() for page in pages)
+    assert [name for name in NAMES if not re.search(rf"softshard {name}\b|`{name}`", text)] == []
 
 
 @pytest.mark.parametrize(
@@ -130,7 +143,7 @@ def test_verify_of_a_whole_output_is_0_and_of_a_damaged_one_3(finished, tmp_path
     import shutil
 
     assert main(["verify", str(finished), "--deep"]) == 0
-    assert capsys.readouterr().out.endswith("all is as it claims\n")
+    assert capsys.readouterr().out.endswith("no problems found\n")
     shutil.copytree(finished, tmp_path / "out")
     part = tmp_path / "out/targets" / read_manifest(finished / "targets").parts[1].path
     content = bytearray(part.read_bytes())

@@ -467,7 +467,7 @@ def _(place):
 def _(place):
     """files of writers that were killed
     halves of files in .tmp and targets/.tmp
-    all is as it claims
+    no problems found
     """
     for folder in (place.out / ".tmp", place.targets / ".tmp"):
         folder.mkdir(exist_ok=True)

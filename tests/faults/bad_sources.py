@@ -400,7 +400,7 @@ def _(place):
 def _(place):
     """a read-only disk that is only read
     the output is mounted read-only
-    all is as it claims
+    no problems found
     """
     mounted(place, str(place.out), "--bind", str(place.out))
     subprocess.run(["mount", "-o", "remount,bind,ro", str(place.out)], check=True)
@@ -420,7 +420,7 @@ def _(place):
 def _(place):
     """a clock that was wrong while files were written
     half of the output is dated 1970, half 2100
-    all is as it claims
+    no problems found
     """
     for number, file in enumerate(sorted(place.out.rglob("*"))):
         os.utime(file, (4102444800 * (number % 2),) * 2)

@@ -69,7 +69,7 @@ def test_every_command_reads_the_bucket(on_s3, capsys):
     status = json.loads(capsys.readouterr().out)
     assert [stage["complete"] for stage in status["stages"]] == [True] * 5
     assert main(["verify", OUT, "--deep", "--quiet"]) == 0
-    assert "all is as it claims" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
     assert main(["show", OUT, "--sequence", status["sequences"][0][:12]]) == 0
     assert status["sequences"][0] in capsys.readouterr().out
     assert main(["plan", str(folder / "job.yaml"), "--quiet", "--tokens-per-second", "1000"]) == 0
@@ -81,7 +81,7 @@ def test_a_machine_without_a_copy_of_the_adapters_fetches_them(on_s3, capsys):
     shutil.rmtree(folder / "cache")
     proxy.seen.clear()
     assert main(["verify", OUT, "--against-teacher", "2", "--quiet"]) == 0
-    assert "all is as the teacher says" in capsys.readouterr().out
+    assert "the stored targets agree with the teacher" in capsys.readouterr().out
     assert list((folder / "cache").rglob("adapter_model.safetensors"))
 
 

@@ -69,7 +69,7 @@ def test_with_yes_exactly_that_is_removed(finished, out, capsys):
     assert tree(out) == tree(finished)
     assert verify_output(str(out), SilentReporter(), deep=False).problems == ()
     assert main(["gc", str(out)]) == 0
-    assert capsys.readouterr().out == f"{out}: nothing that no manifest names\n"
+    assert capsys.readouterr().out == f"{out}: every file is named by a manifest\n"
 
 
 def with_older_manifest(out):

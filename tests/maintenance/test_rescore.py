@@ -82,7 +82,7 @@ def test_a_finished_job_is_as_its_teacher_says(finished, capsys):
     assert found["noise_nats"] < 1e-4 < found["allowed_nats"]
     assert found["num_beyond"] == 0
     assert main(["verify", str(finished), "--against-teacher", "1", "--quiet"]) == 0
-    assert "all is as the teacher says" in capsys.readouterr().out
+    assert "the stored targets agree with the teacher" in capsys.readouterr().out
 
 
 def test_all_sequences_are_compared_where_more_are_asked_for(finished):

@@ -1,7 +1,8 @@
 """The published contracts as text: JSON Schema of job, manifest and report, and the Arrow schema of a part.
 
 They are generated from the models that the code itself uses, committed under `schemas/`, and never read at run time.
-The job file reference, `docs/job.md`, is made from the same models.
+Two pages of `docs/` are generated with them: the reference of the job file, from the same models, and that of the
+commands, from their registry.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from softshard.cli.command_reference import command_reference
 from softshard.cli.job_reference import job_reference
 from softshard.config import Job
 from softshard.evaluate.report import Report
@@ -27,14 +29,15 @@ _FILES = {
     "report": "report.schema.json",
     "part": "part.schema.txt",
     "reference": "../docs/job.md",
+    "commands": "../docs/commands.md",
 }
 
 
 def schema_texts() -> dict[str, str]:
-    """Text of each schema by its name."""
+    """The text of each schema and page, by name."""
     models: dict[str, type[BaseModel]] = {"job": Job, "manifest": Manifest, "report": Report}
     texts = {name: _json_schema(model) for name, model in models.items()}
-    return {**texts, "part": schema_text(), "reference": job_reference()}
+    return {**texts, "part": schema_text(), "reference": job_reference(), "commands": command_reference()}
 
 
 def _json_schema(model: type[BaseModel]) -> str:
@@ -43,7 +46,7 @@ def _json_schema(model: type[BaseModel]) -> str:
 
 
 def write_schemas(folder: str) -> list[str]:
-    """Write every schema into a folder, and the reference into the `docs/` beside it; the paths."""
+    """Write every schema into a folder and the pages into the `docs/` beside it; returns the paths."""
     texts = _by_path(folder)
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +55,7 @@ def write_schemas(folder: str) -> list[str]:
 
 
 def check_schemas(folder: str) -> list[str]:
-    """Paths of the schemas in a folder that are missing or not what the code would write."""
+    """Paths of the schemas and pages that are missing or differ from what the code would write."""
     expected = _by_path(folder)
     return [str(path) for path, text in expected.items() if not path.is_file() or path.read_text("utf-8") != text]
 

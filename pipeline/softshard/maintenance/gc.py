@@ -24,7 +24,7 @@ from softshard.shard.orphans import Orphan, find_orphans
 from softshard.shard.quarantine import QUARANTINE
 from softshard.storage import Store, open_store
 
-__all__ = ["Garbage", "collect_garbage", "render_garbage"]
+__all__ = ["Garbage", "collect_garbage"]
 
 _TEMPORARY = tuple(
     f"{folder}.tmp"
@@ -117,19 +117,3 @@ def _in_targets(store: Store) -> Iterator[Orphan]:
     for orphan in find_orphans(store, named):
         if manifest is not None or orphan.kind != _UNFINISHED:
             yield replace(orphan, path=f"targets/{orphan.path}")
-
-
-def render_garbage(out: str, garbage: Garbage) -> str:
-    """A line a file, then what they are together."""
-    lines = [f"{orphan.num_bytes:>14,}  {orphan.kind:<30} {orphan.path}" for orphan in garbage.files]
-    done = "removed" if garbage.removed else "that no manifest names; --yes removes them"
-    if garbage.files:
-        lines.append(f"{out}: {len(garbage.files)} file(s), {garbage.num_bytes:,} bytes {done}")
-    else:
-        lines.append(f"{out}: nothing that no manifest names")
-    if garbage.older:
-        lines.append(
-            f"kept: {len(garbage.older)} file(s), {garbage.older_bytes:,} bytes of older manifests, which readers of"
-            " those may still want; --older takes them too"
-        )
-    return "\n".join(lines) + "\n"

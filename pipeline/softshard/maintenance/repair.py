@@ -30,7 +30,7 @@ from softshard.stages.teacher.stage import named_teacher, train_missing
 from softshard.storage import LocalStore, Store, open_store
 from softshard.telemetry import Reporter
 
-__all__ = ["Repaired", "render_repaired", "repair"]
+__all__ = ["Repaired", "repair"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,18 +184,3 @@ def _set_adapters_aside(checked: Checked, quarantine: Quarantine) -> list[str]:
                 quarantine.take(f"{folder}/receipt.json")
             left += [path] if stage == "adapter" else []
     return left
-
-
-def render_repaired(out: str, repaired: Repaired) -> str:
-    """What was done, a line a file."""
-    lines = [f"set aside: {path}" for path in repaired.set_aside]
-    lines += [f"made again: {path}" for path in repaired.made]
-    lines += [f"left to `softshard run`, which trains it again: {path}" for path in repaired.left]
-    if repaired.manifest_before is not None and repaired.manifest != repaired.manifest_before:
-        lines.append(
-            f"the manifest is {str(repaired.manifest)[:16]} now and was {repaired.manifest_before[:16]}: what was"
-            " computed again has other bytes, within the noise of its engine or hardware"
-        )
-    done = f"{repaired.num_problems} problem(s), {len(repaired.made)} file(s) made again"
-    lines.append(f"{out}: {done if repaired.num_problems else 'nothing to repair'}")
-    return "\n".join(lines) + "\n"

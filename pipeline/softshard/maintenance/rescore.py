@@ -30,7 +30,7 @@ from softshard.teacher.engines import open_teacher, teacher_identity
 from softshard.teacher.protocol import Teacher
 from softshard.telemetry import Reporter
 
-__all__ = ["Rescored", "compare", "render_rescored", "rescore"]
+__all__ = ["Rescored", "compare", "rescore"]
 
 Engine = Literal["transformers", "vllm"]
 _LEAST_NOISE_NATS = {"float32": 1e-3, "bfloat16": 0.5}
@@ -225,18 +225,3 @@ def _border(stored: SequenceTargets, weights: NDArray[np.float64], sketch: Sketc
     least = np.full(stored.num_labels, np.inf)
     np.minimum.at(least, np.repeat(np.arange(stored.num_labels), stored.head_count), weights)
     return np.where(np.isfinite(least), least, 0.0)
-
-
-def render_rescored(out: str, rescored: Rescored) -> str:
-    """What was found, in lines of at most 80 columns."""
-    verdict = "all is as the teacher says"
-    if rescored.num_beyond:
-        verdict = f"{rescored.num_beyond} label(s) or head entries differ by more than that"
-    return (
-        f"{out}: {rescored.num_sequences} sequences, {rescored.num_labels:,} positions"
-        f" scored again ({', '.join(rescored.engines)})\n"
-        f"labels: {rescored.label_nats_mean:.4f} nats from what is stored, at most {rescored.label_nats_max:.4f}\n"
-        f"heads:  {rescored.head_weight_mean:.5f} of weight, at most {rescored.head_weight_max:.5f}\n"
-        f"noise of the engine: {rescored.noise_nats:.2g} nats; allowed beside the grid: {rescored.allowed_nats:.2g}\n"
-        f"{verdict}\n"
-    )

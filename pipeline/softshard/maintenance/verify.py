@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -28,7 +27,7 @@ from softshard.storage import Store, open_store
 from softshard.teacher.record import AdapterReceipt
 from softshard.telemetry import Reporter
 
-__all__ = ["CORPORA", "Checked", "OutputVerification", "check_output", "render_verification", "verify_output"]
+__all__ = ["CORPORA", "Checked", "OutputVerification", "check_output", "verify_output"]
 
 Record = TypeVar("Record", bound=BaseModel)
 CORPORA = ("corpus", "retention")
@@ -205,25 +204,3 @@ def _compare(manifest: Manifest, corpus: CorpusManifest, uri: str) -> list[str]:
         for number, (one, other) in enumerate(itertools.zip_longest(said, there))
         if one != other
     ]
-
-
-def render_verification(out: str, verification: OutputVerification) -> str:
-    """What was verified, a line a problem."""
-    read = "decoded" if verification.deep else "read and hashed"
-    lines = [
-        f"{out}: {verification.num_parts} parts {read}, {verification.num_sequences:,} sequences,"
-        f" {verification.num_labels:,} positions, {verification.num_bytes:,} bytes;"
-        f" {verification.num_slices} slices of the corpus, {verification.num_adapters} adapters",
-        *verification.problems,
-        *verification.notes,
-    ]
-    if verification.unnamed:
-        kinds = Counter(orphan.kind for orphan in verification.unnamed)
-        counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        lines.append(
-            f"{len(verification.unnamed)} file(s) that no manifest in use names ({counted}),"
-            f" first {verification.unnamed[0].path}: no reader opens them, `softshard gc` lists them"
-        )
-    problems = len(verification.problems)
-    lines.append(f"{problems} problem(s); `softshard repair {out}` mends them" if problems else "all is as it claims")
-    return "\n".join(lines) + "\n"

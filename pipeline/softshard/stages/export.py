@@ -35,7 +35,7 @@ from softshard.records.digest import canonical_digest
 from softshard.storage import open_store
 from softshard.teacher.merged import CANARY_TEXT
 
-__all__ = ["Exported", "export_model", "render_exported"]
+__all__ = ["Exported", "export_model"]
 
 _ALLOWED = 1e-4
 """Largest difference of a logit, in float32."""
@@ -240,13 +240,3 @@ def _model_card(exported: Exported, receipt: TrainingReceipt) -> str:
         "The base's own licence holds beside these.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def render_exported(exported: Exported) -> str:
-    """What was written, as lines for a person."""
-    return (
-        f"{exported.folder}: {exported.base} with adapter {exported.adapter[:16]} ({exported.kind}), {exported.dtype}\n"
-        f"on a known text it is {exported.canary_kl_nats:.4g} nats a token from the base and"
-        f" {exported.rounding_kl_nats:.2g} from base and adapter;"
-        f" merging moved a logit by at most {exported.merge_difference:.2g}\n"
-    )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from softshard.cli import main
-from softshard.cli.summary import render_summary
+from softshard.cli.commands.run import render_summary
 from softshard.config.job_file import load_job
 from softshard.errors import JobInvalid
 from softshard.finetune.record import read_trained

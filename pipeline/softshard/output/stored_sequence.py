@@ -1,14 +1,12 @@
-"""One stored sequence as a person can read it: the text, and at each position what is stored there."""
+"""One stored sequence, decoded for a reader: its text, and the stored target of each label."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from softshard.cli.terminal import packed, wrapped
 from softshard.errors import SequenceUnknown
 from softshard.models import Tokenizer, check_tokenizer, load_tokenizer, resolve_model
 from softshard.output.workspace import saved_job
@@ -18,12 +16,12 @@ from softshard.shard.schema import PartMetadata
 from softshard.sketch.entries import entries_of
 from softshard.storage import Store, open_store
 
-__all__ = ["ShownPosition", "ShownSequence", "render", "show_sequence"]
+__all__ = ["ShownPosition", "ShownSequence", "show_sequence"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownPosition:
-    """What is stored for one label."""
+    """The stored target of one label."""
 
     place: int
     """Index of the label in the sequence's tokens."""
@@ -32,7 +30,9 @@ class ShownPosition:
     entropy_nats: float
     tail_mass: float
     head: tuple[tuple[str, float], ...]
+    """Tokens of the head with their probabilities, by falling probability."""
     tail: tuple[str, ...]
+    """Tokens that were sampled from the tail."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +54,10 @@ class ShownSequence:
 
 
 def show_sequence(out: str, sequence_id: str) -> ShownSequence:
-    """The sequence whose id starts with `sequence_id`.
+    """The first stored sequence whose id starts with `sequence_id`.
 
     Raises:
-        SequenceUnknown: no part has one.
+        SequenceUnknown: no part holds such a sequence.
         ManifestMissing: the targets are not complete.
     """
     store = open_store(out)
@@ -109,32 +109,3 @@ def _positions(row: Row, metadata: PartMetadata, tokenizer: Tokenizer) -> Iterat
             head=tuple((words[int(entries.ids[i])], float(entries.weights[i])) for i in range(start, middle)),
             tail=tuple(words[int(entries.ids[i])] for i in range(middle, stop)),
         )
-
-
-def render(shown: ShownSequence) -> str:
-    """The sequence as lines of at most 80 columns."""
-    lines = [
-        f"sequence  {shown.sequence_id}",
-        f"document  {shown.document_id}",
-        *wrapped(f"source    {shown.source}, style {shown.style}, group {shown.group}"),
-        f"part      {shown.part}",
-        f"split     {shown.split}, scored by"
-        + (" all teachers, averaged" if shown.fold < 0 else f" style teacher {shown.fold}"),
-        "",
-        *wrapped(shown.text),
-        "",
-        "Label, its probability, the entropy in nats and the mass outside the head;",
-        "below them the head with its probabilities"
-        + (f" and, after +, the tail: {shown.tail_weight:.4f} each." if shown.tail_weight else "."),
-        "",
-    ]
-    for position in shown.positions:
-        label = textwrap.shorten(repr(position.label), 24, placeholder="…")
-        lines.append(
-            f"{position.place:5d}  {label:<24}  p {position.label_probability:<9.4g}"
-            f" entropy {position.entropy_nats:5.2f}  tail {position.tail_mass:.3f}"
-        )
-        head = [f"{word!r} {weight:.3f}" for word, weight in position.head]
-        tail = [f"{'' if index else '+ '}{word!r}" for index, word in enumerate(position.tail)]
-        lines += packed([*head, *tail], indent=7)
-    return "\n".join(lines) + "\n"

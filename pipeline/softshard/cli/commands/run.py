@@ -1,34 +1,55 @@
-"""The end of a run as a person reads it in a terminal, at 80 columns."""
+"""`softshard run`: every stage of a job that is not done yet, and a summary of the results at 80 columns."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from softshard.cli.sweep import render_sweep
+from softshard.cli.arguments import add_job_arguments, add_metrics_arguments
+from softshard.cli.command import Command
+from softshard.cli.result import print_result
 from softshard.cli.terminal import WIDTH, wrapped
-from softshard.evaluate.report import Example, ModelMetrics, Report
-from softshard.finetune.sweep import sweep_rows
-from softshard.stages.job import Outcome
 
-__all__ = ["render_summary", "summary_values"]
+if TYPE_CHECKING:
+    from softshard.evaluate.report import Example, ModelMetrics, Report
+    from softshard.stages.job import Outcome
+
+__all__ = ["COMMAND", "render_summary"]
 
 _NUM_EXAMPLES = 3
 _ROWS = (
-    ("human NLL, nats a token", "human_nll_nats", "{:.3f}"),
-    ("bits a byte", "bits_per_byte", "{:.3f}"),
+    ("human NLL, nats per token", "human_nll_nats", "{:.3f}"),
+    ("bits per byte", "bits_per_byte", "{:.3f}"),
     ("KL to the style teacher, an estimate", "kl_to_teacher_nats", "{:.3f}"),
     ("calibration error", "ece", "{:.3f}"),
     ("MATTR of samples", "mattr", "{:.3f}"),
     ("sentence length W1, words", "sentence_length_w1", "{:.2f}"),
     ("token frequency L2", "token_l2", "{:.4f}"),
     ("retention NLL", "retention_nll_nats", "{:.3f}"),
-    ("ms a token", "ms_per_token", "{:.1f}"),
+    ("ms per token", "ms_per_token", "{:.1f}"),
 )
 
 
-def summary_values(outcome: Outcome) -> dict[str, Any]:
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_job_arguments(parser)
+    add_metrics_arguments(parser)
+
+
+def _execute(arguments: argparse.Namespace) -> int:
+    from softshard.cli.job_run import run_job_file
+    from softshard.cli.reporting import make_outlets
+    from softshard.stages.job import STAGES
+
+    outcome = run_job_file(arguments.job, stages=STAGES, outlets=make_outlets(arguments))
+    print_result(arguments, _summary_values(outcome), render_summary(outcome))
+    return 0
+
+
+def _summary_values(outcome: Outcome) -> dict[str, Any]:
     """The summary as plain values."""
+    from softshard.finetune.sweep import sweep_rows
+
     report, trained = outcome.report, outcome.trained
     values: dict[str, Any] = {"out": outcome.out, "seconds": round(outcome.seconds, 1)}
     if outcome.manifest is not None:
@@ -48,6 +69,9 @@ def summary_values(outcome: Outcome) -> dict[str, Any]:
 
 def render_summary(outcome: Outcome) -> str:
     """The summary as lines of at most 80 columns."""
+    from softshard.cli.sweep import render_sweep
+    from softshard.finetune.sweep import sweep_rows
+
     report, trained = outcome.report, outcome.trained
     assert report is not None
     assert trained is not None
@@ -55,7 +79,7 @@ def render_summary(outcome: Outcome) -> str:
     lines = [
         "",
         f"Targets: {targets.parts} parts, {targets.positions:,} positions, {targets.bytes_per_position:.1f} bytes and"
-        f" {targets.mean_entries:.1f} entries a position",
+        f" {targets.mean_entries:.1f} entries per position",
         f"Fidelity: mean squared error {targets.mean_squared_error:.4f},"
         f" gradient angle {targets.gradient_angle_degrees:.1f} degrees",
         "",
@@ -92,7 +116,7 @@ def _table(report: Report) -> list[str]:
 
 
 def _number(form: str, value: float | None) -> str:
-    """The value as it is shown; what rounds to nothing has no sign."""
+    """The value in the given format, without the sign of a value that rounds to zero."""
     if value is None:
         return "-"
     shown = form.format(value)
@@ -105,7 +129,7 @@ def _difference(report: Report) -> list[str]:
         if difference is not None:
             error = difference.standard_error_nats
             spread = "" if error is None else f" (standard error {error:.3f})"
-            lines.append(f"adapter minus {name}: {difference.difference_nats:+.3f} nats a token{spread}")
+            lines.append(f"adapter minus {name}: {difference.difference_nats:+.3f} nats per token{spread}")
     return lines
 
 
@@ -116,3 +140,11 @@ def _example(example: Example) -> list[str]:
         rows = wrapped(text.strip(), indent=11) or [" " * 11 + "(nothing)"]
         lines += [f"{name:<11}{rows[0][11:]}", *rows[1:]]
     return lines
+
+
+COMMAND = Command(
+    name="run",
+    help="run every stage of the job that is not done yet",
+    add_arguments=_add_arguments,
+    execute=_execute,
+)

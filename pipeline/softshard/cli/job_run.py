@@ -1,6 +1,6 @@
-"""A job run from the command line: a job file in, the stages done, and everybody told who asked to be.
+"""Running stages of a job file from the command line, with events for logs, metrics and lineage.
 
-Whatever ends the run, the last event is `run_finished` with the exit code.
+Whatever ends the run, its last event is `run_finished` with the exit code.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from softshard.telemetry import FanOut
 from softshard.telemetry.lineage import LineageReporter, dataset_name, is_configured
 from softshard.telemetry.outlets import Outlets, add_metrics, open_reporter, warn
 
-__all__ = ["run_reported"]
+__all__ = ["run_job_file"]
 
 
-def run_reported(path: str | Path, *, stages: Collection[str], outlets: Outlets) -> Outcome:
-    """Run some stages of a job file and report on it.
+def run_job_file(path: str | Path, *, stages: Collection[str], outlets: Outlets) -> Outcome:
+    """Run some stages of a job file; sends the events of the run to every outlet.
 
     Raises:
         ExtraMissing: an outlet needs a package that is not installed.
