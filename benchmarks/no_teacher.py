@@ -99,8 +99,8 @@ def _rows() -> tuple[list[tuple[TokenSequence, SequenceTargets]], FidelitySums]:
             style="none",
             group="none",
             start=0,
-            first_label=1,
             token_ids=torch.randint(0, _VOCAB, (_TOKENS,), generator=generator).numpy().astype(np.int32),
+            label_spans=((1, _TOKENS),),
         )
         targets, sums = sketch_rows(
             3 * torch.randn(sequence.num_labels, _VOCAB, generator=generator),

@@ -273,7 +273,7 @@ Entries = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]
 
 def _dict_entries(found: Any, sequence: TokenSequence, num: int) -> Entries:
     """Each position has a dictionary of `num` tokens, and the label where it is none of them."""
-    positions = found[sequence.first_label :]
+    positions = [found[index] for index in sequence.label_indices.tolist()]
     label = [entry[token].logprob for entry, token in zip(positions, sequence.labels.tolist(), strict=True)]
     best = [sorted(entry.items(), key=lambda item: item[1].rank)[:num] for entry in positions]
     ids = np.array([[token for token, _ in row] for row in best], dtype=np.int32)
@@ -283,7 +283,7 @@ def _dict_entries(found: Any, sequence: TokenSequence, num: int) -> Entries:
 
 def _flat_entries(found: Any, sequence: TokenSequence, num: int) -> Entries:
     """Each position but the first has the label and then the `num` tokens, in lists of all positions."""
-    rows = slice(sequence.first_label - 1, None)
+    rows = sequence.positions
     ids = np.array(found.token_ids, dtype=np.int32).reshape(-1, num + 1)[rows]
     logprobs = np.array(found.logprobs, dtype=np.float32).reshape(-1, num + 1)[rows]
     return logprobs[:, 0], ids[:, 1:], logprobs[:, 1:]

@@ -74,7 +74,7 @@ class Positions:
     @cached_property
     def places(self) -> list[tuple[str, int]]:
         """[N] sequence id and position of each row."""
-        return [(s.sequence_id, s.first_label + label - 1) for s in self.sequences for label in range(s.num_labels)]
+        return [(s.sequence_id, position) for s in self.sequences for position in s.positions.tolist()]
 
     def logits(self, start: int, stop: int) -> Tensor:
         """[stop - start, V] float32."""
@@ -158,9 +158,10 @@ def _first(windows: Sequence[TokenSequence], num_positions: int) -> list[TokenSe
     left = num_positions
     for window in windows:
         if left > 0:
-            num_labels = min(left, window.num_labels)
-            kept.append(replace(window, token_ids=window.token_ids[: window.first_label + num_labels]))
-            left -= num_labels
+            ((start, stop),) = window.label_spans
+            stop = min(start + left, stop)
+            kept.append(replace(window, token_ids=window.token_ids[:stop], label_spans=((start, stop),)))
+            left -= stop - start
     return kept
 
 
@@ -179,7 +180,7 @@ def _digest(folder: Path, block: Sequence[TokenSequence], layer: int | None) -> 
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     stamp = folder.with_name(f"{folder.name}.stamp").read_text(encoding="utf-8")
     tokens = hashlib.sha256(b"".join(window.token_ids.tobytes() for window in block)).hexdigest()
-    parts = [stamp, versions, layer, tokens, [(len(window.token_ids), window.first_label) for window in block]]
+    parts = [stamp, versions, layer, tokens, [(len(window.token_ids), window.label_spans[0][0]) for window in block]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -111,13 +111,7 @@ def _check_mean(source: Positions) -> dict[str, float]:
     """
     tau, num_draws, vocab_size = _SKETCH.tau, _AVERAGED_DRAWS, source.vocab_size
     target, first = _dense(source, _AVERAGED_ROWS), source.sequences[0]
-    noise = draw_uniforms(
-        seed=0,
-        sequence_id=first.sequence_id,
-        first_label=first.first_label,
-        num_labels=_AVERAGED_ROWS,
-        draws=num_draws,
-    )
+    noise = draw_uniforms(first.label_indices[:_AVERAGED_ROWS], seed=0, sequence_id=first.sequence_id, draws=num_draws)
     targets = _sketch(source, noise)
     mean = np.zeros((_AVERAGED_ROWS, vocab_size))
     rows = np.arange(_AVERAGED_ROWS)

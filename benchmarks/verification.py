@@ -57,8 +57,8 @@ def _row(generator: np.random.Generator, ids: NDArray[np.int32]) -> tuple[TokenS
         style="plain",
         group="nobody",
         start=0,
-        first_label=_FIRST_LABEL,
         token_ids=generator.integers(0, _VOCAB, _TOKENS).astype(np.int32),
+        label_spans=((_FIRST_LABEL, _TOKENS),),
     )
     targets = SequenceTargets(
         label_logprob=-generator.exponential(3, labels).astype(np.float32),

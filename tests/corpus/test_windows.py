@@ -51,7 +51,7 @@ def test_every_token_but_the_first_is_the_label_of_exactly_one_window(length, sh
         assert list(sequence.token_ids) == whole[sequence.start : sequence.start + len(sequence.token_ids)]
         assert 1 <= len(sequence.token_ids) <= context
         assert sequence.num_labels >= 1
-        labelled += range(sequence.start + sequence.first_label, sequence.start + len(sequence.token_ids))
+        labelled += (sequence.start + sequence.label_indices).tolist()
     assert labelled == list(range(1, len(whole)))
     assert len(found) == num_windows(len(whole), context_tokens=context, overlap_tokens=overlap)
     assert num_document_tokens(np.arange(length), tokenizer=tokenizer(bos=bos)) == len(whole)
@@ -68,9 +68,10 @@ def test_bos_is_never_a_label_and_eos_is_the_last_one(length, shape):
 def test_later_windows_see_the_overlap_as_context(length, shape):
     context, overlap = shape
     first, *later = windows(range(length), context=context, overlap=overlap)
-    assert (first.start, first.first_label) == (0, 1)
+    assert (first.start, first.label_spans) == (0, ((1, len(first.token_ids)),))
     for number, sequence in enumerate(later, start=1):
-        assert (sequence.start, sequence.first_label) == (number * (context - overlap), overlap)
+        assert sequence.start == number * (context - overlap)
+        assert sequence.label_spans == ((overlap, len(sequence.token_ids)),)
 
 
 def test_windows_of_ten_tokens_by_hand():

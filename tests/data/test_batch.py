@@ -20,7 +20,7 @@ def expected_targets(rows, *, alpha, kind, truncated="ghost", tau=1 / 8):
     dense, ghosts = [], []
     for tokens, targets in rows:
         head = tail = 0
-        for label, token in enumerate(tokens.token_ids[tokens.first_label :].tolist()):
+        for label, token in enumerate(tokens.labels.tolist()):
             p, left = np.zeros(VOCAB), float(targets.tail_mass[label])
             ids = targets.head_ids[head : head + targets.head_count[label]].tolist()
             relative = [math.exp(q) for q in targets.head_logprobs[head : head + targets.head_count[label]]]

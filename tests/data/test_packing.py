@@ -39,7 +39,7 @@ def test_hidden_states_of_packed_sequences_are_those_of_each_alone(body):
     batch = collate_text(sequences, packing=True)
     packed = body(**batch.model_inputs()).last_hidden_state.flatten(0, 1)[batch.positions]
     alone = [body(**collate_text([one]).model_inputs()).last_hidden_state[0] for one in sequences]
-    expected = torch.cat([h[s.first_label - 1 : -1] for h, s in zip(alone, sequences, strict=True)])
+    expected = torch.cat([h[s.positions] for h, s in zip(alone, sequences, strict=True)])
     torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-5)
 
 

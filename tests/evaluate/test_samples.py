@@ -169,7 +169,7 @@ def test_an_attached_adapter_is_sampled_from(tiny_model, tokenizer):
     torch.testing.assert_close(watched.logits[-1][0, 1:], direct[last, 1:], atol=2e-5, rtol=1e-5)
 
 
-def row(document, start, length, first=100):
+def row(document, start, length, first=100, label_spans=None):
     sequence = TokenSequence(
         sequence_id=f"{document}@{start}",
         document_id=document,
@@ -177,8 +177,8 @@ def row(document, start, length, first=100):
         style="t",
         group="g",
         start=start,
-        first_label=1,
         token_ids=np.arange(first, first + length, dtype=np.int32),
+        label_spans=label_spans or ((1, length),),
     )
     return ((sequence, None), None)
 
@@ -199,6 +199,18 @@ def test_only_documents_with_enough_to_follow_are_begun():
     chosen = beginnings([row("short", 0, 11), row("just", 0, 12), row("later", 8, 40)])
     assert [prompt.sequence_id for prompt in chosen] == ["just@0"]
     assert len(chosen[0].human_continuation) == 8
+
+
+def test_a_continuation_ends_where_the_labels_do():
+    (prompt,) = beginnings(
+        [
+            row("answer", 0, 40, label_spans=((4, 13), (20, 40))),
+            row("question", 0, 40, label_spans=((1, 4), (5, 40))),
+            row("brief", 0, 40, label_spans=((4, 11), (20, 40))),
+        ]
+    )
+    assert prompt.sequence_id == "answer@0"
+    assert prompt.human_continuation == tuple(range(104, 113))
 
 
 def test_the_choice_depends_on_ids_and_seed_and_not_on_the_order_of_rows():

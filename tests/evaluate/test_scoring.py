@@ -41,7 +41,7 @@ def sequences(texts, tokenizer):
     return windows
 
 
-def window(document, ids, start, first_label):
+def window(document, ids, start, first_label, *, label_spans=None):
     return TokenSequence(
         sequence_id=f"{document}-{start}",
         document_id=str(document),
@@ -49,8 +49,8 @@ def window(document, ids, start, first_label):
         style="t",
         group="g",
         start=start,
-        first_label=first_label,
         token_ids=np.array(ids, dtype=np.int32),
+        label_spans=label_spans or ((first_label, len(ids)),),
     )
 
 
@@ -115,7 +115,7 @@ def dense(model, sequence):
     """[P, V] log-probabilities by a direct forward pass of one sequence, in float64, padding logits left out."""
     with torch.no_grad():
         logits = model(torch.tensor(sequence.token_ids[None].astype(np.int64))).logits[0].double()
-    places = [sequence.first_label + j - 1 for j in range(sequence.num_labels)]
+    places = [label - 1 for start, stop in sequence.label_spans for label in range(start, stop)]
     return torch.log_softmax(logits[places, :V], 1).numpy()
 
 
@@ -131,7 +131,7 @@ def test_label_j_is_predicted_at_the_position_before_it(model, sequences):
     for sequence in sequences:
         logq = dense(model, sequence)
         for j in range(sequence.num_labels):
-            label = sequence.token_ids[sequence.first_label + j]
+            label = sequence.token_ids[sequence.label_spans[0][0] + j]
             assert scored[sequence.sequence_id].nll[j] == pytest.approx(-logq[j, label], abs=5e-5)
 
 
@@ -148,6 +148,32 @@ def test_means_agree_with_a_direct_forward_pass_in_float64(model, sequences, tok
     assert scores.mean_entropy_nats == pytest.approx(-(np.exp(logq) * logq).sum(1).mean(), abs=5e-5)
     assert scores.accuracy == pytest.approx((logq.argmax(1) == labels).mean())
     assert scores.kl_to_teacher_nats == pytest.approx((np.exp(logp) * (logp - logq)).sum(1).mean(), abs=1e-3)
+
+
+@pytest.fixture
+def answers():
+    """Sequences in which context lies between the labels."""
+    ids = np.random.default_rng(5).integers(0, V, (3, 40))
+    spans = (((4, 9), (20, 31)), ((1, 40),), ((2, 3), (7, 8), (38, 40)))
+    return [window(n, row.tolist(), 0, 1, label_spans=own) for n, (row, own) in enumerate(zip(ids, spans, strict=True))]
+
+
+def test_only_labels_are_scored_where_context_lies_between_them(model, answers, tokenizer):
+    scores = score(model, full_rows(answers), tokenizer)
+    logq, logp = (np.concatenate([of(s) for s in answers]) for of in (lambda s: dense(model, s), teacher_logp))
+    labels = np.concatenate([s.labels for s in answers])
+    assert scores.num_labels == len(labels) == 16 + 39 + 4
+    assert scores.human_nll_nats == pytest.approx(-logq[range(59), labels].mean(), abs=5e-5)
+    assert scores.kl_to_teacher_nats == pytest.approx((np.exp(logp) * (logp - logq)).sum(1).mean(), abs=1e-3)
+    assert {name: found.num_labels for name, found in scores.documents.items()} == {"0": 16, "1": 39, "2": 4}
+
+
+def test_the_text_between_labels_counts_no_bytes(model, tokenizer):
+    pieces = tokenizer.encode(["Was it cold?", " Very — the é froze.", " And then?", " We went home."])
+    bounds = np.cumsum([0, *(len(piece) for piece in pieces)]).tolist()
+    spans = ((bounds[1], bounds[2]), (bounds[3], bounds[4]))
+    rows = full_rows([window(0, [token for piece in pieces for token in piece], 0, 1, label_spans=spans)])
+    assert score(model, rows, tokenizer).num_bytes == len((" Very — the é froze." + " We went home.").encode())
 
 
 def test_calibration_error_is_the_weighted_gap_of_equal_bins(model, sequences, tokenizer):

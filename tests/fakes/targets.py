@@ -26,7 +26,7 @@ FIDELITY = Fidelity(
 )
 
 
-def sequence(name, token_ids, *, first_label=1):
+def sequence(name, token_ids, *, first_label=1, label_spans=None):
     return TokenSequence(
         sequence_id=name,
         document_id=f"document of {name}",
@@ -34,8 +34,8 @@ def sequence(name, token_ids, *, first_label=1):
         style="plain",
         group="nobody",
         start=0,
-        first_label=first_label,
         token_ids=np.asarray(token_ids, dtype=np.int32),
+        label_spans=((first_label, len(token_ids)),) if label_spans is None else label_spans,
     )
 
 
@@ -90,8 +90,8 @@ def in_draws(drawn):
     return replace(drawn[0], tail_count=counts, tail_ids=ids)
 
 
-def row(name, length, rng, *, kind="threshold", first_label=1, vocab=VOCAB, **settings):
-    tokens = sequence(name, rng.integers(vocab, size=length), first_label=first_label)
+def row(name, length, rng, *, kind="threshold", first_label=1, label_spans=None, vocab=VOCAB, **settings):
+    tokens = sequence(name, rng.integers(vocab, size=length), first_label=first_label, label_spans=label_spans)
     distributions = random_distributions(rng, tokens.num_labels, vocab=vocab)
     return tokens, sketch(distributions, tokens.labels, kind=kind, rng=rng, **settings)
 

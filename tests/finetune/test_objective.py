@@ -62,7 +62,7 @@ def test_hidden_states_at_the_positions_give_the_models_own_logits_label_by_labe
     alone = []
     for tokens in TEXT:
         logits = model(input_ids=torch.tensor([tokens.token_ids.tolist()])).logits[0]
-        alone.append(logits[tokens.first_label - 1 : -1])
+        alone.append(logits[tokens.positions])
     torch.testing.assert_close(ours, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 

@@ -122,7 +122,7 @@ def sketch(logits, settings, *, vocab, first=0):
 
 def uniforms_of(rows, settings, *, first=0):
     draws = settings.num_draws
-    return draw_uniforms(seed=3, sequence_id="seq", first_label=first, num_labels=rows, draws=draws)
+    return draw_uniforms(np.arange(first, first + rows), seed=3, sequence_id="seq", draws=draws)
 
 
 def exact(logits, *, vocab):
@@ -260,8 +260,8 @@ def some_sequences(lengths=(40, 7, 2, 90, 23, 61)):
             style="s",
             group="g",
             start=0,
-            first_label=min(1 + 3 * index, length - 1),
             token_ids=generator.integers(0, VOCAB, length).astype(np.int32),
+            label_spans=((min(1 + 3 * index, length - 1), length),),
         )
         for index, length in enumerate(lengths)
     ]
@@ -280,7 +280,7 @@ def direct_logprobs(folder, sequences):
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = [whole(torch.from_numpy(one.token_ids.astype(np.int64))[None]).logits[0] for one in sequences]
-    return [exact(rows[one.first_label - 1 : -1], vocab=VOCAB) for rows, one in zip(logits, sequences, strict=True)]
+    return [exact(rows[one.positions], vocab=VOCAB) for rows, one in zip(logits, sequences, strict=True)]
 
 
 def test_a_teacher_gives_the_distributions_of_a_direct_pass_on_the_cpu(device, model, engine):

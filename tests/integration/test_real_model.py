@@ -31,8 +31,8 @@ def sequences(texts):
             style="s",
             group="g",
             start=0,
-            first_label=1,
             token_ids=np.array([*ids, tokenizer.eos_id], dtype=np.int32),
+            label_spans=((1, len(ids) + 1),),
         )
         for index, ids in enumerate(long)
     ]

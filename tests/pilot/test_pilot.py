@@ -56,8 +56,8 @@ def some_sequences(count, *, length=30):
             style="s",
             group="g",
             start=0,
-            first_label=1,
             token_ids=generator.integers(0, VOCAB, length + index % 7).astype(np.int32),
+            label_spans=((1, length + index % 7),),
         )
         for index in range(count)
     ]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import duckdb
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from softshard.config import FullSketch, NucleusSketch, ThresholdSketch, TopkSketch
-from softshard.errors import PartConflict, PartCorrupt
+from softshard.errors import LabelsNotStorable, PartConflict, PartCorrupt
 from softshard.records.canonical import canonical_json
 from softshard.records.digest import sha256_hex
 from softshard.records.spool import Spool
@@ -52,6 +53,7 @@ def some_rows(settings, *, num_sequences=5, seed=0):
     for index in range(num_sequences):
         length = 2 + 7 * index
         first_label = 1 if index % 2 == 0 else 2
+        token_ids = torch.randint(0, VOCAB, (length,), generator=generator).numpy().astype(np.int32)
         sequence = TokenSequence(
             sequence_id=f"{seed:02d}{index:030d}",
             document_id=f"{index:032d}",
@@ -59,8 +61,8 @@ def some_rows(settings, *, num_sequences=5, seed=0):
             style="literary",
             group="someone",
             start=index,
-            first_label=min(first_label, length - 1),
-            token_ids=torch.randint(0, VOCAB, (length,), generator=generator).numpy().astype(np.int32),
+            token_ids=token_ids,
+            label_spans=((min(first_label, length - 1), length),),
         )
         logits = torch.randn(sequence.num_labels, VOCAB, generator=generator) * 2.5
         targets, fidelity = sketch_rows(
@@ -89,6 +91,15 @@ def a_plan(settings, **changes):
         "seed": 0,
     }
     return PartSpec(**{**values, **changes})
+
+
+@pytest.mark.parametrize("spans", [((1, 20),), ((1, 4), (9, 30)), ((2, 3), (5, 6))])
+def test_labels_that_do_not_run_to_the_end_are_refused_by_version_1(spans):
+    rows, fidelity = some_rows(KINDS["threshold"])
+    tokens, targets = rows[4]
+    rows[4] = replace(tokens, label_spans=spans), targets
+    with pytest.raises(LabelsNotStorable, match=rf"sequence {tokens.sequence_id}: .* of 30, and format version 1"):
+        build_part(a_plan(KINDS["threshold"]), rows, fidelity)
 
 
 def committed(store, settings=KINDS["threshold"], *, seeds=(0,)):

@@ -21,19 +21,19 @@ def test_words_are_the_published_ones(counter, key, expected):
 
 
 def test_a_label_keeps_its_number_whatever_is_asked_for_beside_it():
-    whole = label_uniforms(seed=3, sequence_id="ab", first_label=1, num_labels=100)
-    piece = label_uniforms(seed=3, sequence_id="ab", first_label=41, num_labels=7)
-    np.testing.assert_array_equal(piece, whole[40:47])
+    whole = label_uniforms(np.arange(1, 101), seed=3, sequence_id="ab")
+    piece = label_uniforms(np.array([2, *range(41, 48), 99]), seed=3, sequence_id="ab")
+    np.testing.assert_array_equal(piece, whole[[1, *range(40, 47), 98]])
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"sequence_id": "ac"}, {"draw": 1}])
 def test_seed_sequence_and_draw_each_change_the_numbers(change):
-    asked = {"seed": 3, "sequence_id": "ab", "first_label": 1, "num_labels": 50}
-    assert not np.any(label_uniforms(**asked) == label_uniforms(**{**asked, **change}))
+    asked, labels = {"seed": 3, "sequence_id": "ab"}, np.arange(1, 51)
+    assert not np.any(label_uniforms(labels, **asked) == label_uniforms(labels, **{**asked, **change}))
 
 
 def test_numbers_fill_the_unit_interval_evenly():
-    numbers = label_uniforms(seed=0, sequence_id="x", first_label=1, num_labels=64_000)
+    numbers = label_uniforms(np.arange(1, 64_001), seed=0, sequence_id="x")
     assert numbers.min() >= 0
     assert numbers.max() < 1
     counts = np.histogram(numbers, bins=64, range=(0, 1))[0]

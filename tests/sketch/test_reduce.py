@@ -55,7 +55,7 @@ def test_expectation_of_the_sketch_is_the_target_token_by_token():
     block = 1000
     for start in range(0, draws, block):
         for row in range(distributions):
-            uniforms = label_uniforms(seed=row, sequence_id="draws", first_label=start, num_labels=block)
+            uniforms = label_uniforms(np.arange(start, start + block), seed=row, sequence_id="draws")
             targets, _ = sketch(logits[row].expand(block, -1), settings, uniforms=uniforms)
             entries = stored_entries(targets, settings)
             total[row] += np.bincount(entries.ids, weights=entries.weights, minlength=vocab)
@@ -70,7 +70,7 @@ def test_expectation_of_the_sketch_is_the_target_token_by_token():
 
 def test_head_and_tail_are_those_of_the_definition_walked_token_by_token():
     logits = random_logits(40, 1000)
-    uniforms = label_uniforms(seed=1, sequence_id="walk", first_label=1, num_labels=40)
+    uniforms = label_uniforms(np.arange(1, 41), seed=1, sequence_id="walk")
     targets, _ = sketch(logits, uniforms=uniforms)
     heads, tails = rows_of(targets.head_ids, targets.head_count), rows_of(targets.tail_ids, targets.tail_count)
     for row, probabilities in enumerate(torch.softmax(logits, 1).double().numpy()):
@@ -150,9 +150,7 @@ def test_no_rows_give_no_targets():
 
 def test_draws_are_independent_tails_over_one_head():
     logits = random_logits(60, 700, scale=1.5)
-    uniforms = np.stack(
-        [label_uniforms(seed=2, sequence_id="d", first_label=1, num_labels=60, draw=draw) for draw in range(3)]
-    )
+    uniforms = np.stack([label_uniforms(np.arange(1, 61), seed=2, sequence_id="d", draw=draw) for draw in range(3)])
     targets, _ = sketch(logits, ThresholdSketch(draws=3), uniforms=uniforms)
     assert targets.draws == 3
     for draw in range(3):
@@ -297,7 +295,7 @@ def test_other_floating_types_are_reduced_in_float32(dtype):
 
 def test_rows_do_not_change_with_the_rows_beside_them():
     logits = random_logits(45, 640)
-    uniforms = label_uniforms(seed=5, sequence_id="rows", first_label=1, num_labels=45)
+    uniforms = label_uniforms(np.arange(1, 46), seed=5, sequence_id="rows")
     whole, _ = sketch(logits, uniforms=uniforms)
     single = concatenate([sketch(logits[i : i + 1], uniforms=uniforms[i : i + 1])[0] for i in range(45)])
     for name in ("head_ids", "tail_ids", "head_count", "tail_count", "tail_mass", "label_logprob"):
@@ -353,7 +351,7 @@ def test_full_keeps_every_token_and_its_kl_is_only_rounding():
 )
 def test_fidelity_agrees_with_a_dense_computation(settings):
     logits = random_logits(25, 350)
-    uniforms = label_uniforms(seed=9, sequence_id="f", first_label=1, num_labels=25)
+    uniforms = label_uniforms(np.arange(1, 26), seed=9, sequence_id="f")
     targets, fidelity = sketch(logits, settings, uniforms=uniforms)
     entries = stored_entries(targets, settings)
     stored = np.zeros((25, 350))

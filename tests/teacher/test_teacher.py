@@ -14,7 +14,7 @@ from softshard.config import FullSketch, LoraSettings, OptimizerSettings, Teache
 from softshard.errors import LogitsInvalid, ModelInvalid, PartCorrupt
 from softshard.finetune.adapters.lora import load_adapter
 from softshard.models import load_model, load_tokenizer
-from softshard.models.decoder import batches_by_length
+from softshard.models.decoder import Decoder, batches_by_length
 from softshard.records.digest import sha256_hex
 from softshard.sketch.types import TokenSequence
 from softshard.storage import LocalStore
@@ -37,8 +37,8 @@ def sequences(lengths=(40, 7, 2, 23, 40), *, first_labels=None):
             style="s",
             group="g",
             start=0,
-            first_label=(first_labels or [1] * len(lengths))[index],
             token_ids=generator.integers(0, VOCAB, length).astype(np.int32),
+            label_spans=(((first_labels or [1] * len(lengths))[index], length),),
         )
         for index, length in enumerate(lengths)
     ]
@@ -54,7 +54,8 @@ def direct(model, sequence, *, temperature=1.0):
     """[labels, VOCAB] float64 probabilities of a forward pass over one sequence alone."""
     with torch.no_grad():
         logits = model(torch.from_numpy(sequence.token_ids.astype(np.int64))[None]).logits[0, :, :VOCAB]
-    before = logits[sequence.first_label - 1 : -1].double() / temperature
+    spans = [logits[start - 1 : stop - 1] for start, stop in sequence.label_spans]
+    before = torch.cat(spans).double() / temperature
     return torch.softmax(before, -1).numpy()
 
 
@@ -76,6 +77,47 @@ def test_every_target_is_the_distribution_at_the_position_before_its_label(tiny_
         np.testing.assert_allclose(dense(targets), expected, atol=1e-5)
         labels = expected[np.arange(len(expected)), sequence.labels]
         np.testing.assert_allclose(targets.label_logprob, np.log(labels), atol=1e-4)
+
+
+MASKS = [((3, 5), (20, 29)), ((6, 7),), ((1, 2),), ((1, 4), (4, 6), (15, 23)), ((1, 40),)]
+
+
+def masked(items):
+    return [replace(tokens, label_spans=spans) for tokens, spans in zip(items, MASKS, strict=True)]
+
+
+def test_labels_with_context_between_them_have_the_targets_that_they_have_in_full(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    batch = masked(sequences())
+    scored, sums = engine(tiny_model).score(batch, sketch=FullSketch(kind="full"), seed=0)
+    assert sums.num_labels == sum(tokens.num_labels for tokens in batch) == 65
+    for tokens, targets in zip(batch, scored, strict=True):
+        expected = direct(model, tokens)
+        assert len(targets.entropy) == tokens.num_labels == len(expected)
+        np.testing.assert_allclose(dense(targets), expected, atol=1e-5)
+        labels = expected[np.arange(len(expected)), tokens.labels]
+        np.testing.assert_allclose(targets.label_logprob, np.log(labels), atol=1e-4)
+
+
+def test_a_label_draws_the_same_tail_whatever_else_is_a_label(tiny_model):
+    whole, _ = engine(tiny_model).score(sequences(), sketch=ThresholdSketch(), seed=4)
+    some, _ = engine(tiny_model).score(masked(sequences()), sketch=ThresholdSketch(), seed=4)
+    for tokens, complete, part in zip(masked(sequences()), whole, some, strict=True):
+        rows = tokens.positions
+        np.testing.assert_allclose(part.label_logprob, complete.label_logprob[rows], atol=1e-5)
+        tails = np.split(complete.tail_ids, np.cumsum(complete.tail_count)[:-1])
+        kept = np.concatenate([tails[row] for row in rows])
+        assert np.mean(part.tail_count == complete.tail_count[rows]) > 0.98  # a running sum may move in its last bits
+        assert np.isin(part.tail_ids, kept).mean() > 0.98
+
+
+def test_context_is_never_projected(tiny_model, monkeypatch):
+    rows = []
+    logits = Decoder.logits
+    opened = engine(tiny_model, batch_tokens=10_000)
+    monkeypatch.setattr(Decoder, "logits", lambda self, states: rows.append(len(states)) or logits(self, states))
+    opened.score(masked(sequences()), sketch=ThresholdSketch(), seed=4)
+    assert rows == [65]
 
 
 def test_temperature_divides_the_logits(tiny_model):
@@ -129,7 +171,7 @@ def test_targets_of_a_model_that_caps_its_logits_are_those_of_the_capped_ones(tm
     (tokens,) = sequences((9,))
     (targets,), _ = engine(tmp_path).score([tokens], sketch=ThresholdSketch(), seed=0)
     with torch.no_grad():
-        logits = model(torch.from_numpy(tokens.token_ids).long()[None]).logits[0, tokens.first_label - 1 : -1, :300]
+        logits = model(torch.from_numpy(tokens.token_ids).long()[None]).logits[0, :-1, :300]
     assert 1.2 < logits.abs().max() <= 1.5, "the cap is in force"
     logs = torch.log_softmax(logits.double(), dim=1)
     expected = logs[range(tokens.num_labels), tokens.labels.tolist()]

@@ -99,8 +99,8 @@ def test_both_engines_agree_on_a_real_model():
             style="s",
             group="g",
             start=start,
-            first_label=1,
             token_ids=ids[start : start + 350],
+            label_spans=((1, len(ids[start : start + 350])),),
         )
         for start in (0, 349)
     ]

@@ -63,8 +63,8 @@ def some_sequences(lengths=(40, 7, 2, 90, 23, 61), *, first_labels=None, seed=0)
             style="s",
             group="g",
             start=0,
-            first_label=(first_labels or [1] * len(lengths))[index],
             token_ids=generator.integers(0, VOCAB, length).astype(np.int32),
+            label_spans=(((first_labels or [1] * len(lengths))[index], length),),
         )
         for index, length in enumerate(lengths)
     ]
@@ -84,7 +84,7 @@ def direct_logprobs(folder, sequences, *, vocab_size=VOCAB):
     for sequence in sequences:
         with torch.no_grad():
             logits = model(torch.from_numpy(sequence.token_ids.astype(np.int64))[None]).logits[0, :, :vocab_size]
-        found.append(torch.log_softmax(logits[sequence.first_label - 1 : -1].double(), -1).numpy())
+        found.append(torch.log_softmax(logits[sequence.positions].double(), -1).numpy())
     return found
 
 

@@ -21,22 +21,23 @@ from softshard.corpus.screen import ScreenedDocument, Split
 from softshard.errors import PartCorrupt
 from softshard.records.digest import sha256_hex
 from softshard.records.spool import Spool
-from softshard.shard.schema import PART_SCHEMA
+from softshard.shard.schema import PART_SCHEMA, stored_first_label
 from softshard.sketch.types import TokenSequence
 from softshard.storage import Store
 
 __all__ = ["SLICE_SCHEMA", "SliceWriter", "decode_slice", "encode_slice"]
 
 _METADATA_KEY = b"softshard-corpus"
-_PLAIN = ("sequence_id", "document_id", "source", "style", "group", "start", "first_label")
+_PLAIN = ("sequence_id", "document_id", "source", "style", "group", "start")
 _ROWS_PER_GROUP = 64
 
-SLICE_SCHEMA = pa.schema([PART_SCHEMA.field(name) for name in (*_PLAIN, "token_ids")])
+SLICE_SCHEMA = pa.schema([PART_SCHEMA.field(name) for name in (*_PLAIN, "first_label", "token_ids")])
 
 
 def encode_slice(sequences: Sequence[TokenSequence], *, metadata: dict[str, str | int]) -> bytes:
-    """A whole slice, one row a sequence in the order given."""
+    """A whole slice, one row a sequence in the order given. Raises LabelsNotStorable as `encode_part` does."""
     columns = [pa.array([getattr(s, name) for s in sequences], SLICE_SCHEMA.field(name).type) for name in _PLAIN]
+    columns.append(pa.array([stored_first_label(s) for s in sequences], pa.int32()))
     offsets = np.cumsum([0, *(len(s.token_ids) for s in sequences)], dtype=np.int32)
     flat = np.concatenate([s.token_ids for s in sequences])
     kind = SLICE_SCHEMA.field("token_ids").type
@@ -56,7 +57,7 @@ def encode_slice(sequences: Sequence[TokenSequence], *, metadata: dict[str, str 
 
 
 def decode_slice(content: bytes, *, uri: str) -> list[TokenSequence]:
-    """Sequences of a slice, in their order. Raises PartCorrupt when it is not Parquet with a slice's columns."""
+    """Sequences of a slice, in their order. Raises PartCorrupt: it is not Parquet, or not what a slice holds."""
     try:
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
@@ -67,7 +68,14 @@ def decode_slice(content: bytes, *, uri: str) -> list[TokenSequence]:
     column = table.column("token_ids").combine_chunks()
     lengths = column.value_lengths().to_numpy()
     token_ids = np.split(column.flatten().to_numpy(), np.cumsum(lengths)[:-1]) if len(plain) else []
-    return [TokenSequence(**row, token_ids=ids) for row, ids in zip(plain, token_ids, strict=True)]
+    firsts = table.column("first_label").to_pylist()
+    try:
+        return [
+            TokenSequence(**row, token_ids=ids, label_spans=((first, len(ids)),))
+            for row, first, ids in zip(plain, firsts, token_ids, strict=True)
+        ]
+    except ValueError as error:
+        raise PartCorrupt(uri=uri, problem=str(error)) from error
 
 
 @dataclass(slots=True)

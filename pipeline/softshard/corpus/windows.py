@@ -71,6 +71,8 @@ def document_windows(
     """
     tokens = _document_tokens(token_ids, tokenizer=tokenizer)
     for start in window_starts(len(tokens), context_tokens=context_tokens, overlap_tokens=overlap_tokens):
+        # A view would keep the whole document's tokens alive for as long as one window of it is waiting.
+        own = tokens[start : start + context_tokens].copy()
         yield TokenSequence(
             sequence_id=make_sequence_id(
                 document.document_id,
@@ -84,7 +86,6 @@ def document_windows(
             style=document.style,
             group=document.group,
             start=start,
-            first_label=overlap_tokens if start else 1,
-            # A view would keep the whole document's tokens alive for as long as one window of it is waiting.
-            token_ids=tokens[start : start + context_tokens].copy(),
+            token_ids=own,
+            label_spans=((overlap_tokens if start else 1, len(own)),),
         )

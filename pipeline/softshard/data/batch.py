@@ -19,7 +19,7 @@ from torch import Tensor
 from softshard.data.mixing import LabelWeights, MixedRow, Mixing, mixed_rows, text_row
 from softshard.shard.decode import Block
 from softshard.shard.read import Row
-from softshard.shard.schema import PartMetadata
+from softshard.shard.schema import PartMetadata, stored_first_label
 from softshard.sketch.codec import counts_to_offsets
 from softshard.sketch.entries import ranges_from
 from softshard.sketch.join import concatenate
@@ -150,7 +150,7 @@ def collate(
     block = Block(
         token_ids=np.concatenate([sequence.token_ids for sequence in sequences]),
         lengths=np.array([len(sequence.token_ids) for sequence in sequences]),
-        first_labels=np.array([sequence.first_label for sequence in sequences]),
+        first_labels=np.array([stored_first_label(sequence) for sequence in sequences]),
         targets=concatenate([targets.of_draw(draw) for _, targets in rows]),
     )
     mixing = Mixing(alpha=alpha, truncated=truncated, temperature=temperature, weights=weights or LabelWeights())

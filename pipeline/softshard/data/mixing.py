@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from softshard.config.sketch import takes_temperature
 from softshard.shard.decode import Block
-from softshard.shard.schema import PartMetadata
+from softshard.shard.schema import PartMetadata, stored_first_label
 from softshard.sketch.codec import counts_to_offsets
 from softshard.sketch.entries import Entries, entries_of
 from softshard.sketch.types import TokenSequence
@@ -181,4 +181,5 @@ def weighed(
 def text_row(sequence: TokenSequence) -> MixedRow:
     """A sequence with its own tokens as targets (alpha = 1): the loss is cross-entropy."""
     own = _own_tokens(sequence.labels)
-    return MixedRow(sequence.first_label, sequence.token_ids, np.diff(own.offsets), own.ids, own.weights, None, None)
+    first = stored_first_label(sequence)
+    return MixedRow(first, sequence.token_ids, np.diff(own.offsets), own.ids, own.weights, None, None)

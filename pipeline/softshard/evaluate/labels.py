@@ -1,9 +1,9 @@
-"""Sequences through a model to what it says of each of their labels.
+"""Scores of a model at each label of some sequences: negative log-likelihood, cross-entropy, entropy, confidence.
 
-In: a causal language model and sequences, with entries of their targets or without. Out: numbers a label, sequence by
-sequence. Label j of a sequence is `token_ids[first_label + j]` and is predicted by the logits at the position before
-it. Logits beyond the vocabulary are left out before the softmax, which is taken in float32. Sequences are read a window
-at a time, batched by length, and logits exist for a few positions at a time, so memory does not grow with the input.
+Reads a causal language model and sequences, with or without the entries of their targets, and yields arrays with one
+number per label, sequence by sequence. A label is predicted by the logits at the position before it. Logits beyond the
+vocabulary are dropped before the softmax, which is taken in float32. Sequences are read 1,024 at a time and batched by
+length, and logits exist for 256 positions at a time, so memory does not grow with the input.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SEQUENCES_AT_A_TIME = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelScores:
-    """What a model q says of P labels; every array is [P]."""
+    """Scores of a model q at P labels; every array is [P]."""
 
     nll: NDArray[np.float64]
     """-log q(label)."""
@@ -55,19 +55,19 @@ class LabelScores:
     @classmethod
     def joined(cls, pieces: list[LabelScores]) -> LabelScores:
         """Scores of several pieces, one after another."""
-        return cls(**{name: np.concatenate([getattr(one, name) for one in pieces]) for name in cls.__slots__})
+        return cls(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in cls.__slots__})
 
 
 def score_labels(
     model: Any, sequences: Iterable[ScoredSequence], *, num_valid: int, batch_tokens: int
 ) -> Iterator[tuple[TokenSequence, LabelScores]]:
-    """Every sequence once, with its scores, in an order that depends on the lengths alone.
+    """Every sequence once, with its scores, in an order that depends only on the lengths.
 
     `num_valid` is the vocabulary size, `batch_tokens` the budget of a batch with its padding.
 
     Raises:
         LogitsInvalid: the model gave NaN or infinity, or a label no probability at all.
-        ModelInvalid: the model's logits are more than one output matrix applied to its hidden states.
+        ModelInvalid: the model's logits are not its output layer's, as `Decoder.of` checks.
         VocabularyMismatch: it gives fewer than `num_valid` logits.
     """
     decoder = Decoder.of(model)
@@ -154,11 +154,11 @@ def _float64(values: Tensor) -> NDArray[np.float64]:
 def _check_finite(scores: LabelScores, sequences: list[TokenSequence]) -> None:
     bad = np.flatnonzero(~np.isfinite(scores.nll + scores.cross_entropy))
     if len(bad):
-        places = [(sequence, label) for sequence in sequences for label in range(sequence.num_labels)]
-        sequence, label = places[bad[0]]
+        places = [(sequence, position) for sequence in sequences for position in sequence.positions.tolist()]
+        sequence, position = places[bad[0]]
         raise LogitsInvalid(
             sequence_id=sequence.sequence_id,
-            position=sequence.first_label + label - 1,
+            position=position,
             value=float(-scores.nll[bad[0]]),
             model="the evaluated model",
             setting="train.dtype",

@@ -81,15 +81,19 @@ def make_prompts(
     sample_tokens: int,
     seed: int,
 ) -> list[Prompt]:
-    """At most `num_samples` beginnings, one a document, chosen and ordered by a hash of the seed and the sequence's id.
+    """At most `num_samples` beginnings, one per document, chosen and ordered by a hash of the seed and the sequence id.
 
-    Only the window with which a document starts is taken, and only where at least 8 tokens follow the beginning.
+    Only the window with which a document starts is taken, and only where at least 8 labels follow the beginning without
+    a token of context between them.
 
     Raises:
         HoldoutEmpty: there is none.
     """
-    least = prompt_tokens + _LEAST_CONTINUATION
-    beginnings = (sequence for (sequence, _), _ in rows if sequence.start == 0 and len(sequence.token_ids) >= least)
+    beginnings = (
+        sequence
+        for (sequence, _), _ in rows
+        if sequence.start == 0 and len(_labels_from(sequence, prompt_tokens)) >= _LEAST_CONTINUATION
+    )
     chosen = heapq.nsmallest(num_samples, beginnings, key=lambda s: _digest(seed, "prompt", s.sequence_id))
     if not chosen:
         raise HoldoutEmpty(
@@ -101,12 +105,17 @@ def make_prompts(
 
 
 def _prompt(sequence: TokenSequence, prompt_tokens: int, sample_tokens: int) -> Prompt:
-    ids = tuple(sequence.token_ids.tolist())
     return Prompt(
         sequence_id=sequence.sequence_id,
-        token_ids=ids[:prompt_tokens],
-        human_continuation=ids[prompt_tokens : prompt_tokens + sample_tokens],
+        token_ids=tuple(sequence.token_ids[:prompt_tokens].tolist()),
+        human_continuation=tuple(_labels_from(sequence, prompt_tokens)[:sample_tokens].tolist()),
     )
+
+
+def _labels_from(sequence: TokenSequence, index: int) -> NDArray[np.int32]:
+    """Ids of the labels that follow one another from a token on; none where that token is no label."""
+    stop = next((stop for start, stop in sequence.label_spans if start <= index < stop), index)
+    return sequence.token_ids[index:stop]
 
 
 def human_continuations(prompts: Sequence[Prompt], *, tokenizer: Tokenizer) -> Continuations:

@@ -174,8 +174,9 @@ class _Sums:
     def reading(self, rows: Iterable[tuple[Row, PartMetadata]], tokenizer: Tokenizer) -> Iterator[ScoredSequence]:
         """Count what depends on the data alone while it is read."""
         for (sequence, targets), metadata in rows:
-            text = text_after(tokenizer, sequence.token_ids.tolist(), start=sequence.first_label)
-            self.num_bytes += len(text.encode())
+            ids = sequence.token_ids.tolist()
+            texts = [text_after(tokenizer, ids[:stop], start=start) for start, stop in sequence.label_spans]
+            self.num_bytes += sum(len(text.encode()) for text in texts)
             self.num_sequences += 1
             self.target_entropy += float(targets.entropy.sum(dtype=np.float64))
             self.teacher_nll -= float(targets.label_logprob.sum(dtype=np.float64))

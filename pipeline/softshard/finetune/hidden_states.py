@@ -99,8 +99,8 @@ def _sequence(token_ids: Any) -> TokenSequence:
         style="",
         group="",
         start=0,
-        first_label=1,
         token_ids=token_ids.astype(np.int32),
+        label_spans=((1, len(token_ids)),),
     )
 
 

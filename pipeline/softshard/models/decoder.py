@@ -150,7 +150,8 @@ class Decoder:
             ids[row, : len(sequence.token_ids)] = torch.from_numpy(sequence.token_ids.astype(np.int64))
             mask[row, : len(sequence.token_ids)] = 1
         hidden = self.body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
-        return torch.cat([hidden[row, s.first_label - 1 : len(s.token_ids) - 1] for row, s in enumerate(sequences)])
+        spans = [(row, start, stop) for row, sequence in enumerate(sequences) for start, stop in sequence.label_spans]
+        return torch.cat([hidden[row, start - 1 : stop - 1] for row, start, stop in spans])
 
     def adapted(self, states: Tensor) -> tuple[Tensor, LowRank | None]:
         """What the output matrix is multiplied with, and what is added: the adapter of the output layer, if it has one.

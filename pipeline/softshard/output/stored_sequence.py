@@ -97,11 +97,11 @@ def _positions(row: Row, metadata: PartMetadata, tokenizer: Tokenizer) -> Iterat
     sequence, targets = row
     entries = entries_of(targets, tau=metadata.tau)
     words = {token: tokenizer.decode([token]) for token in np.unique(np.append(entries.ids, sequence.labels)).tolist()}
-    for j, label in enumerate(sequence.labels.tolist()):
+    for j, (place, label) in enumerate(zip(sequence.label_indices.tolist(), sequence.labels.tolist(), strict=True)):
         start, stop = int(entries.offsets[j]), int(entries.offsets[j + 1])
         middle = start + int(targets.head_count[j])
         yield ShownPosition(
-            place=sequence.first_label + j,
+            place=place,
             label=words[label],
             label_probability=float(np.exp(targets.label_logprob[j])),
             entropy_nats=float(targets.entropy[j]),

@@ -24,7 +24,7 @@ __all__ = ["Block", "Decoder", "decode_batch", "decode_part", "open_part"]
 
 _LISTS = tuple(PART_SCHEMA.names[10:])
 _PER_LABEL = ("label_logprob", "entropy", "tail_mass", "head_count")
-_SEQUENCE = ("sequence_id", "document_id", "source", "style", "group", "start", "first_label")
+_SEQUENCE = ("sequence_id", "document_id", "source", "style", "group", "start")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +96,14 @@ class Decoder:
         stored = {"head_ids": "head_ranks", "head_logprobs": "head_ranks", "tail_ids": "tail_gaps"}
         bounds = {name: counts_to_offsets(lists.lengths[stored.get(name, name)]).tolist() for name in decoded}
         plain = {name: batch.column(name).to_pylist() for name in _SEQUENCE}
+        firsts = lists.first_labels.tolist()
         rows = []
         for index in range(batch.num_rows):
             row = {name: values[bounds[name][index] : bounds[name][index + 1]] for name, values in decoded.items()}
             own: dict[str, Any] = {name: plain[name][index] for name in _SEQUENCE}
-            rows.append((TokenSequence(**own, token_ids=row.pop("token_ids")), SequenceTargets(**row)))
+            token_ids = row.pop("token_ids")
+            spans = ((firsts[index], len(token_ids)),)
+            rows.append((TokenSequence(**own, token_ids=token_ids, label_spans=spans), SequenceTargets(**row)))
         return rows
 
     def _lists(self, batch: pa.RecordBatch) -> _Lists:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from softshard.shard.schema import METADATA_KEY, PART_SCHEMA, PartMetadata
+from softshard.shard.schema import METADATA_KEY, PART_SCHEMA, PartMetadata, stored_first_label
 from softshard.sketch.codec import (
     counts_to_offsets,
     encode_head,
@@ -55,6 +55,9 @@ def encode_part(rows: Sequence[tuple[TokenSequence, SequenceTargets]], *, fold: 
     """A whole part: Parquet, zstd, one row a sequence in the order given, 128 rows a row group.
 
     The part's frequent ids are chosen here; those of `metadata` are not looked at.
+
+    Raises:
+        LabelsNotStorable: the labels of a sequence do not run to its end, which version 1 cannot describe.
     """
     table, frequent = _table(rows, fold, metadata)
     complete = metadata.model_copy(update={"frequent_ids": tuple(frequent.tolist())})
@@ -87,8 +90,9 @@ def _table(
     ranks = token_ranks(ids_by_rank(frequent, vocab_size=metadata.vocab_size))
     columns: dict[str, pa.Array] = {
         name: pa.array([getattr(sequence, name) for sequence in sequences], PART_SCHEMA.field(name).type)
-        for name in ("sequence_id", "document_id", "source", "style", "group", "start", "first_label")
+        for name in ("sequence_id", "document_id", "source", "style", "group", "start")
     }
+    columns["first_label"] = pa.array([stored_first_label(sequence) for sequence in sequences], pa.int32())
     columns["fold"] = pa.array([fold] * len(rows), pa.int16())
     columns["mean_entropy"] = pa.array([_mean(t.entropy) for t in targets], pa.float32())
     columns["mean_label_logprob"] = pa.array([_mean(t.label_logprob) for t in targets], pa.float32())

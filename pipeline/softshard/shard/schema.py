@@ -12,7 +12,8 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from softshard.errors import PartCorrupt
+from softshard.errors import LabelsNotStorable, PartCorrupt
+from softshard.sketch.types import TokenSequence
 
 __all__ = [
     "METADATA_KEY",
@@ -22,6 +23,7 @@ __all__ = [
     "PartMetadata",
     "read_metadata",
     "schema_text",
+    "stored_first_label",
 ]
 
 SCHEMA_VERSION = 1
@@ -137,6 +139,20 @@ def read_metadata(schema: pa.Schema, *, uri: str) -> PartMetadata:
     if not schema.remove_metadata().equals(PART_SCHEMA):
         raise PartCorrupt(uri=uri, problem="its columns are not those of schema version 1")
     return metadata
+
+
+def stored_first_label(sequence: TokenSequence) -> int:
+    """The column `first_label` of a sequence: version 1 knows only labels that run to the end of the sequence.
+
+    Raises:
+        LabelsNotStorable: its labels are not such a run.
+    """
+    first = sequence.label_spans[0][0]
+    if sequence.label_spans != ((first, len(sequence.token_ids)),):
+        raise LabelsNotStorable(
+            sequence_id=sequence.sequence_id, label_spans=sequence.label_spans, num_tokens=len(sequence.token_ids)
+        )
+    return first
 
 
 def schema_text() -> str:

@@ -1,13 +1,14 @@
-"""One uniform number for each label, that nothing but what it is for can change.
+"""One uniform random number for each label and draw, the same in every batch, on every worker and in every retry.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3; 2011). The key is a hash of
-(seed, sequence id), the counter is (label, draw): no batch, worker or retry has a part in it.
+(seed, sequence id), the counter is (index of the label in the sequence, draw).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,13 +37,13 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.
 
 
 def label_uniforms(
-    *, seed: int, sequence_id: str, first_label: int, num_labels: int, draw: int = 0
+    label_indices: NDArray[np.integer[Any]], *, seed: int, sequence_id: str, draw: int = 0
 ) -> NDArray[np.float64]:
-    """[num_labels] numbers in [0, 1) of 53 bits, for the labels first_label, first_label + 1, ... of a sequence."""
+    """[P] numbers in [0, 1) of 53 bits, for the labels of a sequence at these indices [P]."""
     name = f"softshard.sketch\0{seed}\0{sequence_id}".encode()
     key = np.frombuffer(hashlib.blake2b(name, digest_size=8).digest(), dtype="<u4")
-    counter = np.zeros((num_labels, 4), dtype=np.uint32)
-    counter[:, 0] = np.arange(first_label, first_label + num_labels, dtype=np.uint32)
+    counter = np.zeros((len(label_indices), 4), dtype=np.uint32)
+    counter[:, 0] = label_indices
     counter[:, 1] = draw
     words = philox4x32(counter, (int(key[0]), int(key[1]))).astype(np.uint64)
     high, low = words[:, 0] >> np.uint64(5), words[:, 1] >> np.uint64(6)
@@ -50,28 +51,19 @@ def label_uniforms(
     return numbers
 
 
-def draw_uniforms(*, seed: int, sequence_id: str, first_label: int, num_labels: int, draws: int) -> NDArray[np.float64]:
-    """[draws, num_labels] numbers of `label_uniforms` for each independent tail."""
+def draw_uniforms(
+    label_indices: NDArray[np.integer[Any]], *, seed: int, sequence_id: str, draws: int
+) -> NDArray[np.float64]:
+    """[draws, P] numbers of `label_uniforms` for each independent tail."""
     return np.stack(
-        [
-            label_uniforms(
-                seed=seed, sequence_id=sequence_id, first_label=first_label, num_labels=num_labels, draw=draw
-            )
-            for draw in range(draws)
-        ]
+        [label_uniforms(label_indices, seed=seed, sequence_id=sequence_id, draw=draw) for draw in range(draws)]
     )
 
 
 def tail_uniforms(sequences: Sequence[TokenSequence], *, seed: int, draws: int) -> NDArray[np.float64]:
     """[draws, P] numbers of the labels of all sequences, one after the other, for each independent tail."""
     numbers = [
-        draw_uniforms(
-            seed=seed,
-            sequence_id=sequence.sequence_id,
-            first_label=sequence.first_label,
-            num_labels=sequence.num_labels,
-            draws=draws,
-        )
+        draw_uniforms(sequence.label_indices, seed=seed, sequence_id=sequence.sequence_id, draws=draws)
         for sequence in sequences
     ]
     return np.concatenate(numbers, axis=1)

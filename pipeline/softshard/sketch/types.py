@@ -1,7 +1,7 @@
-"""The two records that everything passes on: a sequence of tokens, and its targets.
+"""The two records that go through the whole package: a sequence of tokens, and the targets of its labels.
 
-Indices: label j of a sequence is `token_ids[first_label + j]`, and its target is the distribution at the position
-before it, `first_label + j - 1`. L tokens have P = L - first_label labels.
+A sequence has L tokens. P of them are labels, the tokens whose targets are stored; the others are context. The target
+of a label is the distribution at the position before it, so the first token can never be a label.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ __all__ = ["SequenceTargets", "TokenSequence"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSequence:
-    """One window of one document."""
+    """One window of one document, and which of its tokens are labels.
+
+    Raises:
+        ValueError: no token is a label, or a span is empty, holds token 0, overlaps the one before or ends beyond L.
+    """
 
     sequence_id: str
     """blake2b-128, in hex, of (document digest, tokenizer fingerprint, start, context, overlap)."""
@@ -27,20 +31,40 @@ class TokenSequence:
     group: str
     start: int
     """Place of token_ids[0] in the document's tokens."""
-    first_label: int
-    """Index in token_ids of the first label, at least 1."""
     token_ids: NDArray[np.int32]
     """[L]"""
+    label_spans: tuple[tuple[int, int], ...]
+    """Runs of labels in token_ids as (start, stop), in rising order and without overlap. A window of plain text has one
+    run, which ends at L; in a conversation each answer is a run."""
+
+    def __post_init__(self) -> None:
+        bounds = [1, *(bound for span in self.label_spans for bound in span), len(self.token_ids)]
+        empty = any(start == stop for start, stop in self.label_spans)
+        if not self.label_spans or empty or bounds != sorted(bounds):
+            raise ValueError(
+                f"sequence {self.sequence_id}: label_spans is {self.label_spans} for {len(self.token_ids)} tokens; it"
+                " must hold at least one span, none empty, in rising order without overlap, from token 1 on"
+            )
 
     @property
     def num_labels(self) -> int:
         """P, the number of labels."""
-        return len(self.token_ids) - self.first_label
+        return sum(stop - start for start, stop in self.label_spans)
+
+    @property
+    def label_indices(self) -> NDArray[np.int64]:
+        """[P] indices of the labels in token_ids, rising."""
+        return np.concatenate([np.arange(start, stop) for start, stop in self.label_spans])
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """[P] indices of the tokens before the labels: the logits there are compared with the targets."""
+        return self.label_indices - 1
 
     @property
     def labels(self) -> NDArray[np.int32]:
         """[P] ids of the labels."""
-        return self.token_ids[self.first_label :]
+        return self.token_ids[self.label_indices]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,8 +68,8 @@ class Canary(BaseModel):
             style="",
             group="",
             start=0,
-            first_label=1,
             token_ids=ids,
+            label_spans=((1, len(ids)),),
         )
 
 

@@ -113,7 +113,7 @@ class TransformersTeacher:
         )
         draws = [sketch.num_draws for sketch in sketches]
         uniforms = tail_uniforms(batch, seed=seed, draws=max(draws))
-        places = [(s.sequence_id, s.first_label + j - 1) for s in batch for j in range(s.num_labels)]
+        places = [(s.sequence_id, position) for s in batch for position in s.positions.tolist()]
         pieces: list[list[SequenceTargets]] = [[] for _ in sketches]
         sums = [FidelitySums() for _ in sketches]
         for start in range(0, len(labels), _ROWS_OF_LOGITS):

@@ -181,14 +181,7 @@ class VllmTeacher:
         from softshard.teacher.vllm_pooler import make_request
 
         params = [
-            PoolingParams(
-                extra_kwargs=make_request(
-                    sequence_id=sequence.sequence_id,
-                    first_label=sequence.first_label,
-                    seed=seed,
-                    settings=list(sketches),
-                )
-            )
+            PoolingParams(extra_kwargs=make_request(sequence, seed=seed, settings=list(sketches)))
             for sequence in sequences
         ]
         prompts = [{"prompt_token_ids": sequence.token_ids.tolist()} for sequence in sequences]

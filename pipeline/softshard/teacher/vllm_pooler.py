@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -32,6 +32,7 @@ from softshard.config import FullSketch, SketchSettings, ThresholdSketch
 from softshard.errors import ArchitectureUnsupported, LogitsInvalid
 from softshard.sketch.philox import draw_uniforms
 from softshard.sketch.reduce import sketch_rows
+from softshard.sketch.types import TokenSequence
 from softshard.teacher.vllm_wire import pack_invalid, pack_targets
 
 __all__ = ["EXTRA", "OWNER", "PREFIX", "SketchPooler", "make_request", "make_teacher", "register", "teacher_class"]
@@ -155,16 +156,18 @@ class _Request:
     """One sequence, as the teacher asks for it."""
 
     sequence_id: str
-    first_label: int
+    label_spans: Sequence[tuple[int, int]]
+    """As a `TokenSequence` has them."""
     seed: int
     settings: str
     """JSON list of sketch settings."""
 
 
-def make_request(*, sequence_id: str, first_label: int, seed: int, settings: list[SketchSettings]) -> dict[str, Any]:
-    """What `PoolingParams.extra_kwargs` has to carry for a sequence."""
+def make_request(sequence: TokenSequence, *, seed: int, settings: list[SketchSettings]) -> dict[str, Any]:
+    """`PoolingParams.extra_kwargs` of a sequence, in types that survive the way to another process."""
     text = _SETTINGS.dump_json(settings).decode()
-    return {EXTRA: {"sequence_id": sequence_id, "first_label": first_label, "seed": seed, "settings": text}}
+    spans = [list(span) for span in sequence.label_spans]
+    return {EXTRA: {"sequence_id": sequence.sequence_id, "label_spans": spans, "seed": seed, "settings": text}}
 
 
 @lru_cache(maxsize=64)
@@ -224,25 +227,23 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
         return outputs
 
     def _sketch(self, states: Tensor, ids: Tensor, *, start: int, request: _Request) -> Iterator[Tensor]:
-        """Records of the rows that stand before a label; `start` is the position of the first row."""
-        first = max(start, request.first_label - 1)
-        last = min(start + len(states), len(ids) - 1)
-        for at in range(first, last, self._chunk_rows):
-            until = min(at + self._chunk_rows, last)
+        """Records of the rows whose next token is a label; `start` is the position of the first row."""
+        spans = [(max(first - 1, start), min(stop - 1, start + len(states))) for first, stop in request.label_spans]
+        positions = torch.cat([torch.arange(first, max(first, stop)) for first, stop in spans])
+        for chunk in torch.split(positions, self._chunk_rows) if len(positions) else ():
             # Every rank of a tensor-parallel engine has to take part in this.
-            logits = self._compute_logits(states[at - start : until - start])
+            logits = self._compute_logits(states[(chunk - start).to(states.device)])
             if logits is not None and get_tensor_model_parallel_rank() == 0:
-                yield from self._records(logits, ids[at + 1 : until + 1], position=at, request=request)
+                yield from self._records(logits, ids[chunk + 1], positions=chunk, request=request)
 
-    def _records(self, logits: Tensor, labels: Tensor, *, position: int, request: _Request) -> Iterator[Tensor]:
+    def _records(self, logits: Tensor, labels: Tensor, *, positions: Tensor, request: _Request) -> Iterator[Tensor]:
         labels = labels.to(device=logits.device, dtype=torch.int64)
-        places = [(request.sequence_id, position + row) for row in range(len(labels))]
+        places = [(request.sequence_id, position) for position in positions.tolist()]
         for number, settings in enumerate(_settings_of(request.settings)):
             uniforms = draw_uniforms(
+                positions.numpy() + 1,
                 seed=request.seed,
                 sequence_id=request.sequence_id,
-                first_label=position + 1,
-                num_labels=len(labels),
                 draws=settings.num_draws,
             )
             try:
@@ -266,7 +267,7 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
         rows = hidden_states[: self._chunk_rows]
         request = _Request(
             sequence_id="",
-            first_label=1,
+            label_spans=((1, len(rows) + 1),),
             seed=0,
             settings=_SETTINGS.dump_json([ThresholdSketch(), FullSketch(kind="full")]).decode(),
         )
