@@ -1,11 +1,11 @@
-"""softshard: a corpus of human writing to stored next-token distributions, and models trained on them.
+"""softshard: from a corpus of human writing to stored next-token distributions, and to models trained on them.
 
-    documents -> sequences -> teacher pass -> sketches -> Parquet parts -> stream -> KL + retention -> adapter -> report
-     corpus/     corpus/      teacher/        target/     shard/           train/    train/            train/  evaluate/
-                               +----------- run/ (plan, Dask) ----------+
+    documents -> sequences -> teacher pass -> sketches -> parts -> batches -> KL + retention -> adapter -> report
+    corpus/      corpus/      teacher/        sketch/     shard/   data/      finetune/         finetune/  evaluate/
 
-The command `softshard` does all of it from a job file. For readers of what it leaves, the names below are public and
-loaded when they are first used: importing softshard loads neither torch nor pyarrow.
+`stages` runs these steps as the stages of a job, and `cluster` runs their tasks on Dask workers. The command
+`softshard` does all of it from a job file. The names below are the public interface for reading targets and training on
+them. They are imported on first use: `import softshard` loads neither torch nor pyarrow.
 """
 
 from __future__ import annotations
