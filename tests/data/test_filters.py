@@ -132,7 +132,7 @@ def test_a_part_of_another_size_is_found_before_its_rows_are_read(tmp_path):
     store, manifest = write_targets(tmp_path, numbered_parts(np.random.default_rng(0), (4,)))
     longer = manifest.parts[0].model_copy(update={"num_bytes": manifest.parts[0].num_bytes + 1})
     data = dataset(TargetSet(store=store, manifest=manifest.model_copy(update={"parts": Spool(Receipt, [longer])})))
-    with pytest.raises(PartCorrupt, match=f"its receipt names {longer.num_bytes}"):
+    with pytest.raises(PartCorrupt, match=f"its receipt names {longer.num_bytes:,}"):
         data.batches_per_epoch(0)
 
 

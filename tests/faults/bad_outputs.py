@@ -92,7 +92,7 @@ def _(place):
 def _(place):
     """a part that is gone
     its file is deleted
-    OUT/targets/data/train/part-00000-….parquet: the part is missing
+    OUT/targets/data/train/part-00000-….parquet: is missing
     """
     place.part().unlink()
 
@@ -238,7 +238,7 @@ def _(place):
 def _(place):
     """receipts without parts
     data/ and the manifest are deleted
-    OUT/targets/data/test/part-….parquet: the part is missing
+    OUT/targets/data/test/part-….parquet: is missing
     """
     (place.targets / "manifest.json").unlink()
     shutil.rmtree(place.targets / "data")
@@ -324,7 +324,7 @@ def _(place):
 def _(place):
     """a manifest of another run
     it names a part which was never here
-    OUT/targets/data/train/part-00000-of-another-run.parquet: the part is missing
+    OUT/targets/data/train/part-00000-of-another-run.parquet: is missing
     """
     part = read_manifest(place.targets).parts[0]
     other = {"part_id": "1" * 32, "path": "data/train/part-00000-of-another-run.parquet"}
@@ -363,7 +363,7 @@ def _(place):
 def _(place):
     """a slice of the corpus with a flipped bit
     one bit of its middle byte
-    OUT/corpus/sequences/train-0-….parquet: has sha256 …, the corpus manifest names …; …
+    OUT/corpus/sequences/train-0-….parquet: has … bytes with sha256 …, the corpus manifest names …; …
     """
     flip(place.slice())
 

@@ -265,7 +265,7 @@ def test_a_run_that_was_complete_notices_a_truncated_part(finished, tmp_path):
     part = read_manifest(finished / "targets").parts[1]
     file = tmp_path / "out/targets" / part.path
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(PartCorrupt, match=rf"has {part.num_bytes - 1} bytes, its receipt names {part.num_bytes}"):
+    with pytest.raises(PartCorrupt, match=rf"has {part.num_bytes - 1:,} bytes, its receipt names {part.num_bytes:,}"):
         run(path)
 
 

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from softshard.corpus.counts import GroupCount
 from softshard.corpus.manifest import CorpusStatistics, DocumentsFile
+from softshard.corpus.read import read_listed
 from softshard.corpus.screen import ScreenedDocument
-from softshard.errors import PartCorrupt
 from softshard.records.digest import sha256_hex
 from softshard.storage import Store
 
@@ -111,7 +111,7 @@ def train_documents_outside(store: Store, files: Sequence[DocumentsFile], *, fol
 
     found = [pl.Series("document_id", [], dtype=pl.Binary)]
     for file in files:
-        rows = pl.read_parquet(io.BytesIO(_checked(store, file)), columns=["document_id", "split", "fold"])
+        rows = pl.read_parquet(io.BytesIO(read_listed(store, file)), columns=["document_id", "split", "fold"])
         outside = rows.filter((pl.col("split") == "train") & (pl.col("fold") != fold))
         found.append(outside["document_id"].str.decode("hex"))
     return pl.concat(found)
@@ -128,21 +128,10 @@ def train_groups(store: Store, files: Sequence[DocumentsFile]) -> tuple[GroupCou
     place = ["source", "style", "group", "fold"]
     counts = pl.DataFrame()
     for file in files:
-        rows = pl.read_parquet(io.BytesIO(_checked(store, file)), columns=[*place, "split", "labels"])
+        rows = pl.read_parquet(io.BytesIO(read_listed(store, file)), columns=[*place, "split", "labels"])
         found = rows.filter(pl.col("split") == "train").group_by(place).agg(pl.col("labels").sum())
         counts = pl.concat([counts, found]).group_by(place).agg(pl.col("labels").sum())
     return tuple(GroupCount(*row) for row in sorted(counts.iter_rows()))
-
-
-def _checked(store: Store, file: DocumentsFile) -> bytes:
-    uri = f"{store.uri}/{file.path}"
-    try:
-        content = store.read(file.path)
-    except FileNotFoundError as error:
-        raise PartCorrupt(uri=uri, problem="this list of the corpus's documents is missing") from error
-    if sha256_hex(content) != file.sha256:
-        raise PartCorrupt(uri=uri, problem="is not the list of documents that the corpus manifest names")
-    return content
 
 
 def corpus_statistics(store: Store, files: Sequence[DocumentsFile]) -> tuple[CorpusStatistics, ...]:

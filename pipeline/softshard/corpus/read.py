@@ -1,31 +1,26 @@
-"""A corpus that was written: slices to sequences. A slice's hash is checked before its first sequence is given."""
+"""Reads a corpus that was written. The hash of each file is compared with the corpus manifest before it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from softshard.corpus.manifest import CorpusManifest, CorpusSlice
+from softshard.corpus.manifest import CorpusManifest, CorpusSlice, DocumentsFile
 from softshard.corpus.slices import decode_slice
-from softshard.errors import PartCorrupt
-from softshard.records.digest import sha256_hex
+from softshard.shard.files import read_checked
 from softshard.sketch.types import TokenSequence
 from softshard.storage import Store
 
-__all__ = ["iter_sequences", "read_slice"]
+__all__ = ["iter_sequences", "read_listed", "read_slice"]
 
 
 def read_slice(store: Store, part: CorpusSlice) -> list[TokenSequence]:
     """Sequences of a slice, in their order. Raises PartCorrupt when it is missing or is not what the manifest names."""
-    uri = f"{store.uri}/{part.path}"
-    try:
-        content = store.read(part.path)
-    except FileNotFoundError as error:
-        raise PartCorrupt(uri=uri, problem="this slice of the corpus is missing") from error
-    digest = sha256_hex(content)
-    if digest != part.sha256:
-        problem = f"has sha256 {digest[:16]}, the corpus manifest names {part.sha256[:16]}"
-        raise PartCorrupt(uri=uri, problem=problem)
-    return decode_slice(content, uri=uri)
+    return decode_slice(read_listed(store, part), uri=f"{store.uri}/{part.path}")
+
+
+def read_listed(store: Store, file: CorpusSlice | DocumentsFile) -> bytes:
+    """Bytes of a file of the corpus. Raises PartCorrupt when it is missing or its hash is not the manifest's."""
+    return read_checked(store, file.path, sha256=file.sha256, named_by="the corpus manifest")
 
 
 def iter_sequences(

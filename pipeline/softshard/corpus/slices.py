@@ -21,6 +21,7 @@ from softshard.corpus.screen import ScreenedDocument, Split
 from softshard.errors import PartCorrupt
 from softshard.records.digest import sha256_hex
 from softshard.records.spool import Spool
+from softshard.shard.files import parquet_errors
 from softshard.shard.schema import PART_SCHEMA, stored_first_label
 from softshard.sketch.types import TokenSequence
 from softshard.storage import Store
@@ -57,11 +58,9 @@ def encode_slice(sequences: Sequence[TokenSequence], *, metadata: dict[str, str 
 
 
 def decode_slice(content: bytes, *, uri: str) -> list[TokenSequence]:
-    """Sequences of a slice, in their order. Raises PartCorrupt: it is not Parquet, or not what a slice holds."""
-    try:
+    """Sequences of a slice, in their order. Raises PartCorrupt when it is not Parquet or not what a slice holds."""
+    with parquet_errors(uri):
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise PartCorrupt(uri=uri, problem=f"is not readable as Parquet: {error}") from error
     if not table.schema.remove_metadata().equals(SLICE_SCHEMA):
         raise PartCorrupt(uri=uri, problem=f"its columns are not those of corpus version {CORPUS_VERSION}")
     plain = table.select(list(_PLAIN)).to_pylist()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from softshard.errors import BlendInvalid, CorpusEmpty, JobInvalid, PartCorrupt
-from softshard.shard.decode import open_part
+from softshard.errors import BlendInvalid, CorpusEmpty, JobInvalid
 from softshard.shard.manifest import Manifest, read_manifest
+from softshard.shard.read import read_columns
 from softshard.storage import Store, open_store
 
 __all__ = ["BlendSummary", "SetShare", "summarize_blend"]
@@ -136,16 +136,7 @@ def _train_rows(store: Store, manifest: Manifest) -> pa.Table:
     receipts = manifest.of_split("train")
     if not receipts:
         raise CorpusEmpty(counts={"sequences": 0}, split="train")
-    tables = []
-    for receipt in receipts:
-        uri = f"{store.uri}/{receipt.path}"
-        try:
-            with store.open(receipt.path) as stream:
-                tables.append(open_part(stream, uri=uri)[0].read(columns=_COLUMNS))
-        except FileNotFoundError as error:
-            raise PartCorrupt(uri=uri, problem="the part is missing") from error
-        except (pa.ArrowException, OSError) as error:
-            raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
+    tables = [read_columns(store, receipt, _COLUMNS) for receipt in receipts]
     if not any(table.num_rows for table in tables):
         raise CorpusEmpty(counts={"sequences": 0}, split="train")
     table = pa.concat_tables(tables).combine_chunks()

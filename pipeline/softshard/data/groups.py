@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from softshard.data.filters import GroupWeights
 from softshard.data.target_set import TargetSet
-from softshard.errors import BalanceImpossible, FilterMatchesNothing, PartCorrupt
-from softshard.shard.decode import open_part
+from softshard.errors import BalanceImpossible, FilterMatchesNothing
+from softshard.shard.read import read_columns
 
 __all__ = ["Balance", "GroupShare", "Tally", "balanced", "passing_tables", "tally_groups"]
 
@@ -79,15 +79,8 @@ def passing_tables(targets: TargetSet, columns: list[str]) -> Iterator[tuple[str
     where = targets.where
     names = list(dict.fromkeys([*columns, *where.conditions]))
     for receipt in targets.manifest.of_split(targets.split):
-        uri = f"{targets.store.uri}/{receipt.path}"
-        try:
-            with targets.store.open(receipt.path) as stream:
-                table = open_part(stream, uri=uri)[0].read(columns=names)
-        except FileNotFoundError as error:
-            raise PartCorrupt(uri=uri, problem="the part is missing") from error
-        except (pa.ArrowException, OSError) as error:
-            raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
-        yield uri, table.filter(pa.array(where.passes(table)))
+        table = read_columns(targets.store, receipt, names)
+        yield f"{targets.store.uri}/{receipt.path}", table.filter(pa.array(where.passes(table)))
 
 
 def balanced(

@@ -7,19 +7,18 @@ whenever rows are read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softshard.data.filters import GroupWeights, RowFilter
 from softshard.errors import PartCorrupt
-from softshard.shard.decode import open_part
 from softshard.shard.manifest import Receipt
+from softshard.shard.read import open_committed
 from softshard.shard.schema import PartMetadata
 from softshard.storage import Store
 
@@ -90,15 +89,8 @@ def _part_index(
 ) -> RowIndex:
     """The index of one part alone; of the file, only its footer and small columns are read."""
     uri = f"{store.uri}/{receipt.path}"
-    try:
-        with store.open(receipt.path) as stream:
-            if (size := stream.seek(0, os.SEEK_END)) != receipt.num_bytes:
-                raise PartCorrupt(uri=uri, problem=f"has {size} bytes, its receipt names {receipt.num_bytes}")
-            index = _indexed(stream, where, weights, with_names, uri=uri)
-    except FileNotFoundError as error:
-        raise PartCorrupt(uri=uri, problem="the part is missing") from error
-    except (pa.ArrowException, OSError) as error:
-        raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
+    with open_committed(store, receipt) as (file, metadata):
+        index = _indexed(file, metadata, where, weights, with_names, uri=uri)
     if len(index.lengths) != receipt.num_sequences:
         problem = f"has {len(index.lengths)} sequences, its receipt names {receipt.num_sequences}"
         raise PartCorrupt(uri=uri, problem=problem)
@@ -106,10 +98,14 @@ def _part_index(
 
 
 def _indexed(
-    stream: BinaryIO, where: RowFilter, weights: GroupWeights | None, with_names: bool, *, uri: str
+    file: pq.ParquetFile,
+    metadata: PartMetadata,
+    where: RowFilter,
+    weights: GroupWeights | None,
+    with_names: bool,
+    *,
+    uri: str,
 ) -> RowIndex:
-    stream.seek(0)
-    file, metadata = open_part(stream, uri=uri)
     footers = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
     stops = np.cumsum([0, *(footer.num_rows for footer in footers)]).tolist()
     lengths = np.zeros(stops[-1], dtype=np.int64)

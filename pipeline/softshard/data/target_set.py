@@ -21,7 +21,7 @@ from softshard.data.shuffle import batch_bounds, through_buffer
 from softshard.errors import CorpusEmpty, FilterMatchesNothing
 from softshard.records.seeds import keyed_generator
 from softshard.shard.manifest import Manifest
-from softshard.shard.read import PartReader, read_checked
+from softshard.shard.read import PartReader, read_part
 from softshard.shard.schema import PartMetadata
 from softshard.storage import Store
 
@@ -159,7 +159,7 @@ class SetReader:
     def _open(self, part: int) -> PartReader:
         """A part, whose bytes are checked against the receipt each time they are read: none are kept."""
         receipt, store = self._receipts[part], self._targets.store
-        return PartReader(read_checked(store, receipt), uri=f"{store.uri}/{receipt.path}")
+        return PartReader(read_part(store, receipt), uri=f"{store.uri}/{receipt.path}")
 
 
 def in_order(order: Sequence[int], arriving: Iterator[dict[int, MixedRow]]) -> Iterator[MixedRow]:

@@ -13,10 +13,11 @@ from typing import Literal
 import pyarrow as pa
 
 from softshard.config import SketchSettings
-from softshard.errors import PartConflict, PartCorrupt
+from softshard.errors import PartConflict
 from softshard.records.canonical import canonical_json
 from softshard.records.digest import canonical_digest, sha256_hex
 from softshard.shard.encode import encode_part
+from softshard.shard.files import check_size
 from softshard.shard.manifest import Receipt, read_receipt
 from softshard.shard.schema import SCHEMA_VERSION, Fidelity, PartMetadata
 from softshard.sketch.fidelity import RANKS, FidelitySums
@@ -85,9 +86,7 @@ def find_receipt(store: Store, part_id: str) -> Receipt | None:
         size = store.size(receipt.path)
     except FileNotFoundError:
         return None
-    if size != receipt.num_bytes:
-        problem = f"has {size} bytes, its receipt names {receipt.num_bytes}"
-        raise PartCorrupt(uri=f"{store.uri}/{receipt.path}", problem=problem)
+    check_size(size, expected=receipt.num_bytes, uri=f"{store.uri}/{receipt.path}")
     return receipt
 
 

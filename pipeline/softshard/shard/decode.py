@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softshard.errors import PartCorrupt
+from softshard.shard.files import parquet_errors
 from softshard.shard.schema import PART_SCHEMA, PartMetadata, read_metadata
 from softshard.sketch.codec import counts_to_offsets, decode_head, decode_tail, ids_by_rank
 from softshard.sketch.entries import ranges_from
 from softshard.sketch.types import SequenceTargets, TokenSequence
 
-__all__ = ["Block", "Decoder", "decode_batch", "decode_part", "open_part"]
+__all__ = ["Block", "Decoder", "decode_part", "open_part"]
 
 _LISTS = tuple(PART_SCHEMA.names[10:])
 _PER_LABEL = ("label_logprob", "entropy", "tail_mass", "head_count")
@@ -131,11 +132,9 @@ class Decoder:
 
 def open_part(content: bytes | pa.Buffer | BinaryIO, *, uri: str) -> tuple[pq.ParquetFile, PartMetadata]:
     """A part's file and metadata, nothing decoded yet. Raises PartCorrupt."""
-    try:
+    with parquet_errors(uri):
         source = pa.BufferReader(content) if isinstance(content, bytes | pa.Buffer) else content
         file = pq.ParquetFile(source, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise PartCorrupt(uri=uri, problem=f"is not readable as Parquet: {error}") from error
     return file, read_metadata(file.schema_arrow, uri=uri)
 
 
@@ -144,19 +143,10 @@ def decode_part(
 ) -> tuple[list[tuple[TokenSequence, SequenceTargets]], PartMetadata]:
     """All rows of a part, with what the file holds of the targets. Raises PartCorrupt."""
     file, metadata = open_part(content, uri=uri)
-    try:
+    with parquet_errors(uri):
         table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
     decoder = Decoder(metadata, uri=uri)
     return [row for batch in table.to_batches() for row in decoder.rows(batch)], metadata
-
-
-def decode_batch(
-    batch: pa.RecordBatch, *, metadata: PartMetadata, uri: str
-) -> list[tuple[TokenSequence, SequenceTargets]]:
-    """Rows of a record batch that has all columns. Raises PartCorrupt when the lists of a row do not fit together."""
-    return Decoder(metadata, uri=uri).rows(batch)
 
 
 def _corrupt(batch: pa.RecordBatch, row: int | None, what: str, *, uri: str) -> PartCorrupt:

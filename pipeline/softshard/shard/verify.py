@@ -13,16 +13,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softshard.errors import ManifestMissing, PartCorrupt
 from softshard.records.canonical import canonical_json
 from softshard.shard.commit import receipt_path
 from softshard.shard.decode import Decoder, open_part
+from softshard.shard.files import check_size, parquet_errors
 from softshard.shard.manifest import Manifest, Receipt, manifest_path, pointer_to, read_manifest, read_receipt
 from softshard.shard.orphans import Orphan, find_orphans
-from softshard.shard.read import read_checked
+from softshard.shard.read import read_part
 from softshard.shard.schema import PartMetadata
 from softshard.shard.soundness import find_problems
 from softshard.storage import Store
@@ -167,9 +167,8 @@ def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, de
     uri = f"{store.uri}/{receipt.path}"
     try:
         # Before it is read: what stands in a part's place can be of any size.
-        if (size := store.size(receipt.path)) != receipt.num_bytes:
-            raise PartCorrupt(uri=uri, problem=f"has {size:,} bytes, its receipt names {receipt.num_bytes:,}")
-        file, metadata = open_part(read_checked(store, receipt), uri=uri)
+        check_size(store.size(receipt.path), expected=receipt.num_bytes, uri=uri)
+        file, metadata = open_part(read_part(store, receipt), uri=uri)
         problems = _check_footer(file, metadata, receipt)
         if manifest:
             problems += _check_metadata(metadata, manifest)
@@ -177,7 +176,7 @@ def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, de
             problems += _check_rows(file, metadata, receipt, uri=uri)
         lines = [f"{uri}: {problem}" for problem in problems]
     except FileNotFoundError:
-        lines = [f"{uri}: the part is missing"]
+        lines = [f"{uri}: is missing"]
     except (PartCorrupt, OSError) as error:
         lines = [_line(store, receipt.path, error)]
     return [Finding(path=receipt.path, problem=line, part_id=receipt.part_id) for line in lines]
@@ -216,7 +215,7 @@ def _check_rows(file: pq.ParquetFile, metadata: PartMetadata, receipt: Receipt, 
     problems: list[str] = []
     heads = tails = 0
     decoder = Decoder(metadata, uri=uri)
-    try:
+    with parquet_errors(uri):
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
             if batch.column("fold").to_pylist() != [receipt.fold] * batch.num_rows:
                 problems.append(f"has rows of another fold than {receipt.fold}, which its receipt names")
@@ -225,8 +224,6 @@ def _check_rows(file: pq.ParquetFile, metadata: PartMetadata, receipt: Receipt, 
             tails += sum(len(block.targets.tail_ids) for block in draws)
             sequence_ids = batch.column("sequence_id").to_pylist()
             problems += find_problems(draws, sequence_ids=sequence_ids, metadata=metadata)
-    except pa.ArrowException as error:
-        raise PartCorrupt(uri=uri, problem=f"cannot be decompressed: {error}") from error
     if (heads, tails) != (receipt.num_head_entries, receipt.num_tail_entries):
         said = f"{receipt.num_head_entries} and {receipt.num_tail_entries}"
         problems.append(f"has {heads} head and {tails} tail entries, its receipt says {said}")

@@ -10,7 +10,6 @@ adapter than to the base.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from softshard.models import load_model
 from softshard.output.workspace import Workspace, saved_job
 from softshard.records.digest import canonical_digest
 from softshard.storage import open_store
+from softshard.storage.folders import new_folder
 from softshard.teacher.merged import CANARY_TEXT
 
 __all__ = ["Exported", "export_model"]
@@ -193,9 +193,7 @@ def _write(workspace: Workspace, merged: Any, folder: Path, *, kind: torch.dtype
     """Put the model's folder in its place, once it is complete and gives, loaded anew, what was written."""
     _set_type(merged, kind)
     student = workspace.student_model
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:
-        made = Path(scratch) / "model"
+    with new_folder(folder, keep_existing=False) as made:
         merged.save_pretrained(made)
         for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
             for file in student.folder.glob(pattern):
@@ -208,7 +206,6 @@ def _write(workspace: Workspace, merged: Any, folder: Path, *, kind: torch.dtype
         if not difference <= _ALLOWED:
             problem = f"loaded anew, its logits are off by {difference:.2g}; it is not kept"
             raise ModelInvalid(model=str(folder), problem=problem)
-        made.rename(folder)
 
 
 def _model_card(exported: Exported, receipt: TrainingReceipt) -> str:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softshard.errors import PartCorrupt
+from softshard.shard.files import parquet_errors
 
 if TYPE_CHECKING:
     import polars as pl
@@ -78,10 +79,8 @@ def encode_documents(documents: TrainedDocuments) -> bytes:
 
 def decode_documents(content: bytes, *, uri: str) -> TrainedDocuments:
     """What the file says. Raises PartCorrupt when it is not Parquet with its columns."""
-    try:
+    with parquet_errors(uri):
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise PartCorrupt(uri=uri, problem=f"is not readable as Parquet: {error}") from error
     if not table.schema.remove_metadata().equals(_SCHEMA):
         raise PartCorrupt(uri=uri, problem="its columns are not those of a list of documents")
     folds = table.column("fold").to_numpy()

@@ -7,9 +7,7 @@ adapter, both by transformers in float32. The sum of weights and update is round
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from softshard.models import load_model, load_tokenizer
 from softshard.records.canonical import canonical_json
 from softshard.records.digest import canonical_digest
 from softshard.sketch.types import TokenSequence
+from softshard.storage.folders import new_folder
 from softshard.teacher.protocol import TeacherIdentity
 
 __all__ = ["CANARY_TEXT", "Canary", "check_canary", "merged_model"]
@@ -90,13 +89,9 @@ def merged_model(model: Path, adapter: Path, *, identity: TeacherIdentity, vocab
     named_by = [identity[what] for what in ("weights", "adapters", "dtype", "transformers", "torch")]
     folder = adapter.parent / ".merged" / canonical_digest([*named_by, vocab_size])[:32]
     if not folder.is_dir():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:
-            made = Path(scratch) / "model"
+        # Another worker may have been faster: its folder is the same.
+        with new_folder(folder, keep_existing=True) as made:
             _merge(model, adapter, folder=made, dtype=getattr(torch, str(identity["dtype"])), vocab_size=vocab_size)
-            # Another worker may have been faster: its folder is the same.
-            with contextlib.suppress(OSError):
-                made.rename(folder)
     try:
         return folder, Canary.model_validate_json((folder / _CANARY_FILE).read_bytes())
     except (OSError, ValidationError) as error:
