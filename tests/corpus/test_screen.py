@@ -5,7 +5,7 @@ import pytest
 
 from softshard.config import CorpusSettings, SourceSettings
 from softshard.corpus.screen import Screen, assign_fold, assign_split, normalise
-from softshard.corpus.sources import RawDocument
+from softshard.sources.documents import RawDocument
 
 SOURCE = SourceSettings(name="letters", uri="letters/", style="plain", license="CC0-1.0", rights_basis="owned")
 

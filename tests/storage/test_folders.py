@@ -16,9 +16,8 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 
 
 def test_nothing_is_left_of_a_folder_that_failed(tmp_path):
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "b", keep_existing=True) as made:
-        (made / "file").write_text("content")
-        raise ZeroDivisionError
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "b", keep_existing=True) as made:
+        (made / "no folder" / "file").write_text("content")
     assert os.listdir(tmp_path) == []
 
 

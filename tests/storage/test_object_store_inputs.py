@@ -13,8 +13,8 @@ import zstandard
 
 from fakes.s3_server import cut_reply, moto, proxy, refuse, slow_down, spoiled_server  # noqa: F401
 from softshard.config import SourceSettings
-from softshard.corpus.sources import list_source, read_documents
 from softshard.errors import EXIT_TRY_AGAIN, SourceUnreadable, StoreUnavailable, StoreUnusable
+from softshard.sources.read import list_source, read_documents
 from softshard.storage import ObjectStore, list_inputs, open_input
 from softshard.storage.s3 import Patience
 

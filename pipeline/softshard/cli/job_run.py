@@ -71,10 +71,7 @@ def _run(job: Job, reporter: FanOut, stages: Collection[str], *, outlets: Outlet
 
 def _lineage(job: Job, reporter: FanOut, *, run: str) -> LineageReporter:
     inputs = [
-        ("hf://datasets", source.uri)
-        if source.format == "datasets" and not Path(source.uri).exists()
-        else dataset_name(source.uri)
-        for source in job.corpus.sources
+        dataset_name(source.uri) if source.hub is None else (source.hub, source.uri) for source in job.corpus.sources
     ]
     return LineageReporter(
         run=run,

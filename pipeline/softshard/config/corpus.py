@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from softshard.config.base import Settings
-from softshard.storage.location import problem_of_uri
+from softshard.sources.formats import FORMATS, describe_endings
+from softshard.storage.location import find_uri_problem
 
 __all__ = [
     "CorpusSettings",
@@ -15,6 +17,11 @@ __all__ = [
     "plain_uri",
     "refuse_equal_names",
 ]
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal["auto", *FORMATS]
 
 
 class SourceSettings(Settings):
@@ -24,9 +31,7 @@ class SourceSettings(Settings):
     """Name of the source, a value to filter and join by."""
     uri: str = Field(min_length=1)
     """File, folder, glob or fsspec URI; with `format: datasets`, a data set's name or local folder."""
-    format: Literal["auto", "text", "jsonl", "parquet", "datasets"] = "auto"
-    """`auto` goes by the ending: .txt .text .md .markdown are text, .jsonl .ndjson JSON Lines, .parquet Parquet;
-    `.zst` and `.gz` may follow any of them."""
+    format: FormatName = Field(default="auto", description=describe_endings())
     style: str = Field(min_length=1)
     """Style of the writing, for example academic, conversational, literary, technical."""
     license: str
@@ -44,6 +49,12 @@ class SourceSettings(Settings):
     """Split to read (`format: datasets` alone)."""
     max_documents: int | None = Field(default=None, ge=1)
     """Read at most this many documents, the first ones."""
+
+    @property
+    def hub(self) -> str | None:
+        """Namespace of the hub that the source is on; None where it is files, also those of a local data set."""
+        namespace = getattr(FORMATS.get(self.format), "namespace", None)
+        return None if namespace is None or Path(self.uri).exists() else namespace
 
     @field_validator("uri")
     @classmethod
@@ -107,6 +118,6 @@ def refuse_equal_names(sources: tuple[SourceSettings, ...]) -> None:
 
 def plain_uri(value: str) -> str:
     """The URI, if it is fit to be written into an output; else ValueError."""
-    if (problem := problem_of_uri(value)) is not None:
+    if (problem := find_uri_problem(value)) is not None:
         raise ValueError(problem)
     return value

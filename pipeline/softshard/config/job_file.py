@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from softshard.config import Job, SourceSettings
 from softshard.errors import JobInvalid
+from softshard.storage.location import OUTPUT_FORMS, find_store_kind
 from softshard.telemetry.redaction import without_credentials
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ def _refuse_impossible(job: Job, root: yaml.Node | None, file: str) -> None:
 
     if job.target.kind == "threshold" and job.target.tau < 2**-15:
         refuse("must be at least 1/32768; use `kind: full` to store everything", "target", "tau")
-    if "://" in job.out and not job.out.startswith("s3://"):
-        refuse("must be a local folder or s3://bucket/prefix", "out")
+    if "://" in job.out and find_store_kind(job.out) is None:
+        refuse(f"must be {OUTPUT_FORMS}", "out")
     if job.train.revision is not None and job.train.model is None:
         refuse("has no `train.model` that it could be a revision of", "train", "revision")
     shown, room = job.evaluate.prompt_tokens + job.evaluate.sample_tokens, job.corpus.context_tokens
@@ -122,7 +123,7 @@ def _refuse_missing_paths(job: Job, root: yaml.Node | None, file: str) -> None:
         *((source, ("train", "retention", "sources", index)) for index, source in enumerate(retention)),
     ]
     for source, location in places:
-        if source.format != "datasets" and "://" not in source.uri and not _is_there(source.uri):
+        if source.hub is None and "://" not in source.uri and not _is_there(source.uri):
             problem = f"{source.uri}: no such file or folder"
             raise JobInvalid(file=file, place=_place(root, (*location, "uri")), problem=problem)
     for section, model in (("teacher", job.teacher.model), ("train", job.train.model)):

@@ -25,7 +25,6 @@ from softshard.corpus.manifest import (
 )
 from softshard.corpus.screen import Screen, ScreenedDocument
 from softshard.corpus.slices import SliceWriter
-from softshard.corpus.sources import list_source, read_documents
 from softshard.corpus.tokenize import encode_texts
 from softshard.corpus.windows import document_windows, num_document_tokens
 from softshard.errors import CorpusEmpty, SourceUnreadable
@@ -33,6 +32,7 @@ from softshard.models import Tokenizer
 from softshard.records.digest import canonical_digest
 from softshard.shard.manifest import SourceRights
 from softshard.sketch.types import TokenSequence
+from softshard.sources.read import list_source, read_documents
 from softshard.storage import Store
 from softshard.telemetry import Reporter, SilentReporter
 

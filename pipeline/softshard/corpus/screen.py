@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softshard.config import CorpusSettings, SourceSettings
-from softshard.corpus.formats import RawDocument
+from softshard.sources.documents import RawDocument
 
 __all__ = ["Screen", "ScreenedDocument", "Split", "assign_fold", "assign_split", "make_document_id", "normalise"]
 

@@ -11,19 +11,21 @@ is complete and kept. Credentials come from the environment alone, and no error,
 
 from softshard.storage.inputs import InputFile, list_inputs, open_input
 from softshard.storage.local import LocalStore
-from softshard.storage.location import open_store, problem_of_uri
+from softshard.storage.location import OUTPUT_FORMS, find_store_kind, find_uri_problem, open_store
 from softshard.storage.objects import ObjectStore
 from softshard.storage.s3 import Patience
 from softshard.storage.store import Store
 
 __all__ = [
+    "OUTPUT_FORMS",
     "InputFile",
     "LocalStore",
     "ObjectStore",
     "Patience",
     "Store",
+    "find_store_kind",
+    "find_uri_problem",
     "list_inputs",
     "open_input",
     "open_store",
-    "problem_of_uri",
 ]

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from softshard.cluster.cluster import Cluster
 from softshard.config import ClusterSettings, CorpusSettings
 from softshard.corpus.build import Encode
-from softshard.corpus.sources import list_source
 from softshard.corpus.tokenize import encode_texts
 from softshard.models import Tokenizer, check_tokenizer, load_tokenizer
+from softshard.sources.read import list_source
 
 __all__ = ["encode_on", "is_worth_a_cluster"]
 

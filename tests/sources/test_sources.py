@@ -12,8 +12,8 @@ import zstandard
 from pydantic import ValidationError
 
 from softshard.config import SourceSettings
-from softshard.corpus.sources import list_source, read_documents
 from softshard.errors import SourceUnreadable, StorageFull
+from softshard.sources.read import list_source, read_documents
 
 LIMIT = 2**20
 

@@ -1,7 +1,7 @@
-"""Hugging Face `datasets` as a source: a name or a local folder in, raw documents out, streamed.
+"""Reads Hugging Face `datasets`: a name on the hub or a local folder, streamed into raw documents.
 
-A folder may hold data files (Parquet, JSON Lines, CSV, ...) or be what `save_to_disk` left. How much is held at a time
-is the library's choice.
+A folder may hold data files (Parquet, JSON Lines, CSV, ...) or a data set written by `save_to_disk`. The library
+decides how much is in memory.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from softshard.config import SourceSettings
-from softshard.corpus.formats import RawDocument, check_columns, screen_value
 from softshard.errors import SourceUnreadable
+from softshard.sources.documents import RawDocument, Source, check_columns, make_document
 from softshard.storage import InputFile, list_inputs
 
 __all__ = ["list_dataset", "read_dataset"]
 
 
-def list_dataset(source: SourceSettings) -> list[InputFile]:
-    """Files of a data set: those of the folder, or the hub's, which name the commit.
+def list_dataset(source: Source) -> list[InputFile]:
+    """Files of a data set: those of the local folder, or those on the hub, with the commit as their version.
 
     Raises:
         SourceUnreadable: there is no such data set, or the hub cannot be reached.
@@ -40,8 +39,8 @@ def list_dataset(source: SourceSettings) -> list[InputFile]:
     return sorted(files, key=lambda file: file.uri) or [InputFile(uri=source.uri, size=None, version=str(builder.hash))]
 
 
-def read_dataset(source: SourceSettings, *, max_document_bytes: int) -> Iterator[RawDocument]:
-    """One document a row of the split asked for.
+def read_dataset(source: Source, *, max_document_bytes: int) -> Iterator[RawDocument]:
+    """One document per row of the source's split.
 
     Raises:
         SourceUnreadable: there is no such data set, split or column, or a file of it cannot be read.
@@ -54,7 +53,7 @@ def read_dataset(source: SourceSettings, *, max_document_bytes: int) -> Iterator
             rows = rows.select_columns(fields)
         for number, row in enumerate(rows, start=1):
             check_columns(fields, list(row), source=source, uri=source.uri)
-            yield screen_value(
+            yield make_document(
                 row[source.text_field],
                 group=row[source.group_field] if source.group_field is not None else None,
                 name=f"{source.uri}, {source.split}, row {number}",
@@ -63,7 +62,7 @@ def read_dataset(source: SourceSettings, *, max_document_bytes: int) -> Iterator
             )
 
 
-def _open(source: SourceSettings) -> Any:
+def _open(source: Source) -> Any:
     from datasets import Dataset, load_dataset, load_from_disk
 
     folder = Path(source.uri)
@@ -78,7 +77,7 @@ def _open(source: SourceSettings) -> Any:
 
 
 @contextlib.contextmanager
-def _named_errors(source: SourceSettings) -> Iterator[None]:
+def _named_errors(source: Source) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
     try:

@@ -1,0 +1,7 @@
+"""Sources: a URI and a format to raw documents, one at a time.
+
+files of a folder, glob or URI ──► decompressed stream ──► reader of the format ──► RawDocument
+                                      a name on a hub ──► library ──────────────────┘
+
+`formats.py` declares every format once; settings, schema and the job file reference take the names from there.
+"""
