@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softshard.data.sparse_targets import SparseTargets
 from softshard.finetune.loss import sparse_kl
 
 __all__ = ["CHUNK", "WAYS", "Problem", "chunked_cross_entropy", "fused_by_triton", "problem"]
@@ -45,18 +46,18 @@ class Problem:
     top_weights: Tensor
     """[N, 64], 1 in all."""
 
-    def entries(self, most: int) -> dict[str, Any]:
-        """The first of the top 64 as a sparse target without a ghost."""
+    def sparse_kl(self, *, most: int, trained: bool = False, tail_mass: Tensor | None = None) -> Tensor:
+        """The loss against the first of the top 64; with `trained`, gradients reach the output matrix too."""
         num = len(self.hidden)
-        return {
-            "entry_ids": self.top_ids[:, :most].flatten(),
-            "entry_weights": self.top_weights[:, :most].flatten(),
-            "entry_offsets": torch.arange(num + 1) * most,
-            "tail_mass": None,
-            "position_weights": None,
-            "num_valid": len(self.weight),
-            "chunk_positions": CHUNK,
-        }
+        targets = SparseTargets(
+            entry_ids=self.top_ids[:, :most].flatten(),
+            entry_weights=self.top_weights[:, :most].flatten(),
+            entry_offsets=torch.arange(num + 1) * most,
+            tail_mass=tail_mass,
+            position_weights=torch.ones(num),
+        )
+        weight = self.weight.requires_grad_() if trained else self.weight
+        return sparse_kl(self.hidden, weight, targets, num_valid=len(weight), chunk_positions=CHUNK)
 
 
 def problem(num_positions: int, vocab_size: int, *, width: int, kind: torch.dtype = torch.float32) -> Problem:
@@ -116,20 +117,19 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Ten
 
 
 def _sketch(given: Problem) -> Tensor:
-    return sparse_kl(given.hidden, given.weight, **given.entries(13))
+    return given.sparse_kl(most=13)
 
 
 def _sketch_trained(given: Problem) -> Tensor:
-    return sparse_kl(given.hidden, given.weight.requires_grad_(), **given.entries(13))
+    return given.sparse_kl(most=13, trained=True)
 
 
 def _ghost(given: Problem) -> Tensor:
-    target = {**given.entries(_TOP), "tail_mass": torch.full((len(given.hidden),), 0.1)}
-    return sparse_kl(given.hidden, given.weight, **target)
+    return given.sparse_kl(most=_TOP, tail_mass=torch.full((len(given.hidden),), 0.1))
 
 
 def _top_trained(given: Problem) -> Tensor:
-    return sparse_kl(given.hidden, given.weight.requires_grad_(), **given.entries(_TOP))
+    return given.sparse_kl(most=_TOP, trained=True)
 
 
 def _cross_entropy(given: Problem) -> Tensor:

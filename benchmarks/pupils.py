@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness import Positions
 from lessons import Batch, Lesson, Target
+from softshard.data.sparse_targets import SparseTargets
 from softshard.finetune.loss import dense_kl, sparse_kl
 
 __all__ = ["BATCH_POSITIONS", "LEARNING_RATE", "Course", "Student", "batches", "divergence", "train"]
@@ -112,11 +113,13 @@ def divergence(teacher: Positions, hidden: Tensor, rows: Tensor, target: Target 
     return sparse_kl(
         hidden,
         teacher.output,
-        entry_ids=target.ids,
-        entry_weights=target.weights,
-        entry_offsets=target.offsets,
-        tail_mass=target.ghost_mass,
-        position_weights=None,
+        SparseTargets(
+            entry_ids=target.ids,
+            entry_weights=target.weights,
+            entry_offsets=target.offsets,
+            tail_mass=target.ghost_mass,
+            position_weights=torch.ones(len(rows), device=hidden.device),
+        ),
         num_valid=teacher.vocab_size,
         chunk_positions=BATCH_POSITIONS,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from harness import require
 from softshard.data.batch import Batch
 from softshard.finetune.hidden_states import hidden_states
-from softshard.finetune.objective import Objective, mean_divisor
+from softshard.finetune.objective import Objective
 from softshard.models.decoder import Decoder
 
 __all__ = ["EntropicMatching", "LabelSmoothing", "OfLogits", "check_rivals"]
@@ -43,7 +43,7 @@ class OfLogits(Objective, ABC):
     ) -> Tensor:
         logits = decoder.logits(hidden_states(decoder, batch))[:, :num_valid].float()
         total = (self.losses(logits, batch) * batch.position_weights).sum()
-        return total / (mean_divisor(batch) if num_items_in_batch is None else num_items_in_batch)
+        return total / (batch.targets.mean_divisor if num_items_in_batch is None else num_items_in_batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,40 +16,57 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from softshard.config import Job
     from softshard.config.job_file import load_job
+    from softshard.data.blend import Blend
     from softshard.data.dataset import SoftLabelDataset
     from softshard.data.filters import RowFilter
+    from softshard.data.mix import MixWeights, SoftLabelMix
+    from softshard.data.mixing import LabelWeights
+    from softshard.data.sparse_targets import SparseTargets
     from softshard.data.target_set import TargetSet
     from softshard.errors import SoftshardError
+    from softshard.finetune.adapters.kinds import load_adapter
+    from softshard.finetune.loss import dense_kl, sparse_divergence, sparse_kl
     from softshard.finetune.objective import Objective
     from softshard.integrations.axolotl import axolotl_rows
     from softshard.integrations.causal_lm import accept_targets, weight_of_step
     from softshard.integrations.rows import SoftLabelCollator, target_rows
     from softshard.integrations.trainer import SoftLabelTraining
+    from softshard.models.decoder import Decoder
     from softshard.shard.manifest import Manifest, read_manifest
     from softshard.shard.read import read_rows
     from softshard.sketch.entries import Entries, entries_of
     from softshard.storage import LocalStore, open_store
 
 __all__ = [
+    "Blend",
+    "Decoder",
     "Entries",
     "Job",
+    "LabelWeights",
     "LocalStore",
     "Manifest",
+    "MixWeights",
     "Objective",
     "RowFilter",
     "SoftLabelCollator",
     "SoftLabelDataset",
+    "SoftLabelMix",
     "SoftLabelTraining",
     "SoftshardError",
+    "SparseTargets",
     "TargetSet",
     "__version__",
     "accept_targets",
     "axolotl_rows",
+    "dense_kl",
     "entries_of",
+    "load_adapter",
     "load_job",
     "open_store",
     "read_manifest",
     "read_rows",
+    "sparse_divergence",
+    "sparse_kl",
     "target_rows",
     "weight_of_step",
 ]
@@ -57,24 +74,34 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
+    "Blend": "softshard.data.blend",
+    "Decoder": "softshard.models.decoder",
     "Entries": "softshard.sketch.entries",
     "Job": "softshard.config",
+    "LabelWeights": "softshard.data.mixing",
     "LocalStore": "softshard.storage",
     "Manifest": "softshard.shard.manifest",
+    "MixWeights": "softshard.data.mix",
     "Objective": "softshard.finetune.objective",
     "RowFilter": "softshard.data.filters",
     "SoftLabelCollator": "softshard.integrations.rows",
     "SoftLabelDataset": "softshard.data.dataset",
+    "SoftLabelMix": "softshard.data.mix",
     "SoftLabelTraining": "softshard.integrations.trainer",
     "SoftshardError": "softshard.errors",
+    "SparseTargets": "softshard.data.sparse_targets",
     "TargetSet": "softshard.data.target_set",
     "accept_targets": "softshard.integrations.causal_lm",
     "axolotl_rows": "softshard.integrations.axolotl",
+    "dense_kl": "softshard.finetune.loss",
     "entries_of": "softshard.sketch.entries",
+    "load_adapter": "softshard.finetune.adapters.kinds",
     "load_job": "softshard.config.job_file",
     "open_store": "softshard.storage",
     "read_manifest": "softshard.shard.manifest",
     "read_rows": "softshard.shard.read",
+    "sparse_divergence": "softshard.finetune.loss",
+    "sparse_kl": "softshard.finetune.loss",
     "target_rows": "softshard.integrations.rows",
     "weight_of_step": "softshard.integrations.causal_lm",
 }

@@ -77,11 +77,11 @@ def test_targets_are_the_label_and_the_sketch_mixed(kind, truncated, alpha):
     dense, ghost = expected_targets(rows, alpha=alpha, kind=kind, truncated=truncated)
     np.testing.assert_allclose(dense_of(batch), dense, rtol=1e-5, atol=1e-6)
     if truncated == "ghost" and kind in ("topk", "nucleus"):
-        np.testing.assert_allclose(batch.tail_mass.numpy(), ghost, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(dense_of(batch).sum(axis=1) + batch.tail_mass.numpy(), 1, atol=1e-5)
+        np.testing.assert_allclose(batch.targets.tail_mass.numpy(), ghost, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(dense_of(batch).sum(axis=1) + batch.targets.tail_mass.numpy(), 1, atol=1e-5)
     else:
-        assert batch.tail_mass is None
-        assert batch.entry_in_head is None
+        assert batch.targets.tail_mass is None
+        assert batch.targets.entry_in_head is None
         if kind != "threshold":
             np.testing.assert_allclose(dense_of(batch).sum(axis=1), 1, atol=1e-5)
 
@@ -106,16 +106,16 @@ def test_a_threshold_sketch_keeps_its_own_mass():
 def test_the_ghost_stands_for_all_but_the_stored_head(alpha):
     rows = rows_of("topk")
     batch = collate(rows, metadata=metadata("topk"), alpha=alpha, truncated="ghost")
-    in_head = batch.entry_ids[batch.entry_in_head].tolist()
+    in_head = batch.entry_ids[batch.targets.entry_in_head].tolist()
     assert in_head == [token for _, targets in rows for token in targets.head_ids.tolist()]
-    assert batch.entry_ids[~batch.entry_in_head].tolist() == (batch.labels.tolist() if alpha else [])
+    assert batch.entry_ids[~batch.targets.entry_in_head].tolist() == (batch.labels.tolist() if alpha else [])
 
 
 def test_alpha_one_is_the_corpus_token_alone():
     rows = rows_of("topk")
     batch = collate(rows, metadata=metadata("topk"), alpha=1, truncated="ghost")
     plain = collate_text([tokens for tokens, _ in rows])
-    assert batch.tail_mass is None
+    assert batch.targets.tail_mass is None
     np.testing.assert_array_equal(dense_of(batch), np.eye(VOCAB)[batch.labels.numpy()])
     assert torch.equal(batch.entry_ids, plain.entry_ids)
     assert torch.equal(batch.input_ids, plain.input_ids)

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from softshard.data.sparse_targets import SparseTargets
 from softshard.shard.encode import encode_part
 from softshard.shard.manifest import Manifest, Receipt
 from softshard.shard.schema import Fidelity, PartMetadata
@@ -37,6 +39,13 @@ def sequence(name, token_ids, *, first_label=1, label_spans=None):
         token_ids=np.asarray(token_ids, dtype=np.int32),
         label_spans=((first_label, len(token_ids)),) if label_spans is None else label_spans,
     )
+
+
+def sparse_targets(*, entry_offsets, position_weights=None, **tensors):
+    """Targets of a loss; without weights every position weighs 1."""
+    if position_weights is None:
+        position_weights = torch.ones(len(entry_offsets) - 1)
+    return SparseTargets(entry_offsets=entry_offsets, position_weights=position_weights, **tensors)
 
 
 def random_distributions(rng, count, *, vocab=VOCAB, spread=2.0):

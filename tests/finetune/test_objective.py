@@ -206,7 +206,7 @@ def test_divergences_of_whole_targets_are_those_of_torch(decoder, divergence, te
 @pytest.mark.parametrize("divergence", ["reverse", "jensen_shannon"])
 def test_a_tail_mass_that_the_grid_took_for_nothing_leaves_the_divergence_finite(decoder, divergence, alpha):
     batch = full_batch("topk", alpha=alpha)
-    batch.tail_mass[:3] = 0
+    batch.targets.tail_mass[:3] = 0
     loss = Objective(divergence=divergence).loss(decoder, batch, num_valid=50, chunk_positions=4)
     assert math.isfinite(loss.item())
 
@@ -277,9 +277,11 @@ def reverse_kl_by_cell(decoder, batch):
     total, offsets = 0.0, batch.entry_offsets.tolist()
     for position, one in enumerate(q):
         span = slice(offsets[position], offsets[position + 1])
-        ids, weights, in_head = (x[span].tolist() for x in (batch.entry_ids, batch.entry_weights, batch.entry_in_head))
+        ids, weights, in_head = (
+            x[span].tolist() for x in (batch.entry_ids, batch.entry_weights, batch.targets.entry_in_head)
+        )
         mass = {token: weight for token, weight, inside in zip(ids, weights, in_head, strict=True) if inside}
-        rest = max(float(batch.tail_mass[position]), 1 / 1020)
+        rest = max(float(batch.targets.tail_mass[position]), 1 / 1020)
         for token, weight, inside in zip(ids, weights, in_head, strict=True):
             if not inside:
                 mass, rest = ({**mass, token: mass[token] + weight}, rest) if token in mass else (mass, rest + weight)

@@ -7,7 +7,7 @@ into the stored target, padded or packed. Packed, the sequences are one row, `po
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softshard.data.mixing import LabelWeights, MixedRow, Mixing, mixed_rows, text_row
+from softshard.data.sparse_targets import SparseTargets
 from softshard.shard.decode import Block
 from softshard.shard.read import Row
 from softshard.shard.schema import PartMetadata, stored_first_label
@@ -25,18 +26,7 @@ from softshard.sketch.entries import ranges_from
 from softshard.sketch.join import concatenate
 from softshard.sketch.types import TokenSequence
 
-__all__ = ["TARGET_NAMES", "Batch", "collate", "collate_mixed", "collate_text"]
-
-TARGET_NAMES = (
-    "entry_ids",
-    "entry_weights",
-    "entry_offsets",
-    "entry_in_head",
-    "tail_mass",
-    "position_weights",
-    "counted",
-)
-"""Of a batch's tensors, those that are arguments of a loss."""
+__all__ = ["Batch", "collate", "collate_mixed", "collate_text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,40 +38,48 @@ class Batch:
     attention_mask: Tensor | None
     """[B, L] int64, 0 on padding; None when packed."""
     position_ids: Tensor | None
-    """[1, L] int64 place of each token in its own sequence, when packed; else None."""
+    """[1, L] int64 index of each token in its own sequence, when packed; else None."""
     cu_seq_lens: Tensor | None
-    """[S + 1] int32 where each sequence begins and the last one ends, when packed; else None."""
+    """[S + 1] int32 index at which each sequence begins, and the end of the last one, when packed; else None."""
     max_length: int
     """Tokens of the longest sequence."""
     positions: Tensor
     """[N] int64, b * L + t of the position before each label, whose logits are compared with the target."""
     labels: Tensor
     """[N] int64 ids of the labels."""
-    entry_ids: Tensor
-    """[E] int64; those of label n lie at entry_offsets[n]:entry_offsets[n + 1], and one id may be there twice."""
-    entry_weights: Tensor
-    """[E] float32."""
-    entry_offsets: Tensor
-    """[N + 1] int64."""
-    entry_in_head: Tensor | None
-    """[E] bool, entries that the ghost token does not stand for; None without a ghost token."""
-    tail_mass: Tensor | None
-    """[N] float32 mass of the ghost token; None without one."""
-    position_weights: Tensor
-    """[N] float32."""
-    counted: Tensor | None
-    """[N] float32, what the mean over labels counts them as where that is not their weight: groups have weights that
-    are to change their share of the whole, and not of the batch that they are in alone."""
+    targets: SparseTargets
+    """Targets of the N labels."""
     num_tokens: int
     """Tokens without padding; 0 in a batch of weight zero."""
     cursor: tuple[int, int] | None = None
-    """Epoch, and batches of it that all ranks together have had with this round; None outside a data set."""
+    """Epoch, and number of its batches that all ranks together have received up to this round; None where the batch
+    does not come from a data set."""
+
+    @property
+    def entry_ids(self) -> Tensor:
+        """[E] int64, as in `targets`."""
+        return self.targets.entry_ids
+
+    @property
+    def entry_weights(self) -> Tensor:
+        """[E] float32, as in `targets`."""
+        return self.targets.entry_weights
+
+    @property
+    def entry_offsets(self) -> Tensor:
+        """[N + 1] int64, as in `targets`."""
+        return self.targets.entry_offsets
+
+    @property
+    def position_weights(self) -> Tensor:
+        """[N] float32, as in `targets`."""
+        return self.targets.position_weights
 
     def model_inputs(self) -> dict[str, Any]:
-        """Arguments for a model of transformers, its flash attention's among them.
+        """Arguments for a model of transformers, including those of its flash attention.
 
-        Where attention is not flash attention, transformers builds a block-diagonal mask from `position_ids`, which it
-        does only without a cache and without an attention mask.
+        With any other attention, transformers builds a block-diagonal mask from `position_ids`, which it does only
+        without a cache and without an attention mask.
         """
         if self.cu_seq_lens is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "use_cache": False}
@@ -95,19 +93,14 @@ class Batch:
             "max_length_k": self.max_length,
         }
 
-    def targets(self) -> dict[str, Tensor | None]:
-        """What a loss is told of the N labels, as its arguments are named."""
-        return {name: getattr(self, name) for name in TARGET_NAMES}
-
     def features(self) -> dict[str, Any]:
-        """The batch as a plain mapping, which Trainer and accelerate can move: arguments for a model of
-        `accept_targets`.
+        """The batch as a flat mapping, which Trainer and accelerate can move to a device: the arguments of a model that
+        has taken `accept_targets`.
 
-        None is named `labels`: any other model would take those for its own loss, cross-entropy to the text alone.
+        No key is `labels`: other models would compute cross-entropy to the text from it.
         """
-        targets = {name: item for name, item in self.targets().items() if item is not None}
         inputs = {name: item for name, item in self.model_inputs().items() if name != "use_cache"}
-        return {**inputs, "positions": self.positions, **targets}
+        return {**inputs, "positions": self.positions, **self.targets.tensors()}
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch on a device."""
@@ -115,17 +108,16 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; a DataLoader with `pin_memory=True` calls it."""
-        return self._with_tensors(Tensor.pin_memory)
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
 
     def without_weight(self) -> Batch:
-        """The same batch with weights of zero, for a rank that has none of its own in the last round of an epoch."""
-        none = torch.zeros_like(self.position_weights)
-        return replace(self, position_weights=none, counted=None, num_tokens=0)
+        """The same batch with weights of zero, for a rank without a batch of its own in the last round of an epoch."""
+        return replace(self, targets=self.targets.without_weight(), num_tokens=0)
 
-    def _with_tensors(self, change: Any) -> Batch:
+    def _with_tensors(self, change: Callable[[Tensor | SparseTargets], Tensor | SparseTargets]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: change(item) for name, item in values.items() if isinstance(item, Tensor)}
-        return replace(self, **changed)
+        changed = {name: change(item) for name, item in values.items() if isinstance(item, Tensor | SparseTargets)}
+        return replace(self, **changed)  # type: ignore[arg-type]  # each value keeps its type
 
 
 def collate(
@@ -177,14 +169,6 @@ def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token:
     for start, row in zip(starts.tolist(), rows, strict=True):
         ids[start : start + len(row.token_ids)] = row.token_ids
     positions = ranges_from(starts + firsts - 1, lengths - firsts)
-    offsets = counts_to_offsets(np.concatenate([row.counts for row in rows]))
-    own = np.broadcast_to(own_token, len(rows))
-    tail = _of_labels(rows, [row.tail_mass for row in rows])
-    weights = _of_labels(rows, [row.position_weights for row in rows], missing=1.0)
-    counted = None
-    if any(row.counted is not None for row in rows):
-        each = [row.position_weights if row.counted is None else row.counted for row in rows]
-        counted = _of_labels(rows, each, missing=1.0)
     return Batch(
         input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
         attention_mask=None if packing else torch.from_numpy(np.arange(longest) < lengths[:, None]).long(),
@@ -193,14 +177,28 @@ def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token:
         max_length=longest,
         positions=torch.from_numpy(positions),
         labels=torch.from_numpy(ids[positions + 1]),
+        targets=_targets(rows, own_token=np.repeat(np.broadcast_to(own_token, len(rows)), lengths - firsts)),
+        num_tokens=total,
+    )
+
+
+def _targets(rows: Sequence[MixedRow], *, own_token: NDArray[np.bool_]) -> SparseTargets:
+    """Targets of all labels of some rows; `own_token` [N]: the first entry of the label is its own token."""
+    offsets = counts_to_offsets(np.concatenate([row.counts for row in rows]))
+    tail = _of_labels(rows, [row.tail_mass for row in rows])
+    weights = _of_labels(rows, [row.position_weights for row in rows], missing=1.0)
+    counted = None
+    if any(row.counted is not None for row in rows):
+        each = [row.position_weights if row.counted is None else row.counted for row in rows]
+        counted = _of_labels(rows, each, missing=1.0)
+    return SparseTargets(
         entry_ids=torch.from_numpy(np.concatenate([row.entry_ids for row in rows], dtype=np.int64)),
         entry_weights=torch.from_numpy(np.concatenate([row.entry_weights for row in rows])),
         entry_offsets=torch.from_numpy(offsets),
-        entry_in_head=None if tail is None else _in_head(offsets, np.repeat(own, lengths - firsts)),
+        entry_in_head=None if tail is None else _in_head(offsets, own_token),
         tail_mass=tail,
-        position_weights=torch.ones(len(positions)) if weights is None else weights,
+        position_weights=torch.ones(len(offsets) - 1) if weights is None else weights,
         counted=counted,
-        num_tokens=total,
     )
 
 

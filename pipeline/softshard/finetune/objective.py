@@ -5,20 +5,19 @@ In: a model as its two halves and a batch. Out: a mean loss a label, and no tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from softshard.data.batch import Batch
+from softshard.data.sparse_targets import SparseTargets
 from softshard.finetune.hidden_states import hidden_states
 from softshard.finetune.loss import sparse_divergence, sparse_kl
 from softshard.models.decoder import Decoder, LowRank
 from softshard.sketch.codec import MASS_GRID
 
-__all__ = ["CROSS_ENTROPY", "Objective", "divisor_of", "mean_divisor"]
+__all__ = ["CROSS_ENTROPY", "Objective"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,34 +59,32 @@ class Objective:
             ModelInvalid: the batch is packed, and the model mixes the sequences of a row.
         """
         hidden, low_rank = decoder.adapted(hidden_states(decoder, batch))
-        return self.of_states(
+        return self.loss_from_states(
             hidden,
             decoder,
-            batch.targets(),
+            batch.targets,
             low_rank=low_rank,
             num_valid=num_valid,
             chunk_positions=chunk_positions,
             num_items_in_batch=num_items_in_batch,
         )
 
-    def of_states(
+    def loss_from_states(
         self,
         hidden: Tensor,
         decoder: Decoder,
-        targets: Mapping[str, Tensor | None],
+        targets: SparseTargets,
         *,
         num_valid: int,
         chunk_positions: int,
         low_rank: LowRank | None = None,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        """The same from hidden states [N, d] and a batch's `targets()`.
+        """The same loss from hidden states [N, d] and their targets.
 
-        Of the decoder it uses the output layer, to whose product `low_rank` is added.
+        Of the decoder only the output layer is used, to whose product `low_rank` is added.
         """
-        counted = targets.get("counted")
-        target: dict[str, Any] = {
-            **{name: item for name, item in targets.items() if name != "counted"},
+        options: dict[str, Any] = {
             "bias": decoder.bias,
             "transform": decoder.transform,
             "temperature": self.temperature,
@@ -96,28 +93,17 @@ class Objective:
             "chunk_positions": chunk_positions,
         }
         if self.divergence == "forward":
-            total = sparse_kl(hidden, decoder.weight, **target)
+            total = sparse_kl(hidden, decoder.weight, targets, **options)
         else:
-            if target["tail_mass"] is not None:
-                # A mass that the grid took for 0 lies between 0 and half a step: the middle of that, for 0 is infinite.
-                target["tail_mass"] = target["tail_mass"].clamp(min=MASS_GRID / 4)
+            given = targets
+            if targets.tail_mass is not None:
+                # A stored mass of 0 may be anything up to half a step of the grid, and 0 itself would make the loss
+                # infinite: a quarter of a step, the middle of that range, is taken.
+                given = replace(targets, tail_mass=targets.tail_mass.clamp(min=MASS_GRID / 4))
             kind, beta = self.divergence, self.jsd_beta
-            total = sparse_divergence(hidden, decoder.weight, divergence=kind, jsd_beta=beta, **target)
-        if num_items_in_batch is None:
-            num_items_in_batch = divisor_of(target["position_weights"] if counted is None else counted)
-        return total / num_items_in_batch
+            total = sparse_divergence(hidden, decoder.weight, given, divergence=kind, jsd_beta=beta, **options)
+        return total / (targets.mean_divisor if num_items_in_batch is None else num_items_in_batch)
 
 
 CROSS_ENTROPY = Objective()
-"""To the batch's targets, whatever they are."""
-
-
-def mean_divisor(batch: Batch) -> Tensor:
-    """What makes a sum over a batch's labels their mean: the sum of what they count as, 1 where that is 0."""
-    return divisor_of(batch.position_weights if batch.counted is None else batch.counted)
-
-
-def divisor_of(position_weights: Tensor) -> Tensor:
-    """The sum of some weights, 1 where all are 0."""
-    weight = position_weights.sum()
-    return torch.where(weight > 0, weight, 1.0)
+"""Cross-entropy to the batch's targets, whatever they are."""

@@ -17,7 +17,7 @@ from softshard.data.batch import Batch
 from softshard.data.text import BatchSource
 from softshard.finetune.hidden_states import hidden_states
 from softshard.finetune.loss import dense_kl
-from softshard.finetune.objective import CROSS_ENTROPY, mean_divisor
+from softshard.finetune.objective import CROSS_ENTROPY
 from softshard.models.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -60,4 +60,4 @@ class Retention:
             transform=decoder.transform,
             low_rank=low_rank,
         )
-        return total / mean_divisor(batch)
+        return total / batch.targets.mean_divisor

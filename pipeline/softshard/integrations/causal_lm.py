@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softshard.data.batch import TARGET_NAMES
+from softshard.data.sparse_targets import SparseTargets
 from softshard.errors import ModelInvalid, VocabularyMismatch
 from softshard.finetune.hidden_states import last_states
 from softshard.finetune.objective import CROSS_ENTROPY, Objective
 from softshard.models.decoder import Decoder, LogitTransform, evaluating
 
-__all__ = ["accept_targets", "weight_of_step"]
+__all__ = ["accept_targets", "mean_weights", "weight_of_step"]
 
 
 def accept_targets(
@@ -83,10 +83,16 @@ def weight_of_step(*batches: Mapping[str, Any]) -> Tensor:
     Args:
         batches: features of this rank's batches of the step, as many as gradients are accumulated over.
     """
-    weight = torch.stack([batch.get("counted", batch["position_weights"]).sum() for batch in batches]).sum()
+    weight = torch.stack([mean_weights(batch).sum() for batch in batches]).sum()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(weight)
     return torch.where(weight > 0, weight, 1.0)
+
+
+def mean_weights(features: Mapping[str, Any]) -> Tensor:
+    """[N] weights by which the mean over a batch's labels is taken, as `SparseTargets.mean_weights`, from features."""
+    weights: Tensor = features["counted" if "counted" in features else "position_weights"]
+    return weights
 
 
 class _Forward:
@@ -101,11 +107,13 @@ class _Forward:
             return self._original(*args, **given)
         from transformers.modeling_outputs import CausalLMOutput
 
-        targets = {name: given.pop(name, None) for name in TARGET_NAMES}
+        targets = SparseTargets.from_tensors(given)
         positions, num_items = given.pop("positions"), given.pop("num_items_in_batch", None)
         if given.get("input_ids") is None:
             raise ValueError("targets are at positions of `input_ids`, which an adapter has replaced by embeddings")
-        inputs = {**{name: item for name, item in given.items() if item is not None}, "use_cache": False}
+        own = targets.tensors()
+        inputs = {name: item for name, item in given.items() if item is not None and name not in own}
+        inputs["use_cache"] = False
         head = self._model.get_output_embeddings()
         states = last_states(Decoder(body=self._model.get_decoder(), weight=head.weight, bias=None), inputs)
         return CausalLMOutput(loss=head(states.flatten(0, 1)[positions], targets=targets, num_items=num_items))
@@ -131,20 +139,18 @@ class _Readout:
         self,
         hidden: Tensor,
         *,
-        targets: Mapping[str, Tensor | None] | None = None,
+        targets: SparseTargets | None = None,
         num_items: Tensor | float | None = None,
     ) -> Tensor:
         if targets is None:
             logits: Tensor = self.original(hidden)
             return logits
-        weights = targets["position_weights"]
-        if weights is None or weights.dtype not in (torch.float32, torch.float64):
-            kind = None if weights is None else weights.dtype
+        if (kind := targets.position_weights.dtype) not in (torch.float32, torch.float64):
             raise ValueError(
                 f"position_weights are {kind}, they must be float32: whatever casts inputs to a lower precision must"
                 " leave targets alone (FSDP: `MixedPrecisionPolicy(cast_forward_inputs=False)`)"
             )
-        return self.objective.of_states(
+        return self.objective.loss_from_states(
             hidden,
             Decoder(body=self.head, weight=self.head.weight, bias=self.head.bias, transform=self.transform),
             targets,

@@ -27,7 +27,7 @@ from softshard.data.sharding import ShardedBatches
 from softshard.data.text import StreamState
 from softshard.errors import ResumeMismatch
 from softshard.finetune.objective import CROSS_ENTROPY, Objective
-from softshard.integrations.causal_lm import accept_targets, weight_of_step
+from softshard.integrations.causal_lm import accept_targets, mean_weights, weight_of_step
 from softshard.models import check_tokenizer, wrap_tokenizer
 
 __all__ = ["SoftLabelTraining"]
@@ -150,7 +150,7 @@ class SoftLabelTraining:
         """Batches of a step, and the weight of their labels over all processes, which need not be a whole number."""
         parent: Any = super()
         batches, _ = parent.get_batch_samples(epoch_iterator, num_batches, device)
-        moved = [{"position_weights": _counted(batch).to(device)} for batch in batches]
+        moved = [{"position_weights": mean_weights(batch).to(device)} for batch in batches]
         return batches, weight_of_step(*moved) if moved else None
 
     def compute_loss(
@@ -195,7 +195,7 @@ class SoftLabelTraining:
         inputs = self._without_repeats(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             total = model(**inputs, num_items_in_batch=1.0).loss
-        weight = _counted(inputs).sum()
+        weight = mean_weights(inputs).sum()
         self._measured = [self._measured[0] + float(total), self._measured[1] + float(weight)]
         return total / torch.where(weight > 0, weight, 1.0), None, None
 
@@ -215,11 +215,6 @@ class SoftLabelTraining:
             name: inputs[name] * counts for name in ("position_weights", "counted") if name in inputs
         }
         return {**inputs, **weights}
-
-
-def _counted(features: Mapping[str, Any]) -> Any:
-    """[N] what labels count as in a mean."""
-    return features.get("counted", features["position_weights"])
 
 
 def _refuse_overridden(trainer: SoftLabelTraining) -> None:

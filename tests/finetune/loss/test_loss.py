@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fakes.targets import sparse_targets
 from softshard.finetune.loss import dense_kl, sparse_kl
 
 NUM, WIDTH, VOCAB, PADDED = 11, 6, 23, 29
@@ -62,10 +63,8 @@ def test_loss_and_all_gradients_are_those_of_the_dense_computation(chunk):
     loss = sparse_kl(
         hidden,
         weight,
+        sparse_targets(**entries, position_weights=weights),
         bias=bias,
-        **entries,
-        tail_mass=None,
-        position_weights=weights,
         num_valid=VOCAB,
         chunk_positions=chunk,
     )
@@ -85,11 +84,11 @@ def test_kl_gradient_is_that_of_the_dense_kl_for_every_alpha(alpha):
     loss = sparse_kl(
         hidden,
         weight,
-        entry_ids=ids.flatten(),
-        entry_weights=weights.flatten(),
-        entry_offsets=torch.arange(NUM + 1) * (VOCAB + 1),
-        tail_mass=None,
-        position_weights=None,
+        sparse_targets(
+            entry_ids=ids.flatten(),
+            entry_weights=weights.flatten(),
+            entry_offsets=torch.arange(NUM + 1) * (VOCAB + 1),
+        ),
         num_valid=VOCAB,
         chunk_positions=5,
     )
@@ -124,10 +123,7 @@ def test_ghost_token_has_the_mass_outside_the_head(chunk, masked):
     loss = sparse_kl(
         hidden,
         weight,
-        **entries,
-        tail_mass=tail,
-        entry_in_head=in_head,
-        position_weights=weights,
+        sparse_targets(**entries, tail_mass=tail, entry_in_head=in_head, position_weights=weights),
         num_valid=VOCAB,
         chunk_positions=chunk,
     )
@@ -146,7 +142,7 @@ def test_ghost_stays_finite_and_right_when_the_head_takes_nearly_all_the_mass():
     tail = torch.full((NUM,), 0.1)
     expected = ghost_reference(hidden, weight, entries, None, tail, torch.ones(NUM))
     single = [item.detach().float().requires_grad_() for item in (hidden, weight)]
-    loss = sparse_kl(*single, **entries, tail_mass=tail, position_weights=None, num_valid=VOCAB, chunk_positions=4)
+    loss = sparse_kl(*single, sparse_targets(**entries, tail_mass=tail), num_valid=VOCAB, chunk_positions=4)
     q = torch.softmax(single[0] @ single[1][:VOCAB].T, dim=1).amax(dim=1)
     assert (q == 1).any(), "the case that is to be tested"
     assert_same([loss], [expected], rtol=1e-5)
@@ -160,24 +156,24 @@ def test_a_head_of_the_whole_vocabulary_leaves_no_ghost():
         "entry_weights": torch.full((NUM * VOCAB,), 1 / VOCAB),
         "entry_offsets": torch.arange(NUM + 1) * VOCAB,
     }
-    common = {**entries, "position_weights": None, "num_valid": VOCAB, "chunk_positions": 4}
-    with_ghost = sparse_kl(hidden, weight, tail_mass=torch.full((NUM,), 0.25), **common)
-    without = sparse_kl(hidden, weight, tail_mass=None, **common)
+    sizes = {"num_valid": VOCAB, "chunk_positions": 4}
+    with_ghost = sparse_kl(hidden, weight, sparse_targets(**entries, tail_mass=torch.full((NUM,), 0.25)), **sizes)
+    without = sparse_kl(hidden, weight, sparse_targets(**entries), **sizes)
     assert_same([with_ghost], [without])
     assert_same(gradients(with_ghost, hidden, weight), gradients(without, hidden, weight))
 
 
 def test_padding_vocabulary_takes_no_probability_and_gets_no_gradient():
     hidden, weight, _ = problem(6)
-    common = {**random_entries(), "tail_mass": None, "position_weights": None, "chunk_positions": 4}
-    loss = sparse_kl(hidden, weight, num_valid=VOCAB, **common)
+    targets = sparse_targets(**random_entries())
+    loss = sparse_kl(hidden, weight, targets, num_valid=VOCAB, chunk_positions=4)
     cut = weight.detach()[:VOCAB].clone().requires_grad_()
-    expected = sparse_kl(hidden, cut, num_valid=VOCAB, **common)
+    expected = sparse_kl(hidden, cut, targets, num_valid=VOCAB, chunk_positions=4)
     assert loss == expected
     gradient, gradient_cut = gradients(loss, weight)[0], gradients(expected, cut)[0]
     assert torch.equal(gradient[:VOCAB], gradient_cut)
     assert not gradient[VOCAB:].any()
-    assert sparse_kl(hidden, weight, num_valid=PADDED, **common) > loss
+    assert sparse_kl(hidden, weight, targets, num_valid=PADDED, chunk_positions=4) > loss
 
 
 def test_positions_of_weight_zero_have_no_part_in_it():
@@ -185,7 +181,11 @@ def test_positions_of_weight_zero_have_no_part_in_it():
     weights = torch.ones(NUM)
     weights[[2, 5]] = 0
     loss = sparse_kl(
-        hidden, weight, **random_entries(), tail_mass=None, position_weights=weights, num_valid=VOCAB, chunk_positions=4
+        hidden,
+        weight,
+        sparse_targets(**random_entries(), position_weights=weights),
+        num_valid=VOCAB,
+        chunk_positions=4,
     )
     gradient = gradients(loss, hidden)[0]
     assert not gradient[[2, 5]].any()
@@ -201,10 +201,8 @@ def test_gradcheck(ghost):
         return sparse_kl(
             hidden,
             weight,
+            sparse_targets(**random_entries(9), tail_mass=tail, position_weights=torch.linspace(0, 1, NUM)),
             bias=bias,
-            **random_entries(9),
-            tail_mass=tail,
-            position_weights=torch.linspace(0, 1, NUM),
             num_valid=VOCAB,
             chunk_positions=4,
         )
@@ -215,10 +213,10 @@ def test_gradcheck(ghost):
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_lower_precision_is_near_the_float64_result(dtype, rtol):
     hidden, weight, _ = problem(10, dtype=dtype)
-    common = {**random_entries(), "tail_mass": None, "position_weights": None, "num_valid": VOCAB, "chunk_positions": 4}
-    loss = sparse_kl(hidden, weight, **common)
+    targets, sizes = sparse_targets(**random_entries()), {"num_valid": VOCAB, "chunk_positions": 4}
+    loss = sparse_kl(hidden, weight, targets, **sizes)
     double = [item.detach().double().requires_grad_() for item in (hidden, weight)]
-    expected = sparse_kl(*double, **common)
+    expected = sparse_kl(*double, targets, **sizes)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=rtol)
     for actual, exact in zip(gradients(loss, hidden, weight), gradients(expected, *double), strict=True):
@@ -228,9 +226,9 @@ def test_lower_precision_is_near_the_float64_result(dtype, rtol):
 
 def test_mean_over_many_positions_keeps_its_scale_in_bfloat16():
     hidden, weight, _ = problem(10, dtype=torch.bfloat16)
-    common = {**random_entries(), "tail_mass": None, "position_weights": None, "num_valid": VOCAB, "chunk_positions": 4}
-    whole = gradients(sparse_kl(hidden, weight, **common), hidden)[0]
-    mean = gradients(sparse_kl(hidden, weight, **common) / 1003, hidden)[0]
+    targets, sizes = sparse_targets(**random_entries()), {"num_valid": VOCAB, "chunk_positions": 4}
+    whole = gradients(sparse_kl(hidden, weight, targets, **sizes), hidden)[0]
+    mean = gradients(sparse_kl(hidden, weight, targets, **sizes) / 1003, hidden)[0]
     ratio = (mean.double().sum() / whole.double().sum() * 1003).item()
     assert ratio == pytest.approx(1, abs=1e-3)  # 1/1003 itself is .3% off in bfloat16
 
@@ -271,7 +269,8 @@ def test_no_tensor_is_larger_than_the_logits_of_a_chunk_and_none_of_them_is_kept
     }
     sizes = {"num_valid": vocab, "chunk_positions": chunk}
     tail = torch.full((num,), 0.1) if ghost else None
-    sparse = measured(lambda: sparse_kl(hidden, weight, **entries, tail_mass=tail, position_weights=None, **sizes))
+    targets = sparse_targets(**entries, tail_mass=tail)
+    sparse = measured(lambda: sparse_kl(hidden, weight, targets, **sizes))
     dense = measured(lambda: dense_kl(hidden, base, weight, **sizes))
     plain = measured(lambda: torch.nn.functional.cross_entropy(hidden @ weight.T, torch.arange(num)))
     assert sparse[0] <= chunk * vocab
@@ -283,15 +282,7 @@ def test_no_tensor_is_larger_than_the_logits_of_a_chunk_and_none_of_them_is_kept
 def test_without_gradients_only_the_value_is_computed():
     hidden, weight, _ = problem()
     with torch.no_grad():
-        loss = sparse_kl(
-            hidden,
-            weight,
-            **random_entries(),
-            tail_mass=None,
-            position_weights=None,
-            num_valid=VOCAB,
-            chunk_positions=4,
-        )
+        loss = sparse_kl(hidden, weight, sparse_targets(**random_entries()), num_valid=VOCAB, chunk_positions=4)
     assert not loss.requires_grad
 
 
@@ -310,14 +301,13 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
         "entry_ids": torch.zeros(3, dtype=torch.int64),
         "entry_weights": torch.ones(3),
         "entry_offsets": torch.tensor([0] * NUM + [3]),
-        "tail_mass": None,
-        "position_weights": None,
         "num_valid": VOCAB,
         "chunk_positions": 4,
         **change,
     }
+    sizes = {name: arguments.pop(name) for name in ("num_valid", "chunk_positions")}
     with pytest.raises(ValueError, match=message):
-        sparse_kl(hidden, weight, **arguments)
+        sparse_kl(hidden, weight, sparse_targets(**arguments), **sizes)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fakes.targets import sparse_targets
 from finetune.loss.test_options import (
     DIVERGENCES,
     DOUBLE,
@@ -98,11 +99,9 @@ def test_neither_all_logits_nor_a_second_matrix_is_ever_made():
         loss = sparse_kl(
             hidden,
             weight,
-            entry_ids=torch.arange(num),
-            entry_weights=torch.ones(num),
-            entry_offsets=torch.arange(num + 1),
-            tail_mass=None,
-            position_weights=None,
+            sparse_targets(
+                entry_ids=torch.arange(num), entry_weights=torch.ones(num), entry_offsets=torch.arange(num + 1)
+            ),
             num_valid=vocab,
             chunk_positions=chunk,
             low_rank=low,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fakes.targets import sparse_targets
 from softshard.finetune.loss import dense_kl, sparse_divergence, sparse_kl
 from softshard.models.decoder import LogitTransform
 
@@ -50,11 +51,12 @@ def heads(seed=0, *, num=NUM, alpha=0.0, ghost=True):
     }
 
 
-def loss_of(divergence, hidden, weight, target, **options):
-    common = {"num_valid": VOCAB, "chunk_positions": 4, "position_weights": None, **target, **options}
+def loss_of(divergence, hidden, weight, target, *, position_weights=None, **options):
+    targets = sparse_targets(**target, position_weights=position_weights)
+    common = {"num_valid": VOCAB, "chunk_positions": 4, **options}
     if divergence == "forward":
-        return sparse_kl(hidden, weight, **common)
-    return sparse_divergence(hidden, weight, divergence=divergence, jsd_beta=BETA, **common)
+        return sparse_kl(hidden, weight, targets, **common)
+    return sparse_divergence(hidden, weight, targets, divergence=divergence, jsd_beta=BETA, **common)
 
 
 def reference(divergence, hidden, weight, target, *, bias=None, position_weights=None, transform=None, temperature=1.0):
@@ -200,11 +202,11 @@ def test_small_shares_of_many_chunks_add_up_in_float32_where_bfloat16_would_lose
     loss = sparse_kl(
         hidden,
         weight,
-        entry_ids=torch.zeros(num, dtype=torch.int64),
-        entry_weights=torch.ones(num),
-        entry_offsets=torch.arange(num + 1),
-        tail_mass=None,
-        position_weights=None,
+        sparse_targets(
+            entry_ids=torch.zeros(num, dtype=torch.int64),
+            entry_weights=torch.ones(num),
+            entry_offsets=torch.arange(num + 1),
+        ),
         num_valid=2,
         chunk_positions=1,
     )
@@ -338,13 +340,9 @@ def test_jensen_shannon_weighs_the_two_sides_by_beta():
         return sparse_divergence(
             model.log()[None],
             eye,
+            sparse_targets(entry_ids=torch.arange(VOCAB), entry_weights=target, entry_offsets=torch.tensor([0, VOCAB])),
             divergence="jensen_shannon",
             jsd_beta=beta,
-            entry_ids=torch.arange(VOCAB),
-            entry_weights=target,
-            entry_offsets=torch.tensor([0, VOCAB]),
-            tail_mass=None,
-            position_weights=None,
             num_valid=VOCAB,
             chunk_positions=1,
         ).item()
@@ -376,11 +374,11 @@ def test_a_temperature_gives_hintons_loss():
     loss = sparse_kl(
         z,
         eye,
-        entry_ids=torch.arange(VOCAB),
-        entry_weights=torch.softmax(v[0] / high, dim=0),
-        entry_offsets=torch.tensor([0, VOCAB]),
-        tail_mass=None,
-        position_weights=None,
+        sparse_targets(
+            entry_ids=torch.arange(VOCAB),
+            entry_weights=torch.softmax(v[0] / high, dim=0),
+            entry_offsets=torch.tensor([0, VOCAB]),
+        ),
         num_valid=VOCAB,
         chunk_positions=1,
         temperature=high,
@@ -422,9 +420,9 @@ def test_dense_kl_takes_what_the_model_does_to_its_logits_and_leaves_out_masked_
 def test_settings_out_of_their_bounds_are_refused(options, message):
     hidden, weight, _ = inputs()
     given = {"divergence": "jensen_shannon", "jsd_beta": 0.5, **options}
-    sizes = {"position_weights": None, "num_valid": VOCAB, "chunk_positions": 4}
+    sizes = {"num_valid": VOCAB, "chunk_positions": 4}
     with pytest.raises(ValueError, match=message):
-        sparse_divergence(hidden, weight, **heads(), **sizes, **given)
+        sparse_divergence(hidden, weight, sparse_targets(**heads()), **sizes, **given)
 
 
 def test_a_ghost_without_mass_makes_the_reverse_kl_infinite_and_not_wrong():

@@ -24,8 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from softshard.data.sparse_targets import SparseTargets
 from softshard.finetune.loss.buckets import TokenBuckets
-from softshard.finetune.loss.entries import ChunkEntries, SparseTarget
+from softshard.finetune.loss.entries import ChunkedTargets, ChunkEntries
 from softshard.finetune.loss.projection import Readout, projected
 from softshard.models.decoder import PLAIN_LOGITS, LogitTransform, LowRank
 
@@ -37,18 +38,13 @@ Divergence = Literal["reverse", "jensen_shannon"]
 def sparse_divergence(
     hidden: Tensor,
     weight: Tensor,
+    targets: SparseTargets,
     *,
     divergence: Divergence,
     jsd_beta: float,
-    entry_ids: Tensor,
-    entry_weights: Tensor,
-    entry_offsets: Tensor,
-    tail_mass: Tensor | None,
-    position_weights: Tensor | None,
     num_valid: int,
     chunk_positions: int,
     bias: Tensor | None = None,
-    entry_in_head: Tensor | None = None,
     transform: LogitTransform = PLAIN_LOGITS,
     temperature: float = 1.0,
     low_rank: LowRank | None = None,
@@ -73,32 +69,23 @@ def sparse_divergence(
     if divergence == "jensen_shannon" and not 0 < jsd_beta < 1:
         raise ValueError(f"jsd_beta is {jsd_beta}, it must be above 0 and below 1")
     readout = Readout(weight, bias, transform, temperature, num_valid, chunk_positions, low_rank)
-    target = SparseTarget.of(
-        hidden,
-        readout,
-        entry_ids=entry_ids,
-        entry_weights=entry_weights,
-        entry_offsets=entry_offsets,
-        tail_mass=tail_mass,
-        entry_in_head=entry_in_head,
-        position_weights=position_weights,
-    )
+    chunked = ChunkedTargets.of(targets, hidden=hidden, readout=readout)
     beta = None if divergence == "reverse" else jsd_beta
-    return projected(hidden, readout, _CoarseDivergence(target, beta).loss, kept=target.kept)
+    return projected(hidden, readout, _BucketDivergence(chunked, beta).loss, kept=chunked.kept)
 
 
 @dataclass(frozen=True, slots=True)
-class _CoarseDivergence:
+class _BucketDivergence:
     """Both have slopes dD/dz = Q_c * (g_c - sum_k Q_k g_k) in the cell c, shared by probability within the last: g is
     ln(Q / P) for the reverse KL, and (1 - beta) * ln(Q / M) for the other, whose other terms cancel."""
 
-    target: SparseTarget
+    chunked: ChunkedTargets
     beta: float | None
     """None: the reverse KL."""
 
     def loss(self, logits: Tensor, start: int, stop: int) -> Tensor:
         """Summed divergence of positions [start, stop); their logits become the slopes."""
-        entries = self.target.chunk(start, stop, num_valid=logits.shape[1])
+        entries = self.chunked.chunk(start, stop, num_valid=logits.shape[1])
         cells = TokenBuckets.of(logits, entries.places[entries.in_head])
         alone, rest = _masses(entries, cells)
         alone_cost, alone_slope = self._terms(alone, cells.logprobs)

@@ -1,121 +1,95 @@
-"""Sparse targets of many positions, checked, and their entries chunk by chunk.
+"""The entries of sparse targets, chunk by chunk of positions.
 
-In: entries as a batch holds them. Out: for a chunk of positions, where its entries lie in the logits and what they
-weigh. Positions of weight 0 are left out here, and so are never projected.
+In: sparse targets of the positions of some hidden states. Out: for each chunk of positions, where its entries lie in
+the logits, and their weights. Positions of weight 0 are left out here, so they are never projected.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from softshard.data.sparse_targets import SparseTargets
 from softshard.finetune.loss.projection import Readout, accumulation, positions_with_weight
 
-__all__ = ["ChunkEntries", "SparseTarget"]
+__all__ = ["ChunkEntries", "ChunkedTargets"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkEntries:
-    """Entries of c positions."""
+    """Entries of the c positions of a chunk."""
 
     places: Tensor
-    """[E] int64, in the flattened logits [c * num_valid]."""
+    """[E] int64 indices into the flattened logits [c * num_valid]."""
     rows: Tensor
-    """[E] int64"""
+    """[E] int64 index of each entry's position in the chunk."""
     weights: Tensor
     """[E]"""
     in_head: Tensor | slice
-    """Those that the ghost token does not stand for: [E] bool, or all."""
+    """[E] bool, entries whose token is not part of the ghost token; a slice of all where every entry is such."""
     ghost: Tensor
     """[c] mass of the ghost token, 0 without one."""
     scale: Tensor
-    """[c] weights of the positions."""
+    """[c] weights of the positions, times the square of the temperature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SparseTarget:
-    """Entries of the M positions whose weight is not 0."""
+class ChunkedTargets:
+    """Targets of the M positions whose weight is not 0, in the type that sums are taken in."""
 
-    ids: Tensor
-    weights: Tensor
+    targets: SparseTargets
+    """Of the M positions."""
     counts: Tensor
+    """[M] entries of each."""
     bounds: list[int]
-    tail: Tensor | None
-    in_head: Tensor | None
-    positions: Tensor
-    """[M] weights."""
+    """[M + 1] `targets.entry_offsets` on the host."""
+    scale: Tensor
+    """[M] weights, times the square of the temperature."""
     kept: Tensor | None
-    """[M] which positions these are; None: all."""
+    """[M] int64 indices of these positions; None: all positions."""
 
     @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        readout: Readout,
-        *,
-        entry_ids: Tensor,
-        entry_weights: Tensor,
-        entry_offsets: Tensor,
-        tail_mass: Tensor | None,
-        entry_in_head: Tensor | None,
-        position_weights: Tensor | None,
-    ) -> SparseTarget:
-        """The target of `hidden`'s positions; every position's weight is times the square of the temperature.
+    def of(cls, targets: SparseTargets, *, hidden: Tensor, readout: Readout) -> ChunkedTargets:
+        """Check that the targets fit the hidden states and the readout.
 
         Raises:
-            ValueError: sizes that do not fit together, or an id that is not below the readout's `num_valid`.
+            ValueError: sizes do not fit together, or an id is not below the readout's `num_valid`.
         """
         readout.check(hidden)
-        if len(entry_offsets) != len(hidden) + 1:
-            problem = f"{len(entry_offsets)} offsets for {len(hidden)} positions"
+        if len(targets.entry_offsets) != len(hidden) + 1:
+            problem = f"{len(targets.entry_offsets)} offsets for {len(hidden)} positions"
             raise ValueError(f"{problem}, there must be one more than positions")
-        if len(entry_ids) and (highest := int(entry_ids.max())) >= readout.num_valid:
+        if len(targets.entry_ids) and (highest := int(targets.entry_ids.max())) >= readout.num_valid:
             raise ValueError(f"entry id {highest} is not in the vocabulary of {readout.num_valid}")
-        kind, kept = accumulation(hidden), None
-        positions = torch.ones(len(hidden), dtype=kind, device=hidden.device)
-        if position_weights is not None:
-            positions = position_weights.to(kind)
-            kept = positions_with_weight(positions)
-        target = cls(
-            ids=entry_ids,
-            weights=entry_weights.to(kind),
-            counts=entry_offsets.diff(),
-            bounds=entry_offsets.tolist(),
-            tail=None if tail_mass is None else tail_mass.to(kind),
-            in_head=entry_in_head,
-            positions=positions * readout.temperature**2,
-            kept=kept,
+        kind = accumulation(hidden)
+        targets = replace(
+            targets,
+            entry_weights=targets.entry_weights.to(kind),
+            tail_mass=None if targets.tail_mass is None else targets.tail_mass.to(kind),
+            position_weights=targets.position_weights.to(kind),
         )
-        return target if kept is None else target._only(kept)
-
-    def _only(self, kept: Tensor) -> SparseTarget:
-        of_kept = torch.zeros(len(self.counts), dtype=torch.bool, device=kept.device)
-        of_kept[kept] = True
-        entries = of_kept.repeat_interleave(self.counts)
-        counts = self.counts[kept]
-        return SparseTarget(
-            ids=self.ids[entries],
-            weights=self.weights[entries],
-            counts=counts,
-            bounds=[0, *counts.cumsum(0).tolist()],
-            tail=None if self.tail is None else self.tail[kept],
-            in_head=None if self.in_head is None else self.in_head[entries],
-            positions=self.positions[kept],
+        if (kept := positions_with_weight(targets.position_weights)) is not None:
+            targets = targets.select(kept)
+        return cls(
+            targets=targets,
+            counts=targets.entry_offsets.diff(),
+            bounds=targets.entry_offsets.tolist(),
+            scale=targets.position_weights * readout.temperature**2,
             kept=kept,
         )
 
     def chunk(self, start: int, stop: int, *, num_valid: int) -> ChunkEntries:
         """Entries of positions [start, stop) of the M."""
-        entries = slice(self.bounds[start], self.bounds[stop])
+        targets, entries = self.targets, slice(self.bounds[start], self.bounds[stop])
         rows = torch.repeat_interleave(self.counts[start:stop])
-        scale = self.positions[start:stop]
+        scale = self.scale[start:stop]
         return ChunkEntries(
-            places=rows * num_valid + self.ids[entries],
+            places=rows * num_valid + targets.entry_ids[entries],
             rows=rows,
-            weights=self.weights[entries],
-            in_head=slice(None) if self.in_head is None else self.in_head[entries],
-            ghost=torch.zeros_like(scale) if self.tail is None else self.tail[start:stop],
+            weights=targets.entry_weights[entries],
+            in_head=slice(None) if targets.entry_in_head is None else targets.entry_in_head[entries],
+            ghost=torch.zeros_like(scale) if targets.tail_mass is None else targets.tail_mass[start:stop],
             scale=scale,
         )
