@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from softshard.evaluate.comparison import figure_data, human_metrics, model_metrics, nll_difference, pick_examples
+from softshard.evaluate.comparison import human_metrics, model_metrics, nll_difference, pick_examples, plot_data
 from softshard.evaluate.samples import Continuations, Prompt, Samples
 from softshard.evaluate.scoring import DocumentSum, HoldoutScores, ReliabilityBin
 
@@ -81,8 +81,8 @@ def test_model_metrics_stand_beside_the_human_continuations():
     assert (metrics.human_nll_nats, metrics.ece, metrics.retention_nll_nats) == (2.0, 0.03, 2.5)
 
 
-def test_figure_data_hold_people_and_models():
-    data = figure_data(human=HUMAN, scores={"base": scores({"a": (1.0, 1)})}, samples={"base": MODEL})
+def test_plot_data_hold_people_and_models():
+    data = plot_data(human=HUMAN, scores={"base": scores({"a": (1.0, 1)})}, samples={"base": MODEL})
     assert data.sentence_lengths == {"human": (2, 1, 3, 2), "base": (4, 1)}
     assert data.rank_frequency["base"] == pytest.approx((4 / 5, 1 / 5))
     assert [one.accuracy for one in data.reliability["base"]] == [0.4]

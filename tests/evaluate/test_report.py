@@ -8,20 +8,19 @@ import pytest
 from pydantic import ValidationError
 
 from softshard.config import Job
-from softshard.evaluate.plots import FigureData
+from softshard.evaluate.metrics import METRICS, HumanMetrics, ModelMetrics
+from softshard.evaluate.plots import PlotData
 from softshard.evaluate.report import (
     BaselineChoice,
     Example,
     HoldoutSummary,
-    HumanMetrics,
-    ModelMetrics,
     NllDifference,
     Report,
     TargetsSummary,
     TrainingStep,
-    write_report,
 )
 from softshard.evaluate.scoring import ReliabilityBin
+from softshard.evaluate.write import write_report
 from softshard.storage import LocalStore
 
 EVIL = "<script>alert('x')</script> & <img src=http://example.com/a.png onerror=y> $x^2$ {{ 7 * 7 }}"
@@ -80,12 +79,12 @@ def report(**changes):
     return Report(**(values | changes))
 
 
-def figures(names=("base", "ce", "adapter")):
+def plot_data(names=("base", "ce", "adapter")):
     bins = tuple(
         ReliabilityBin(lower=n / 5, upper=(n + 1) / 5, num_labels=40 - 9 * n, confidence=n / 5 + 0.1, accuracy=n / 5)
         for n in range(5)
     )
-    return FigureData(
+    return PlotData(
         sentence_lengths={name: (3, 5, 5, 9 + len(name)) for name in ("human", *names)},
         rank_frequency=dict.fromkeys(("human", *names), (0.5, 0.3, 0.1, 0.1)),
         reliability=dict.fromkeys(names, bins),
@@ -118,7 +117,7 @@ class Page(HTMLParser):
 
 
 def written(tmp_path, made=None, data=None):
-    write_report(made or report(), figures=data or figures(), store=LocalStore(tmp_path))
+    write_report(made or report(), plot_data=data or plot_data(), store=LocalStore(tmp_path))
     return (tmp_path / "index.html").read_text(), json.loads((tmp_path / "metrics.json").read_text())
 
 
@@ -155,7 +154,7 @@ def test_metrics_can_be_read_back(tmp_path):
 
 def test_the_same_report_gives_the_same_bytes(tmp_path):
     for name in ("one", "two"):
-        write_report(report(), figures=figures(), store=LocalStore(tmp_path / name))
+        write_report(report(), plot_data=plot_data(), store=LocalStore(tmp_path / name))
     for file in ("index.html", "metrics.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -209,22 +208,22 @@ def test_the_page_has_four_named_figures_and_a_language(tmp_path):
 
 def test_the_best_model_is_marked_by_the_rule_of_its_row(tmp_path):
     html, _ = written(tmp_path)
-    assert marked(html, "Loss on human text, nats a token") == (["", "3.998", "3.558", "3.600"], ["3.558"])
+    assert marked(html, "Loss on human text, nats per token") == (["", "3.998", "3.558", "3.600"], ["3.558"])
     # nearest to the human .8, not the highest
     assert marked(html, "Variety of words (MATTR)") == (["0.800", "0.600", "0.810", "0.780"], ["0.810"])
-    assert marked(html, "Milliseconds a token")[1] == []
+    assert marked(html, "Milliseconds per token")[1] == []
 
 
 def test_values_that_read_alike_are_marked_alike(tmp_path):
     made = report(ce=metrics(3.60041), adapter=metrics(3.60039))
     html, _ = written(tmp_path, made)
-    assert marked(html, "Loss on human text, nats a token")[1] == ["3.600", "3.600"]
+    assert marked(html, "Loss on human text, nats per token")[1] == ["3.600", "3.600"]
 
 
 def test_the_first_sentence_says_the_difference_with_its_error(tmp_path):
     html, _ = written(tmp_path)
     text = " ".join("".join(Page(html).text).split())
-    assert "On 1,234 held-out tokens of human writing the adapter’s loss is 3.600 nats a token" in text
+    assert "On 1,234 held-out tokens of human writing the adapter’s loss is 3.600 nats per token" in text
     assert "0.398 ± 0.020 below the base model’s" in text
     assert "0.042 above that of ordinary cross-entropy fine-tuning" in text
 
@@ -232,19 +231,19 @@ def test_the_first_sentence_says_the_difference_with_its_error(tmp_path):
 def test_the_page_says_how_its_numbers_were_made(tmp_path):
     html, _ = written(tmp_path)
     text = " ".join("".join(Page(html).text).split())
-    assert "7 documents, 1,234 predicted tokens that stand for 5,678 bytes" in text
+    assert "7 documents, 1,234 predicted tokens, which are 5,678 bytes" in text
     assert "3 beginnings of 24 tokens, continued by at most 96 tokens at temperature 1," in text
-    assert "the best on this very hold-out is shown, which favours it" in text
+    assert "the best on this same hold-out is shown, which favours it" in text
     assert "chunk_positions: 512" in text, "settings that were not given are printed with their defaults"
 
 
 def test_a_job_without_a_baseline_has_no_column_for_it(tmp_path):
     examples = (Example(prompt="a", human="b", base="c", ce=None, adapter="d"),)
     made = report(ce=None, adapter_minus_ce=None, baseline_choice=(), examples=examples, training={})
-    html, values = written(tmp_path, made, figures(("base", "adapter")))
+    html, values = written(tmp_path, made, plot_data(("base", "adapter")))
     assert values["ce"] is None
     assert "cross-entropy" not in "".join(Page(html).text).lower()
-    assert marked(html, "Loss on human text, nats a token") == (["", "3.998", "3.600"], ["3.600"])
+    assert marked(html, "Loss on human text, nats per token") == (["", "3.998", "3.600"], ["3.600"])
 
 
 def test_a_measure_that_no_model_has_is_left_out(tmp_path):
@@ -256,7 +255,7 @@ def test_a_measure_that_no_model_has_is_left_out(tmp_path):
 
 
 def test_a_page_can_be_made_of_models_that_wrote_nothing(tmp_path):
-    nothing = FigureData(
+    nothing = PlotData(
         sentence_lengths=dict.fromkeys(("human", "base", "adapter"), ()),
         rank_frequency=dict.fromkeys(("human", "base", "adapter"), ()),
         reliability={"base": (), "adapter": ()},
@@ -264,6 +263,13 @@ def test_a_page_can_be_made_of_models_that_wrote_nothing(tmp_path):
     examples = (Example(prompt="a", human="b", base="", ce=None, adapter=" "),)
     html, _ = written(tmp_path, report(examples=examples, ce=None, adapter_minus_ce=None, corpus=()), nothing)
     assert html.count("(ended at once)") == 2
+
+
+def test_every_metric_is_a_field_of_the_report_in_the_same_order():
+    assert [metric.key for metric in METRICS] == list(ModelMetrics.model_fields)
+    assert [metric.key for metric in METRICS if metric.from_text] == list(HumanMetrics.model_fields)
+    assert all((metric.from_text is None) != (metric.from_model is None) for metric in METRICS)
+    assert all(metric.from_text for metric in METRICS if metric.better == "human")
 
 
 def test_a_number_that_is_none_is_refused():

@@ -1,32 +1,32 @@
-"""The figures of the report as SVG that can stand inside a page.
+"""The plots of the report as SVG elements of a page: each is declared once, in `PLOTS`.
 
-In: plain numbers. Out: an `<svg>` element, the same bytes for the same numbers, with no address of anything outside it;
-its text is text, set in the font of the page. Models are told apart by colour (Okabe and Ito) and by the kind of line.
+In: plain numbers. Out: an `<svg>` element, the same bytes for the same numbers, that refers to nothing outside it; its
+text is text, set in the font of the page. Models differ in colour (Okabe and Ito) and in line style. To add a plot,
+write a function that draws it and add one entry to `PLOTS`; data that the report lacks goes into `PlotData`.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from softshard.evaluate.report import Report, TrainingStep
+
 if TYPE_CHECKING:
-    from softshard.evaluate.report import TrainingStep
     from softshard.evaluate.scoring import ReliabilityBin
 
 __all__ = [
     "MODEL_COLOURS",
     "MODEL_NAMES",
-    "FigureData",
-    "calibration_svg",
-    "rank_frequency_svg",
-    "sentence_lengths_svg",
-    "training_svg",
+    "PLOTS",
+    "Plot",
+    "PlotData",
 ]
 
 MODEL_NAMES = {"human": "human", "base": "base", "ce": "cross-entropy", "adapter": "adapter"}
@@ -36,7 +36,7 @@ _MARKERS = {"base": "s", "ce": "^", "adapter": "o"}
 _OTHER_COLOURS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6a51a3", "#5b6470")
 _INK, _MUTED, _GRID = "#1a1d21", "#5b6470", "#e3e6ea"
 _SIZE = (6.0, 4.2)
-_LEAST_LABELS = 10
+_MIN_BIN_LABELS = 10
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _MUTED,
@@ -61,19 +61,19 @@ _STYLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FigureData:
-    """What the figures show; the keys are `human`, `base`, `ce` where there is one, and `adapter`."""
+class PlotData:
+    """What the plots show beyond the report; keys are `human`, `base`, `ce` where there is one, and `adapter`."""
 
     sentence_lengths: Mapping[str, Sequence[int]]
-    """Words of each sentence."""
+    """Words per sentence."""
     rank_frequency: Mapping[str, Sequence[float]]
     """Relative frequencies of words, most frequent first."""
     reliability: Mapping[str, Sequence[ReliabilityBin]]
     """Calibration bins; no `human`."""
 
 
-def training_svg(training: Mapping[str, Sequence[TrainingStep]]) -> str:
-    """Loss over steps, a curve a training, its running mean drawn bold; retention loss below where there is any."""
+def _training_svg(training: Mapping[str, Sequence[TrainingStep]]) -> str:
+    """Loss over steps, one curve per training with a bold running mean; below it the retention loss, if any."""
     retained = {name: [step for step in steps if step.retention_loss is not None] for name, steps in training.items()}
     rows = 2 if any(retained.values()) else 1
     with _figure("training") as (figure, finished):
@@ -86,7 +86,7 @@ def training_svg(training: Mapping[str, Sequence[TrainingStep]]) -> str:
             if rows == 2 and retained[name]:
                 losses = [float(s.retention_loss or 0) for s in retained[name]]
                 _curve(axes[1], name, colour, [s.step for s in retained[name]], losses)
-        axes[0].set_ylabel("loss, nats a token")
+        axes[0].set_ylabel("loss, nats per token")
         axes[-1].set_xlabel("step")
         _legend(axes[0], "upper right", columns=1 + len(training) // 4)
         if rows == 2:
@@ -105,15 +105,15 @@ def _curve(axes: Any, name: str, colour: str, steps: Sequence[int], losses: Sequ
     axes.plot(steps[width - 1 :], means, color=colour, linestyle=line, label=label)
 
 
-def sentence_lengths_svg(lengths: Mapping[str, Sequence[int]]) -> str:
+def _sentence_lengths_svg(lengths: Mapping[str, Sequence[int]]) -> str:
     """Cumulative distributions of sentence lengths; the area between two of them is their Wasserstein-1 distance."""
     with _figure("sentences") as (figure, finished):
         axes = figure.subplots()
-        longest = max((max(one) for one in lengths.values() if one), default=1)
-        for name, one in lengths.items():
-            if one:
-                values, counts = np.unique(one, return_counts=True)
-                shares = np.concatenate([[0.0], np.cumsum(counts) / len(one), [1.0]])
+        longest = max((max(words) for words in lengths.values() if words), default=1)
+        for name, words in lengths.items():
+            if words:
+                values, counts = np.unique(words, return_counts=True)
+                shares = np.concatenate([[0.0], np.cumsum(counts) / len(words), [1.0]])
                 at = np.concatenate([[0], values, [longest * 1.02]])
                 axes.step(at, shares, where="post", label=MODEL_NAMES[name], **_line(name))
         axes.set(xlim=(0, longest * 1.02), ylim=(0, 1.01))
@@ -122,13 +122,13 @@ def sentence_lengths_svg(lengths: Mapping[str, Sequence[int]]) -> str:
     return finished[0]
 
 
-def rank_frequency_svg(frequencies: Mapping[str, Sequence[float]]) -> str:
+def _rank_frequency_svg(frequencies: Mapping[str, Sequence[float]]) -> str:
     """Relative frequency of each word against its rank, both logarithmic."""
     with _figure("ranks") as (figure, finished):
         axes = figure.subplots()
-        for name, one in frequencies.items():
-            if one:
-                axes.plot(np.arange(1, len(one) + 1), one, label=MODEL_NAMES[name], **_line(name))
+        for name, shares in frequencies.items():
+            if shares:
+                axes.plot(np.arange(1, len(shares) + 1), shares, label=MODEL_NAMES[name], **_line(name))
         axes.set(xscale="log", yscale="log", xlabel="rank of the word", ylabel="share of all words")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -137,16 +137,16 @@ def rank_frequency_svg(frequencies: Mapping[str, Sequence[float]]) -> str:
     return finished[0]
 
 
-def calibration_svg(reliability: Mapping[str, Sequence[ReliabilityBin]]) -> str:
-    """How often the most likely token is the human one, against its probability; bins of few labels are left out."""
+def _calibration_svg(reliability: Mapping[str, Sequence[ReliabilityBin]]) -> str:
+    """Share of correct most likely tokens against their probability; bins with few labels are left out."""
     with _figure("calibration") as (figure, finished):
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=":", label="perfect")
         for name, bins in reliability.items():
-            shown = [one for one in bins if one.num_labels >= _LEAST_LABELS]
+            shown = [each for each in bins if each.num_labels >= _MIN_BIN_LABELS]
             axes.plot(
-                [one.confidence for one in shown],
-                [one.accuracy for one in shown],
+                [each.confidence for each in shown],
+                [each.accuracy for each in shown],
                 marker=_MARKERS[name],
                 markersize=5,
                 label=MODEL_NAMES[name],
@@ -158,9 +158,9 @@ def calibration_svg(reliability: Mapping[str, Sequence[ReliabilityBin]]) -> str:
     return finished[0]
 
 
-def _legend(axes: Any, place: str, *, columns: int = 1) -> None:
+def _legend(axes: Any, location: str, *, columns: int = 1) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc=place, ncols=columns)
+        axes.legend(loc=location, ncols=columns)
 
 
 def _line(name: str) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _line(name: str) -> dict[str, Any]:
 
 @contextmanager
 def _figure(salt: str) -> Iterator[tuple[Any, list[str]]]:
-    """A figure to draw on; on leaving, its SVG is put in the list."""
+    """A matplotlib figure; when the block ends, its SVG is appended to the list."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -182,7 +182,7 @@ def _figure(salt: str) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _inline(svg: str) -> str:
-    """An SVG document as an element of a page: without its head, size, name spaces, metadata and unused names."""
+    """An SVG document as an element of a page, without header, size, namespaces, metadata and unused ids."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>\s*", "", svg, flags=re.DOTALL)
@@ -193,3 +193,47 @@ def _inline(svg: str) -> str:
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', rest))
     rest = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", rest)
     return f"<svg {view[0]}>{rest}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """One plot of the page."""
+
+    title: str
+    caption: str
+    description: str
+    """For readers who cannot see it."""
+    draw: Callable[[Report, PlotData], str]
+    """Its SVG element."""
+
+
+PLOTS: tuple[Plot, ...] = (
+    Plot(
+        title="Training",
+        caption="Loss of each training; thin lines are single steps, bold ones their running mean. Curves of"
+        " different objectives differ in level by what their targets leave undecided.",
+        description="Line chart: training loss over steps.",
+        draw=lambda report, data: _training_svg(report.training),
+    ),
+    Plot(
+        title="Sentence lengths",
+        caption="Share of sentences up to each length. The area between a curve and the human one is the"
+        " distance in the table.",
+        description="Line chart: cumulative distribution of sentence lengths, human and each model.",
+        draw=lambda report, data: _sentence_lengths_svg(data.sentence_lengths),
+    ),
+    Plot(
+        title="Rank and frequency of words",
+        caption="Each word’s share against its rank. A curve that ends early uses fewer different words.",
+        description="Line chart with logarithmic axes: word frequency against rank, human and each model.",
+        draw=lambda report, data: _rank_frequency_svg(data.rank_frequency),
+    ),
+    Plot(
+        title="Calibration",
+        caption="On the dotted line, a token held to be 70 % likely is right 70 times in 100; below it the"
+        " model is too sure. Bins of fewer than 10 tokens are left out.",
+        description="Line chart: share of right first guesses against the model’s confidence.",
+        draw=lambda report, data: _calibration_svg(data.reliability),
+    ),
+)
+"""In the order of the page."""

@@ -1,89 +1,25 @@
-"""The record of an evaluation, and its two files.
-
-In: the numbers of a run. Out: `metrics.json`, the record as canonical JSON with `base`, `ce` and `adapter` at its top,
-and `index.html`, one page that needs nothing beside it. Both are a function of what is given: same input, same bytes.
-"""
+"""The record of an evaluation: what `metrics.json` holds and the page shows. Metrics themselves are in `metrics.py`."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from softshard.evaluate.plots import FigureData
-from softshard.records.canonical import canonical_json
-from softshard.storage import Store
+from softshard.evaluate.metrics import HumanMetrics, ModelMetrics
+from softshard.evaluate.record import Record
 
 __all__ = [
     "BaselineChoice",
     "Example",
     "HoldoutSummary",
-    "HumanMetrics",
-    "ModelMetrics",
     "NllDifference",
     "Report",
     "SweepRow",
     "TargetsSummary",
     "TrainingStep",
-    "write_report",
 ]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class HumanMetrics(_Record):
-    """The human continuations of the beginnings that the models continue."""
-
-    mattr: float
-    """Moving-average type-token ratio, windows of 50 words."""
-    distinct_2: float
-    """Share of pairs of words that are different ones."""
-    distinct_3: float
-    """Share of triples of words that are different ones."""
-    mean_sentence_words: float
-    """Mean length of a sentence in words."""
-    mean_sample_tokens: float
-    """Mean length in tokens, cut where the samples are cut."""
-
-
-class ModelMetrics(_Record):
-    """One model on the hold-out, and its continuations of held-out beginnings beside the human ones."""
-
-    human_nll_nats: float
-    """Mean negative log-likelihood of a human token."""
-    bits_per_byte: float
-    """Negative log-likelihood of the text in bits over its UTF-8 bytes."""
-    kl_to_teacher_nats: float | None
-    """Mean KL(style teacher || model) by an unbiased estimate; null where the stored targets leave out the tail."""
-    ece: float
-    """Expected calibration error of the most likely token against the human one, between 0 and 1."""
-    accuracy: float
-    """Share of human tokens that are the model's most likely one."""
-    mean_entropy_nats: float
-    """Mean entropy of the model's distribution."""
-    mattr: float
-    """Moving-average type-token ratio of the samples, windows of 50 words."""
-    distinct_2: float
-    """Share of the samples' pairs of words that are different ones."""
-    distinct_3: float
-    """Share of the samples' triples of words that are different ones."""
-    sentence_length_w1: float
-    """Wasserstein-1 distance, in words, of sentence lengths from the human continuations'."""
-    token_l2: float
-    """Euclidean distance of token frequencies from the human continuations'."""
-    mean_sentence_words: float
-    """Mean length of a sample's sentence in words."""
-    mean_sample_tokens: float
-    """Mean length of a sample in tokens."""
-    retention_nll_nats: float | None
-    """Mean negative log-likelihood on held-out writing of another kind; null without retention sources."""
-    ms_per_token: float
-    """Milliseconds a sequence and decoding step while sampling, shared by the sequences of a batch."""
-
-
-class NllDifference(_Record):
+class NllDifference(Record):
     """Difference of two models' human_nll_nats on the same labels; below 0, the first is better."""
 
     difference_nats: float
@@ -91,7 +27,7 @@ class NllDifference(_Record):
     """Over documents; null where there is one document alone."""
 
 
-class HoldoutSummary(_Record):
+class HoldoutSummary(Record):
     """What the models were measured on."""
 
     documents: int
@@ -99,22 +35,22 @@ class HoldoutSummary(_Record):
     labels: int
     """Tokens that were predicted."""
     num_bytes: int
-    """UTF-8 bytes of the text that they stand for."""
+    """UTF-8 bytes of the text of those tokens."""
     prompts: int
     """Beginnings that each model continued."""
     teacher_nll_nats: float
     """Mean negative log-likelihood of the same labels under the style teacher."""
 
 
-class TargetsSummary(_Record):
+class TargetsSummary(Record):
     """What the stored targets cost, and how faithful they are."""
 
     parts: int
     positions: int
     bytes_per_position: float
-    """Bytes of the parts over labels, everything included."""
+    """Size of the parts over the number of labels, everything included."""
     mean_entries: float
-    """Stored tokens a label."""
+    """Stored tokens per label."""
     mean_squared_error: float
     """Mean over labels of the summed squared difference of stored weights and probabilities."""
     gradient_angle_degrees: float
@@ -123,7 +59,7 @@ class TargetsSummary(_Record):
     """Mean KL(target || stored); null where the stored form does not cover every token."""
 
 
-class TrainingStep(_Record):
+class TrainingStep(Record):
     """One logged step."""
 
     step: int
@@ -132,7 +68,7 @@ class TrainingStep(_Record):
     learning_rate: float
 
 
-class BaselineChoice(_Record):
+class BaselineChoice(Record):
     """One learning rate that the baseline was trained with."""
 
     learning_rate: float
@@ -140,7 +76,7 @@ class BaselineChoice(_Record):
     """On the hold-out, the one that the report is about."""
 
 
-class SweepRow(_Record):
+class SweepRow(Record):
     """One training of a sweep."""
 
     alpha: float
@@ -154,7 +90,7 @@ class SweepRow(_Record):
     """Whether this is the report's adapter."""
 
 
-class Example(_Record):
+class Example(Record):
     """One beginning and what followed."""
 
     prompt: str
@@ -164,7 +100,7 @@ class Example(_Record):
     adapter: str
 
 
-class Report(_Record):
+class Report(Record):
     """A whole evaluation."""
 
     schema_version: Literal[1] = 1
@@ -189,21 +125,14 @@ class Report(_Record):
     sweep: tuple[SweepRow, ...] = ()
     """Trainings that the adapter was chosen from; empty without a sweep."""
     corpus: tuple[dict[str, str | int | float], ...]
-    """Statistics of the corpus, a row a group; every row has the same keys."""
+    """Statistics of the corpus, one row per group; every row has the same keys."""
     targets: TargetsSummary
     training: dict[str, tuple[TrainingStep, ...]]
     """Logged steps by what was trained."""
     examples: tuple[Example, ...]
 
-
-def write_report(report: Report, *, figures: FigureData, store: Store) -> None:
-    """Write `metrics.json` and, last, `index.html` at the top of `store`, in place of what is there.
-
-    Raises:
-        StorageFull: no space is left; a file is written whole or not at all.
-    """
-    from softshard.evaluate.page import render_page
-
-    page = render_page(report, figures=figures)
-    store.replace("metrics.json", canonical_json(report))
-    store.replace("index.html", page.encode())
+    @property
+    def models(self) -> dict[str, ModelMetrics]:
+        """Metrics by model: `base`, `ce` where there is a baseline, `adapter`."""
+        baseline = {} if self.ce is None else {"ce": self.ce}
+        return {"base": self.base, **baseline, "adapter": self.adapter}

@@ -1,8 +1,8 @@
-"""Held-out beginnings, and what a model makes of them.
+"""Continuations of held-out beginnings: by the people who wrote them and by a model.
 
-In: held-out rows, a model and a seed. Out: beginnings with the human continuation, and one continuation a model, drawn
-from its whole distribution. The random numbers of a continuation are a function of the seed and its beginning alone:
-two models that continue the same beginning are given the same ones, whatever else is in the batch.
+In: held-out rows, a model and a seed. Out: beginnings with the human continuation, and one continuation per model,
+drawn from its whole distribution. The random numbers of a continuation depend only on the seed and its beginning,
+so two models that continue the same beginning use the same numbers, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from softshard.sketch.types import TokenSequence
 
 __all__ = ["Continuations", "Prompt", "Samples", "generate", "human_continuations", "make_prompts"]
 
-_LEAST_CONTINUATION = 8
-_PROMPTS_AT_A_TIME = 32
+_MIN_CONTINUATION = 8
+_BATCH_PROMPTS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +38,10 @@ class Prompt:
 
     sequence_id: str
     token_ids: tuple[int, ...]
-    """The beginning, with the token that the tokenizer puts before a text, if it does."""
+    """The beginning, including the BOS token if the tokenizer adds one."""
     human_continuation: tuple[int, ...]
-    """The tokens that follow in the document, as many as are sampled at most; fewer where the document or its first
-    window ends."""
+    """The tokens that follow in the document: at most `sample_tokens`, fewer where the document or its first window
+    ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,21 +54,21 @@ class Continuations:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """A model's continuations, and the time they took."""
+    """A model's continuations, and the time that decoding took."""
 
     continuations: Continuations
     num_ended: int
-    """Continuations that the model itself brought to an end."""
+    """Continuations that end with the model's own end-of-text token."""
     decode_seconds: float
     """Wall-clock time of all decoding steps but the first of each batch, which reads the prompts."""
     num_sequence_steps: int
-    """Over those steps, the sum of the sequences in the batch; one that has ended stays in it."""
+    """Sum over those steps of the batch size; a sequence that has ended stays in the batch."""
 
     @property
     def ms_per_token(self) -> float:
-        """Milliseconds a sequence and decoding step: forward pass and draw, shared by the sequences of the batch.
+        """Milliseconds per sequence and decoding step (forward pass and draw); a batch shares the time of a step.
 
-        0 where there was no such step, because every continuation ended with its first token.
+        0 if there was no such step, because every continuation ended with its first token.
         """
         return 1000 * self.decode_seconds / self.num_sequence_steps if self.num_sequence_steps else 0.0
 
@@ -81,24 +81,24 @@ def make_prompts(
     sample_tokens: int,
     seed: int,
 ) -> list[Prompt]:
-    """At most `num_samples` beginnings, one per document, chosen and ordered by a hash of the seed and the sequence id.
+    """At most `num_samples` beginnings, one per document, chosen and ordered by a hash of seed and sequence id.
 
-    Only the window with which a document starts is taken, and only where at least 8 labels follow the beginning without
-    a token of context between them.
+    Only a document's first window is used, and only if at least 8 labels follow the beginning without a context token
+    between them.
 
     Raises:
-        HoldoutEmpty: there is none.
+        HoldoutEmpty: no document is long enough.
     """
     beginnings = (
         sequence
         for (sequence, _), _ in rows
-        if sequence.start == 0 and len(_labels_from(sequence, prompt_tokens)) >= _LEAST_CONTINUATION
+        if sequence.start == 0 and len(_labels_from(sequence, prompt_tokens)) >= _MIN_CONTINUATION
     )
     chosen = heapq.nsmallest(num_samples, beginnings, key=lambda s: _digest(seed, "prompt", s.sequence_id))
     if not chosen:
         raise HoldoutEmpty(
             data="the test split of the targets",
-            problem=f"no document has the {prompt_tokens} tokens of a beginning and {_LEAST_CONTINUATION} after it",
+            problem=f"no document has the {prompt_tokens} tokens of a beginning and {_MIN_CONTINUATION} after it",
             remedy="lower `evaluate.prompt_tokens`, or add documents",
         )
     return [_prompt(sequence, prompt_tokens, sample_tokens) for sequence in chosen]
@@ -113,24 +113,26 @@ def _prompt(sequence: TokenSequence, prompt_tokens: int, sample_tokens: int) -> 
 
 
 def _labels_from(sequence: TokenSequence, index: int) -> NDArray[np.int32]:
-    """Ids of the labels that follow one another from a token on; none where that token is no label."""
+    """Ids of the consecutive labels that start at `index`; empty if that token is not a label."""
     stop = next((stop for start, stop in sequence.label_spans if start <= index < stop), index)
     return sequence.token_ids[index:stop]
 
 
 def human_continuations(prompts: Sequence[Prompt], *, tokenizer: Tokenizer) -> Continuations:
-    """What the people wrote, in the form in which the models' continuations come."""
+    """What people wrote, in the same form as the models' continuations."""
     return _continuations(prompts, [prompt.human_continuation for prompt in prompts], tokenizer)
 
 
-def _continuations(prompts: Sequence[Prompt], each: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Continuations:
+def _continuations(
+    prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]], tokenizer: Tokenizer
+) -> Continuations:
     """Cut each continuation before its first end-of-text token."""
-    ids = [tuple(one[: one.index(tokenizer.eos_id)] if tokenizer.eos_id in one else one) for one in each]
+    cut = [tuple(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids) for ids in token_ids]
     texts = [
-        text_after(tokenizer, (*prompt.token_ids, *one), start=len(prompt.token_ids))
-        for prompt, one in zip(prompts, ids, strict=True)
+        text_after(tokenizer, (*prompt.token_ids, *ids), start=len(prompt.token_ids))
+        for prompt, ids in zip(prompts, cut, strict=True)
     ]
-    return Continuations(token_ids=tuple(ids), texts=tuple(texts))
+    return Continuations(token_ids=tuple(cut), texts=tuple(texts))
 
 
 def generate(
@@ -146,15 +148,15 @@ def generate(
     """Continue every prompt by at most `sample_tokens` tokens, up to the end-of-text token.
 
     Ancestral sampling: each token is drawn from the whole distribution over the tokenizer's vocabulary at the given
-    temperature, by its inverse, in float64. In float32 a batch changes a model's logits in the last bits alone; where
-    that decides a draw, a continuation may differ with what else is in the batch.
+    temperature, by inverting its cumulative sum in float64. The composition of a batch changes a float32 model's logits
+    in the last bits; where that decides a draw, a continuation depends on the rest of the batch.
     """
     drawn: list[list[int]] = []
     seconds, sequence_steps = 0.0, 0
-    for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
-        batch = prompts[start : start + _PROMPTS_AT_A_TIME]
+    for start in range(0, len(prompts), _BATCH_PROMPTS):
+        batch = prompts[start : start + _BATCH_PROMPTS]
         uniforms = np.stack([_uniforms(seed, prompt.sequence_id, sample_tokens) for prompt in batch])
-        decoding = _Decoding.of(model, [prompt.token_ids for prompt in batch], tokenizer, device)
+        decoding = _Decoding.start(model, [prompt.token_ids for prompt in batch], tokenizer, device)
         decoding.advance(uniforms[:, 0], temperature)
         began = time.perf_counter()
         for step in range(1, sample_tokens):
@@ -175,25 +177,25 @@ def generate(
 
 @dataclass(slots=True, kw_only=True)
 class _Decoding:
-    """A batch in the course of decoding; prompts are padded on the left, so that all end at the same place."""
+    """The state of decoding one batch; prompts are padded on the left, so that all end at the same index."""
 
     model: Any
     tokenizer: Tokenizer
     input_ids: Tensor
-    """[batch, new] tokens that the model has not read yet."""
+    """[batch, new] tokens that the cache does not cover yet."""
     attention_mask: Tensor
     """[batch, length so far]"""
     cache: Any
     drawn: NDArray[np.int64]
-    """[batch, steps] every token drawn so far."""
+    """[batch, steps] all tokens drawn so far."""
     ended: NDArray[np.bool_]
     """[batch] whether the end-of-text token was drawn."""
 
     @classmethod
-    def of(cls, model: Any, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, device: str) -> _Decoding:
+    def start(cls, model: Any, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, device: str) -> _Decoding:
         longest = max(len(ids) for ids in prompts)
         padding = [longest - len(ids) for ids in prompts]
-        ids = [[tokenizer.eos_id] * pad + list(one) for pad, one in zip(padding, prompts, strict=True)]
+        ids = [[tokenizer.eos_id] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
         mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
         return cls(
             model=model,

@@ -1,7 +1,7 @@
-"""A model against held-out writing: what it gives the tokens that a person wrote, and how near it is to the targets.
+"""A model on held-out writing: the probability of the tokens that people wrote, and the distance from the targets.
 
-In: a causal language model and held-out sequences, with their targets or without. Out: means over all labels, the
-reliability of its most likely token, and the sums of each document, from which standard errors are taken.
+In: a causal language model and held-out sequences, with or without their targets. Out: means over all labels, the
+reliability of the most likely token, and sums per document, from which standard errors are computed.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class HoldoutScores:
     human_nll_nats: float
     """Mean of -log q(label)."""
     bits_per_byte: float
-    """Sum of -log2 q(label) over the UTF-8 bytes of the text that the labels stand for. An end-of-text label counts in
-    the sum and has no bytes. What is context alone counts in neither: a document's first token, a beginning token, the
-    overlap of windows. A character that is split between windows has its bytes where it is completed."""
+    """Sum of -log2 q(label) over the UTF-8 bytes of the labels' text. An end-of-text label counts in the sum and has no
+    bytes. Tokens that are only context (a document's first token, BOS, the overlap of windows) count in neither. The
+    bytes of a character that is split between windows count in the window that completes it."""
     kl_to_teacher_nats: float | None
     """Mean of KL(target || q) = -sum_i w_i log q_i - entropy, with the stored weights w and the stored entropy of the
-    whole target. The expectation of the weights is the target (`threshold`), or they are it (`full`), so this is
+    whole target. The weights are the target (`full`) or have it as their expectation (`threshold`), so this is
     unbiased up to the grids of the stored values; as an estimate it can fall below 0. None where the stored form leaves
-    out the tail (`topk`, `nucleus`): what the missing tokens would add is unknown, and the KL of a renormalised head is
-    the distance from another distribution."""
+    out the tail (`topk`, `nucleus`): the contribution of the missing tokens is unknown, and the KL of a renormalised
+    head is the distance from another distribution."""
     teacher_nll_nats: float
     """Mean of the stored -log p(label): the teacher on the same labels, at the temperature of capture."""
     ece: float
@@ -79,9 +79,9 @@ class HoldoutScores:
     num_bytes: int
     """The bytes of `bits_per_byte`."""
     reliability: tuple[ReliabilityBin, ...]
-    """Bins of equal width, from 0 to 1."""
+    """Bins of equal width between 0 and 1."""
     documents: dict[str, DocumentSum]
-    """By document id; the labels of one document belong together when an error is estimated."""
+    """By document id. Standard errors treat a document as one observation."""
 
 
 def score_holdout(
@@ -96,15 +96,15 @@ def score_holdout(
 ) -> HoldoutScores:
     """Score a model, with an adapter or without, that is in evaluation mode.
 
-    `num_valid` is the vocabulary size of the targets, `batch_tokens` the budget of a batch with its padding, and
-    `on_progress` is told the number of labels done.
+    `num_valid` is the vocabulary size of the targets, `batch_tokens` the budget of a batch including padding, and
+    `on_progress` is called with the number of labels scored so far.
 
     Raises:
-        HoldoutEmpty: there is no row.
+        HoldoutEmpty: `rows` is empty.
         LogitsInvalid, ModelInvalid, VocabularyMismatch: see `score_labels`.
     """
     sums = _Sums(num_bins=num_bins)
-    sequences = sums.reading(rows, tokenizer)
+    sequences = sums.read(rows, tokenizer)
     for sequence, scores in score_labels(model, sequences, num_valid=num_valid, batch_tokens=batch_tokens):
         sums.add(sequence, scores)
         on_progress(sums.num_labels)
@@ -128,7 +128,7 @@ def retention_nll(
     """Mean of -log q(label), in nats, on held-out writing of another kind; scored as `score_holdout` does.
 
     Raises:
-        HoldoutEmpty: there is no sequence.
+        HoldoutEmpty: `sequences` is empty.
         LogitsInvalid, ModelInvalid, VocabularyMismatch: see `score_labels`.
     """
     nats, done = 0.0, 0
@@ -162,8 +162,8 @@ class _Sums:
     entropy: float = 0.0
     target_entropy: float = 0.0
     teacher_nll: float = 0.0
-    whole: bool = True
-    """Whether every target so far stands for the whole distribution."""
+    unbiased: bool = True
+    """Whether all targets so far cover the whole distribution, exactly or in expectation."""
     documents: dict[str, DocumentSum] = field(default_factory=dict)
     bins: NDArray[np.float64] = field(init=False)
     """[num_bins, 3] labels, sum of confidence, labels that are correct."""
@@ -171,8 +171,8 @@ class _Sums:
     def __post_init__(self) -> None:
         self.bins = np.zeros((self.num_bins, 3))
 
-    def reading(self, rows: Iterable[tuple[Row, PartMetadata]], tokenizer: Tokenizer) -> Iterator[ScoredSequence]:
-        """Count what depends on the data alone while it is read."""
+    def read(self, rows: Iterable[tuple[Row, PartMetadata]], tokenizer: Tokenizer) -> Iterator[ScoredSequence]:
+        """Yield what `score_labels` takes, and add what depends only on the data to the sums."""
         for (sequence, targets), metadata in rows:
             ids = sequence.token_ids.tolist()
             texts = [text_after(tokenizer, ids[:stop], start=start) for start, stop in sequence.label_spans]
@@ -180,7 +180,7 @@ class _Sums:
             self.num_sequences += 1
             self.target_entropy += float(targets.entropy.sum(dtype=np.float64))
             self.teacher_nll -= float(targets.label_logprob.sum(dtype=np.float64))
-            self.whole &= metadata.kind in _UNBIASED
+            self.unbiased &= metadata.kind in _UNBIASED
             yield sequence, entries_of(targets, tau=metadata.tau)
 
     def add(self, sequence: TokenSequence, scores: LabelScores) -> None:
@@ -204,7 +204,7 @@ class _Sums:
         return HoldoutScores(
             human_nll_nats=nats / self.num_labels,
             bits_per_byte=nats / math.log(2) / max(self.num_bytes, 1),
-            kl_to_teacher_nats=kl if self.whole else None,
+            kl_to_teacher_nats=kl if self.unbiased else None,
             teacher_nll_nats=self.teacher_nll / self.num_labels,
             ece=float(np.abs(self.bins[:, 1] - self.bins[:, 2]).sum()) / self.num_labels,
             accuracy=float(self.bins[:, 2].sum()) / self.num_labels,

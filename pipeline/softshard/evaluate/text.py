@@ -1,7 +1,7 @@
-"""Token ids to the text that some of them stand for.
+"""The text of the last tokens of a sequence.
 
-In: ids of a sequence and the index from which on they count. Out: text, so that the texts of consecutive pieces, put
-together, are the text of the whole: a character that is split between two pieces belongs to the one that completes it.
+In: ids of a sequence and the index of the first token whose text is wanted. Out: text. The texts of consecutive pieces
+concatenate to the text of the whole: a character that is split between two pieces belongs to the one that completes it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _REPLACEMENT = "\ufffd"
 def text_after(tokenizer: Tokenizer, token_ids: Sequence[int], *, start: int) -> str:
     """Text of token_ids[start:], given the ids before them; an end-of-text token at the end has none.
 
-    It is what decoding the whole adds to decoding the ids before, so that tokenizers which treat a beginning apart
-    give the same text here as in the middle. Bytes of a character that stays incomplete at the end are left out.
+    It is the decoded whole without the decoded ids before, so that tokenizers which treat the start of a text
+    differently give the text that stands in the middle. Bytes of an incomplete character at the end are left out.
     """
     ids = list(token_ids)
     if len(ids) > start and ids[-1] == tokenizer.eos_id:

@@ -1,7 +1,7 @@
-"""Numbers that describe pieces of writing, and how far two sets of them lie apart.
+"""Statistics of texts, and distances between two sets of texts.
 
-In: texts, lists of words, or lists of token ids. Out: plain numbers. A word is a run of letters, apostrophes between
-letters included, in lower case; digits and punctuation are no words. An empty input gives 0, never an error.
+In: texts, lists of words, or lists of token ids. Out: plain numbers. A word is a run of letters, including apostrophes
+between letters, in lower case; digits and punctuation are not words. An empty input gives 0, never an error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def split_words(text: str) -> list[str]:
 def mattr(tokens: Sequence[Hashable], *, window: int = 50) -> float:
     """Moving-average type-token ratio (Covington and McFall, 2010), between 0 and 1.
 
-    The mean, over all windows of `window` tokens, of different tokens / tokens; a shorter text is one window.
+    The mean over all windows of `window` tokens of distinct tokens / tokens; a shorter text is one window.
     """
     if not tokens:
         return 0.0
@@ -52,28 +52,28 @@ def mattr(tokens: Sequence[Hashable], *, window: int = 50) -> float:
 
 
 def distinct_n(texts: Iterable[Sequence[Hashable]], *, n: int) -> float:
-    """Different n-grams / n-grams over all texts (Li et al., 2016); no n-gram spans two texts.
+    """Distinct n-grams / n-grams over all texts (Li et al., 2016); no n-gram spans two texts.
 
-    It falls as the amount of text grows, so compare amounts that are about equal.
+    It falls as the amount of text grows, so compare only texts of about equal length.
     """
     grams = [tuple(text[at : at + n]) for text in texts for at in range(len(text) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def sentence_lengths(text: str) -> list[int]:
-    """Words of each sentence; one without a word does not count.
+    """Number of words of each sentence; a sentence without words does not count.
 
     A sentence ends at . ! ? or … (closing quotes and brackets included) before white space or the end, and at a line
-    break. An abbreviation before a space ends one too: the rule is the same for all texts that are compared.
+    break. An abbreviation before a space also ends one; the rule is the same for all texts that are compared.
     """
     lengths = (len(split_words(piece)) for piece in _SENTENCE_END.split(text))
     return [length for length in lengths if length]
 
 
 def sentence_length_w1(samples: Sequence[int], human: Sequence[int]) -> float:
-    """Wasserstein-1 distance, in words, of two sets of sentence lengths; no sentence at all counts as one of length 0.
+    """Wasserstein-1 distance, in words, of two sets of sentence lengths; an empty set is one sentence of length 0.
 
-    The area between their cumulative distributions: the words by which a sentence's length must change on average.
+    The area between their cumulative distributions.
     """
     from scipy.stats import wasserstein_distance
 
@@ -94,7 +94,7 @@ def _frequencies(texts: Iterable[Sequence[int]], vocab_size: int) -> NDArray[np.
 
 
 def rank_frequency(tokens: Iterable[Hashable]) -> list[float]:
-    """Relative frequencies of the different tokens, most frequent first."""
+    """Relative frequencies of the distinct tokens, most frequent first."""
     counts = sorted(Counter(tokens).values(), reverse=True)
     total = sum(counts)
     return [count / total for count in counts]

@@ -12,19 +12,19 @@ from typing import Any
 from softshard.corpus.manifest import CorpusManifest
 from softshard.corpus.read import iter_sequences
 from softshard.errors import CorpusEmpty, ManifestMissing, PartCorrupt
-from softshard.evaluate.comparison import figure_data, human_metrics, model_metrics, nll_difference, pick_examples
+from softshard.evaluate.comparison import human_metrics, model_metrics, nll_difference, pick_examples, plot_data
+from softshard.evaluate.metrics import ModelMetrics
 from softshard.evaluate.report import (
     BaselineChoice,
     HoldoutSummary,
-    ModelMetrics,
     Report,
     SweepRow,
     TargetsSummary,
     TrainingStep,
-    write_report,
 )
 from softshard.evaluate.samples import Continuations, Prompt, Samples, generate, human_continuations, make_prompts
 from softshard.evaluate.scoring import HoldoutScores, retention_nll, score_holdout
+from softshard.evaluate.write import write_report
 from softshard.finetune.adapters.kinds import load_adapter
 from softshard.finetune.record import Trained, TrainingReceipt, read_log
 from softshard.finetune.sweep import sweep_rows
@@ -137,8 +137,8 @@ def _make_report(
     }
     scores = {name: one.scores for name, one in measured.items()}
     report = _report(workspace, corpora[0], manifest, trained, metrics, scores, prompts, human, samples)
-    figures = figure_data(human=human, samples=samples, scores=scores)
-    write_report(report, figures=figures, store=workspace.report)
+    data = plot_data(human=human, samples=samples, scores=scores)
+    write_report(report, plot_data=data, store=workspace.report)
     return report
 
 

@@ -12,23 +12,13 @@ from softshard.cli.result import print_result
 from softshard.cli.terminal import WIDTH, wrapped
 
 if TYPE_CHECKING:
-    from softshard.evaluate.report import Example, ModelMetrics, Report
+    from softshard.evaluate.report import Example, Report
     from softshard.stages.job import Outcome
 
 __all__ = ["COMMAND", "render_summary"]
 
 _NUM_EXAMPLES = 3
-_ROWS = (
-    ("human NLL, nats per token", "human_nll_nats", "{:.3f}"),
-    ("bits per byte", "bits_per_byte", "{:.3f}"),
-    ("KL to the style teacher, an estimate", "kl_to_teacher_nats", "{:.3f}"),
-    ("calibration error", "ece", "{:.3f}"),
-    ("MATTR of samples", "mattr", "{:.3f}"),
-    ("sentence length W1, words", "sentence_length_w1", "{:.2f}"),
-    ("token frequency L2", "token_l2", "{:.4f}"),
-    ("retention NLL", "retention_nll_nats", "{:.3f}"),
-    ("ms per token", "ms_per_token", "{:.1f}"),
-)
+_COLUMNS = {"base": "base", "ce": "CE", "adapter": "adapter"}
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,27 +90,18 @@ def render_summary(outcome: Outcome) -> str:
 
 
 def _table(report: Report) -> list[str]:
-    columns: list[tuple[str, ModelMetrics]] = [("base", report.base)]
-    if report.ce is not None:
-        columns.append(("CE", report.ce))
-    columns.append(("adapter", report.adapter))
+    from softshard.evaluate.metrics import METRICS
+
+    columns = report.models
     holdout = report.holdout
     head = f"hold-out: {holdout.documents} documents, {holdout.labels:,} tokens"
-    lines = [f"{head:<44}" + "".join(f"{name:>10}" for name, _ in columns)]
-    for label, field, form in _ROWS:
-        values = [getattr(metrics, field) for _, metrics in columns]
-        if any(value is not None for value in values):
-            shown = [_number(form, value) for value in values]
-            lines.append(f"{label:<44}" + "".join(f"{value:>10}" for value in shown))
+    lines = [f"{head:<44}" + "".join(f"{_COLUMNS[name]:>10}" for name in columns)]
+    for metric in METRICS:
+        values = [getattr(model, metric.key) for model in columns.values()]
+        if metric.short_title is not None and any(value is not None for value in values):
+            cells = ["-" if value is None else metric.plain(value) for value in values]
+            lines.append(f"{metric.short_title:<44}" + "".join(f"{cell:>10}" for cell in cells))
     return lines
-
-
-def _number(form: str, value: float | None) -> str:
-    """The value in the given format, without the sign of a value that rounds to zero."""
-    if value is None:
-        return "-"
-    shown = form.format(value)
-    return form.format(0.0) if float(shown) == 0 else shown
 
 
 def _difference(report: Report) -> list[str]:
