@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from softshard.config.job_file import load_job
+from softshard.config import ThresholdSketch
+from softshard.config.job_file import load_job, parse_values
 from softshard.errors import JobInvalid
 
 GOOD = {
@@ -55,8 +56,8 @@ def test_a_fraction_may_be_written_as_text(tmp_path):
     ("changes", "place", "problem"),
     [
         ({"colour": "red"}, "colour", "unknown key"),
-        ({"corpus__sources__0__license": None}, "corpus.sources[0].license", "is missing"),
-        ({"corpus__sources__0__rights_basis": None}, "corpus.sources[0].rights_basis", "is missing"),
+        ({"corpus__sources__0__license": None}, "corpus.sources[0]", "`license` is missing"),
+        ({"corpus__sources__0__rights_basis": None}, "corpus.sources[0]", "`rights_basis` is missing"),
         ({"corpus__sources__0__license": "free"}, "corpus.sources[0].license", "not an SPDX"),
         ({"corpus__sources__0__rights_basis": "found"}, "corpus.sources[0].rights_basis", "should be"),
         ({"corpus__sources": []}, "corpus.sources", "at least 1"),
@@ -67,10 +68,14 @@ def test_a_fraction_may_be_written_as_text(tmp_path):
         ({"teacher__engine": "abacus"}, "teacher.engine", "should be"),
         ({"teacher__engine": "vllm", "teacher__device": "cuda:1"}, "teacher", "CUDA_VISIBLE_DEVICES"),
         ({"teacher__vllm": {"max_num_batched_tokens": 8}}, "teacher.vllm", "at least max_num_seqs"),
-        ({"target": {"kind": "magic"}}, "target", "magic"),
+        ({"target": {"kind": "magic"}}, "target.kind", "unknown kind 'magic'; the kinds are 'threshold', 'topk'"),
         ({"target": {"kind": "topk", "tau": 0.1}}, "target.tau", "unknown key"),
-        ({"target": {"tau": 0.1}}, "target", "needs a `kind`"),
-        ({"target": {"kind": "threshold", "tau": 2}}, "target.tau", "less than or equal to 1"),
+        ({"target": {"tau": 1e-6}}, "target.tau", "must be from 1/32768 to 1, not 1e-06"),
+        ({"target": {"k": 3}}, "target.k", "unknown key"),
+        ({"target": {"threshold": 3}}, "target.threshold", "unknown key"),
+        ({"target": {"kind": "nucleus"}, "train__temperature": 2}, "train.temperature", "kind nucleus"),
+        ({"train__divergence": "reverse"}, "train.divergence", "whose tail is sampled"),
+        ({"target": {"kind": "threshold", "tau": 2}}, "target.tau", "must be from 1/32768 to 1, not 2"),
         ({"train__alpha": -0.1}, "train.alpha", "greater than or equal to 0"),
         ({"out": "gs://bucket/run"}, "out", "local folder"),
         ({"out": "s3://key:secret@bucket/run"}, "out", "holds a credential"),
@@ -98,6 +103,61 @@ def test_line_is_that_of_the_key(tmp_path):
     text = "name: a\nout: b\nteacher:\n  model: m\n  fold: 3\ncorpus:\n  sources: []\n"
     with pytest.raises(JobInvalid, match=r"line 5, teacher\.fold: unknown key.*line 7, corpus\.sources"):
         load_job(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("target", [{"tau": "1/8"}, {"kind": "threshold", "tau": 1 / 8}])
+def test_target_that_names_no_kind_is_a_threshold(tmp_path, target):
+    job = load_job(written(tmp_path, changed(target=target)), check_paths=False)
+    assert job.target == ThresholdSketch(tau=1 / 8)
+
+
+def test_missing_key_names_the_section_that_lacks_it(tmp_path):
+    text = "name: a\nout: b\nteacher: {model: m}\n# the texts\ncorpus:\n  context_tokens: 64\n"
+    with pytest.raises(JobInvalid, match=r"job\.yaml: line 5, corpus: `sources` is missing$"):
+        load_job(written(tmp_path, text))
+
+
+def test_missing_section_has_no_line(tmp_path):
+    job = changed()
+    del job["teacher"]
+    with pytest.raises(JobInvalid, match=r"job\.yaml: the top-level key `teacher` is missing$"):
+        load_job(written(tmp_path, job))
+
+
+def test_key_that_is_merged_in_is_named_in_full(tmp_path):
+    sources = "teacher: &t {model: m}\ncorpus: {sources: []}\n"
+    text = f"name: a\nout: b\n{sources}train: {{optimizer: {{<<: {{epochs: -1}}}}}}\n"
+    with pytest.raises(JobInvalid, match=r"line 5, train\.optimizer\.epochs: "):
+        load_job(written(tmp_path, text))
+
+
+def test_type_that_a_value_might_have_is_no_part_of_its_place(tmp_path):
+    job = changed(train__targets={"others": [{"out": "x", "weight": -1}]})
+    with pytest.raises(
+        JobInvalid, match=r"train\.targets\.others\[0\]\.weight: input should be greater than or equal to 0"
+    ):
+        load_job(written(tmp_path, job), check_paths=False)
+
+
+def test_default_that_does_not_fit_the_file_is_named_by_its_key(tmp_path):
+    job = changed(corpus__context_tokens=80)
+    with pytest.raises(JobInvalid, match=r"job\.yaml: evaluate\.sample_tokens: with prompt_tokens makes 120, more"):
+        load_job(written(tmp_path, job), check_paths=False)
+
+
+def test_output_of_another_scheme_is_refused_for_other_jobs_too(tmp_path):
+    job = changed(train__targets={"others": [{"out": "gs://bucket/run"}]})
+    with pytest.raises(JobInvalid, match=r"train\.targets\.others\[0\]\.out: must be a local folder"):
+        load_job(written(tmp_path, job), check_paths=False)
+
+
+@pytest.mark.parametrize("text", [b"", b"- a", b"name: 3", b"name: [", b"\xff", b"out: x"])
+def test_values_of_what_is_no_job_file_are_none(text):
+    assert parse_values(text) is None
+
+
+def test_values_of_a_job_file_of_another_version_are_read():
+    assert parse_values(b"name: a\nfuture: 1\n") == {"name": "a", "future": 1}
 
 
 def test_source_names_must_differ(tmp_path):

@@ -1,7 +1,18 @@
 import pytest
 from pydantic import ValidationError
 
-from softshard.config import AdaptiveSettings, ClusterSettings, CorpusSettings, Job, TeacherSettings, ThresholdSketch
+from softshard.config import (
+    SKETCH_KINDS,
+    AdaptiveSettings,
+    ClusterSettings,
+    CorpusSettings,
+    Job,
+    NucleusSketch,
+    TeacherSettings,
+    ThresholdSketch,
+    parse_sketch,
+    sketch_class,
+)
 from softshard.records.digest import canonical_digest
 
 
@@ -59,3 +70,52 @@ def test_temperature_at_load_is_refused_where_it_is_not_exact():
     for target in ({"kind": "threshold"}, {"kind": "topk"}, {"kind": "nucleus"}):
         with pytest.raises(ValidationError, match=r"target\.temperature"):
             a_job(target, {"temperature": 2})
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"target": {"tau": 2**-15 / 2}}, "target.threshold.tau"),
+        ({"out": "gs://bucket/run"}, "must be a local folder or s3://bucket/prefix"),
+        ({"train": {"revision": "main"}}, "revision: has no `train.model`"),
+        ({"evaluate": {"sample_tokens": 600}}, "evaluate.sample_tokens: with prompt_tokens makes 624, more"),
+    ],
+)
+def test_settings_refuse_from_python_what_a_job_file_may_not_say(values, problem):
+    job = a_job({}, {}).model_dump(mode="json")
+    with pytest.raises(ValidationError) as caught:
+        Job.model_validate({**job, **values})
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{"budget_bytes": 25}, {"max_angle_degrees": 10}, {"tau": "1/8", "draws": 2}, {}])
+def test_target_without_a_kind_is_a_threshold(values):
+    assert a_job(values, {}).target == parse_sketch(values) == ThresholdSketch(**values)
+
+
+def test_schema_takes_a_target_without_a_kind_as_a_threshold_alone():
+    definitions = Job.model_json_schema()["$defs"]
+    optional = [
+        name
+        for name, model in definitions.items()
+        if name.endswith("Sketch") and "kind" not in model.get("required", ())
+    ]
+    assert optional == ["ThresholdSketch"]
+    assert definitions["ThresholdSketch"]["properties"]["kind"]["default"] == "threshold"
+
+
+def test_unknown_kind_names_the_known_ones():
+    for refused in (lambda: sketch_class("magic"), lambda: parse_sketch({"kind": "magic"})):
+        with pytest.raises(ValueError, match=r"magic.*threshold.*topk.*nucleus.*full"):
+            refused()
+
+
+def test_kind_that_leaves_tokens_out_is_biased_and_one_that_covers_all_leaves_none():
+    for kind in SKETCH_KINDS.values():
+        assert kind.leaves_ghost == (not kind.covers_vocabulary and not kind.samples_tail)
+        assert not (kind.leaves_ghost and kind.is_unbiased)
+
+
+def test_stored_settings_make_the_same_sketch():
+    sketch = NucleusSketch(kind="nucleus", mass=0.9, max_entries=100, temperature=2.0, step=0.1)
+    assert parse_sketch(sketch.model_dump(mode="json")) == sketch

@@ -230,7 +230,7 @@ TOPK = {"kind": "topk", "k": 8}
 @pytest.mark.parametrize(
     ("target", "train", "message"),
     [
-        ({"kind": "threshold"}, {"divergence": "reverse"}, "train.divergence reverse is biased for .* threshold"),
+        ({"kind": "threshold"}, {"divergence": "reverse"}, "train.divergence: reverse is biased for .* threshold"),
         ({"kind": "threshold"}, {"divergence": "jensen_shannon"}, "jensen_shannon is biased"),
         (TOPK, {"divergence": "reverse", "truncated": "renormalise"}, "set `train.truncated: ghost`"),
         ({"kind": "full"}, {"divergence": "reverse", "alpha": 1}, "against a label alone"),

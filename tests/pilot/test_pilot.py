@@ -27,7 +27,7 @@ from softshard.corpus.manifest import read_corpus_manifest
 from softshard.corpus.read import iter_sequences
 from softshard.finetune.adapters.lora import attach_lora, save_adapter
 from softshard.models import load_model, load_tokenizer
-from softshard.pilot.measure import LADDER, Extent, Pilot, format_setting, measure, run_pilot
+from softshard.pilot.measure import Extent, Pilot, measure, run_pilot
 from softshard.pilot.search import LARGEST_N, SMALLEST_N, ThresholdSearch
 from softshard.shard.commit import PartSpec, build_part
 from softshard.shard.decode import open_part
@@ -66,6 +66,9 @@ def some_sequences(count, *, length=30):
 def engine(model, *, adapters=()):
     identity = engine_identity(TeacherSettings(model="m", device="cpu", batch_tokens=128), weights="w", adapters=[])
     return TransformersTeacher(model, adapters=adapters, identity=identity, device="cpu", vocab_size=VOCAB)
+
+
+LADDER = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def a_plan(model, sketch):
@@ -151,7 +154,7 @@ def test_the_table_says_of_a_part_what_the_part_says_of_itself(tiny_model):
     sequences, teacher = some_sequences(12), engine(tiny_model)
     own = ThresholdSketch(tau=1 / 20, draws=2)
     pilot = run_pilot(
-        teacher, sequences, plan=a_plan(tiny_model, own), extent=extent_of(sequences), reporter=SilentReporter()
+        teacher, sequences, spec=a_plan(tiny_model, own), extent=extent_of(sequences), reporter=SilentReporter()
     )
     assert pilot.chosen == own
     assert [row.sketch.tau for row in pilot.rows if row.sketch.kind == "threshold"] == sorted(
@@ -183,7 +186,7 @@ def test_what_a_part_takes_however_small_is_counted_once_a_part(tiny_model, ever
         return len(build_part(plan, list(zip(part, targets, strict=True)), sums)[0])
 
     pilot, extent = sequences[::every], Extent(num_parts=num_parts, num_labels=extent_of(sequences).num_labels)
-    (row,) = measure(teacher, pilot, sketches=[plan.sketch], plan=plan, extent=extent, reporter=SilentReporter())
+    (row,) = measure(teacher, pilot, sketches=[plan.sketch], spec=plan, extent=extent, reporter=SilentReporter())
     real = sum(built(sequences[first::num_parts]) for first in range(num_parts))
     quotient = built(pilot) / extent_of(pilot).num_labels * extent.num_labels
     assert abs(quotient - real) > 0.1 * real
@@ -221,7 +224,7 @@ def test_a_bracket_closes_on_the_last_n_that_holds(rising):
     ],
 )
 def test_a_setting_is_named_in_a_few_characters(sketch, shown):
-    assert format_setting(sketch) == shown
+    assert sketch.setting == shown
 
 
 class Here:
@@ -369,7 +372,7 @@ def test_a_corpus_that_has_changed_keeps_its_tau_while_that_keeps_the_budget(job
     assert grown.corpus != first.corpus
     assert len(here.pilots) == 1
     said = capsys.readouterr().err
-    tau = f"tau {format_setting(pilot.chosen)} of an earlier corpus kept"
+    tau = f"tau {pilot.chosen.setting} of an earlier corpus kept"
     assert f"pilot: {tau}, {bytes_now(grown):.1f} bytes a position" in said
 
     smaller = targets_of(job({"budget_bytes": 40}, documents=29, sequences_per_part=8))
@@ -441,7 +444,7 @@ def test_a_stopped_pilot_leaves_nothing_and_the_next_run_does_it_all(job, here, 
 @pytest.mark.parametrize(
     ("command", "target", "message"),
     [
-        ("run", {"budget_bytes": 5}, r"target: budget_bytes 5: even tau 1/2 takes \d+\.\d bytes a position; "),
+        ("run", {"budget_bytes": 5}, r"target: budget_bytes 5: even tau 1/2 takes \d+\.\d bytes per position; "),
         (
             "plan",
             {"max_angle_degrees": 0.001},

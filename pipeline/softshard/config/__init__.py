@@ -17,11 +17,22 @@ from softshard.config.data import (
     weight_at,
 )
 from softshard.config.job import EvaluateSettings, Job
-from softshard.config.sketch import FullSketch, NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
+from softshard.config.sketch import (
+    SKETCH_KINDS,
+    FullSketch,
+    NucleusSketch,
+    SketchClass,
+    SketchSettings,
+    ThresholdSketch,
+    TopkSketch,
+    parse_sketch,
+    sketch_class,
+)
 from softshard.config.teacher import TeacherSettings, VllmSettings
 from softshard.config.train import BaselineSettings, RetentionSettings, SweepSettings, TrainSettings
 
 __all__ = [
+    "SKETCH_KINDS",
     "AdapterKind",
     "AdaptiveSettings",
     "BalanceSettings",
@@ -38,6 +49,7 @@ __all__ = [
     "NucleusSketch",
     "OptimizerSettings",
     "RetentionSettings",
+    "SketchClass",
     "SketchSettings",
     "SourceSettings",
     "SweepSettings",
@@ -48,5 +60,7 @@ __all__ = [
     "VllmSettings",
     "WeightOverSteps",
     "WhereSettings",
+    "parse_sketch",
+    "sketch_class",
     "weight_at",
 ]

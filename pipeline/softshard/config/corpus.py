@@ -14,6 +14,7 @@ from softshard.storage.location import find_uri_problem
 __all__ = [
     "CorpusSettings",
     "SourceSettings",
+    "output_uri",
     "plain_uri",
     "refuse_equal_names",
 ]
@@ -121,3 +122,11 @@ def plain_uri(value: str) -> str:
     if (problem := find_uri_problem(value)) is not None:
         raise ValueError(problem)
     return value
+
+
+def output_uri(value: str) -> str:
+    """The folder or bucket of an output, `file://` left out; ValueError where it is of another scheme."""
+    path = plain_uri(value.removeprefix("file://"))
+    if "://" in path and find_store_kind(path) is None:
+        raise ValueError(f"must be {OUTPUT_FORMS}")
+    return path

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from softshard.config.base import Settings
-from softshard.config.corpus import plain_uri
+from softshard.config.corpus import output_uri
 
 __all__ = [
     "BalanceSettings",
@@ -80,7 +80,7 @@ class OtherSetSettings(Settings):
     @field_validator("out")
     @classmethod
     def _plain_path(cls, value: str) -> str:
-        return plain_uri(value.removeprefix("file://"))
+        return output_uri(value)
 
     @field_validator("weight")
     @classmethod

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator, model_validator
 
-from softshard.config.base import Settings
+from softshard.config.base import KeyInvalid, Settings
 from softshard.config.cluster import ClusterSettings
-from softshard.config.corpus import CorpusSettings, plain_uri
+from softshard.config.corpus import CorpusSettings, output_uri
 from softshard.config.sketch import SketchSettings, ThresholdSketch
 from softshard.config.teacher import TeacherSettings
 from softshard.config.train import TrainSettings
@@ -52,11 +52,21 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _suitable_targets(self) -> Job:
-        if (problem := self.train.problem_with(self.target.kind)) is not None:
-            raise ValueError(problem)
+        if (problem := self.train.problem_with(self.target)) is not None:
+            raise problem
+        return self
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> Job:
+        shown, room = self.evaluate.prompt_tokens + self.evaluate.sample_tokens, self.corpus.context_tokens
+        if shown > room:
+            raise KeyInvalid(
+                "evaluate.sample_tokens",
+                f"with prompt_tokens makes {shown}, more than context_tokens ({room}): human text would be cut shorter",
+            )
         return self
 
     @field_validator("out")
     @classmethod
     def _plain_path(cls, value: str) -> str:
-        return plain_uri(value.removeprefix("file://"))
+        return output_uri(value)

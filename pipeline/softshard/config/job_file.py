@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from softshard.config import Job, SourceSettings
+from softshard.config.base import KeyInvalid
 from softshard.errors import JobInvalid
-from softshard.storage.location import OUTPUT_FORMS, find_store_kind
 from softshard.telemetry.redaction import without_credentials
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ def parse_job(text: bytes, *, file: str, check_paths: bool = True) -> Job:
         (_, place, problem), *rest = found
         tail = "".join(f"; {later}: {other}" for _, later, other in rest)
         raise JobInvalid(file=file, place=place, problem=without_credentials(problem + tail)) from None
-    _refuse_impossible(job, root, file)
     if check_paths:
         _refuse_missing_paths(job, root, file)
     return job
@@ -98,24 +97,6 @@ def _read_yaml(text: bytes, file: str) -> tuple[yaml.Node | None, dict[str, Any]
     return root, content
 
 
-def _refuse_impossible(job: Job, root: yaml.Node | None, file: str) -> None:
-    def refuse(problem: str, *location: str | int) -> None:
-        raise JobInvalid(file=file, place=_place(root, location), problem=problem)
-
-    if job.target.kind == "threshold" and job.target.tau < 2**-15:
-        refuse("must be at least 1/32768; use `kind: full` to store everything", "target", "tau")
-    if "://" in job.out and find_store_kind(job.out) is None:
-        refuse(f"must be {OUTPUT_FORMS}", "out")
-    if job.train.revision is not None and job.train.model is None:
-        refuse("has no `train.model` that it could be a revision of", "train", "revision")
-    shown, room = job.evaluate.prompt_tokens + job.evaluate.sample_tokens, job.corpus.context_tokens
-    if shown > room:
-        problem = (
-            f"with prompt_tokens makes {shown}, more than context_tokens ({room}): human text would be cut shorter"
-        )
-        refuse(problem, "evaluate", "sample_tokens")
-
-
 def _refuse_missing_paths(job: Job, root: yaml.Node | None, file: str) -> None:
     retention = () if job.train.retention is None else job.train.retention.sources
     places: list[tuple[SourceSettings, tuple[str | int, ...]]] = [
@@ -143,46 +124,75 @@ def _is_path(model: str) -> bool:
 
 
 def _place_and_problem(root: yaml.Node | None, item: dict[str, Any]) -> tuple[int, str, str]:
-    location = tuple(part for part in item["loc"] if part not in {"threshold", "topk", "nucleus", "full"})
-    kind, message = item["type"], item["msg"]
-    if kind == "extra_forbidden":
-        message = "unknown key"
-    elif kind == "missing":
-        message = "is missing"
+    """Line, place and problem of one of pydantic's errors."""
+    kind, message, location = item["type"], item["msg"], item["loc"]
+    cause = item.get("ctx", {}).get("error")
+    below: tuple[str, ...] = ()
+    if kind == "missing":
+        *section, key = location
+        message = f"`{key}` is missing" if section else f"the top-level key `{key}` is missing"
+        location = tuple(section)
+    elif isinstance(cause, KeyInvalid):
+        message, below = cause.problem, tuple(cause.key.split("."))
     elif kind == "value_error":
-        message = str(item["ctx"]["error"])
-    elif kind == "union_tag_not_found":
-        message = "needs a `kind`: threshold, topk, nucleus or full"
+        message = str(cause)
+    elif kind == "extra_forbidden":
+        message = "unknown key"
+    elif kind == "union_tag_invalid":
+        message = f"unknown kind {_shown.repr(item['ctx']['tag'])}; the kinds are {item['ctx']['expected_tags']}"
+        below = (item["ctx"]["discriminator"].strip("'"),)
     else:
         message = f"{message[0].lower()}{message[1:]}, not {_shown.repr(item['input'])}"
-    return _line(root, location), _place(root, location), message
+    keys = (*_keys(root, location), *below)
+    return _line(root, keys), _place(root, keys), message
+
+
+def _keys(root: yaml.Node | None, location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """A location in the file, without the names of types that pydantic adds where a value may be of several."""
+    keys: list[str | int] = []
+    node = root
+    for part in location:
+        found = _below(node, part)
+        if found is not None or _may_hold_more(node):
+            keys.append(part)
+            node = None if found is None else found[1]
+    return tuple(keys)
+
+
+def _may_hold_more(node: yaml.Node | None) -> bool:
+    """Whether keys may come from elsewhere: by a merge (`<<`), or because the node itself is not known."""
+    return node is None or (isinstance(node.value, list) and _below(node, "<<") is not None)
 
 
 def _place(root: yaml.Node | None, location: tuple[str | int, ...]) -> str:
-    """`line 7, corpus.sources[0].license`, the line of the deepest key that is there."""
+    """`line 7, corpus.sources[0].license`, the line of the deepest key that is there; no line where none is."""
     dotted = ""
     for part in location:
         dotted += f"[{part}]" if isinstance(part, int) else f".{part}" if dotted else part
-    line = f"line {_line(root, location)}"
-    return f"{line}, {dotted}" if dotted else line
+    line = _line(root, location)
+    return ", ".join(([f"line {line}"] if line else []) + ([dotted] if dotted else []))
 
 
 def _line(root: yaml.Node | None, location: tuple[str | int, ...]) -> int:
+    """Line of the deepest key of a location that the file has; 0 where it has none of them."""
+    node, line = root, 0
+    for part in location:
+        found = _below(node, part)
+        if found is None:
+            break
+        line, node = found
+    return line
+
+
+def _below(node: yaml.Node | None, part: str | int) -> tuple[int, yaml.Node] | None:
+    """Line and value of a key of a mapping, or of an item of a list; None where the node has none such."""
     import yaml
 
-    node, line = root, 1
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            place = next(((key, value) for key, value in node.value if key.value == part), None)
-            if place is None:
-                break
-            line, node = place[0].start_mark.line + 1, place[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
+    if isinstance(node, yaml.MappingNode):
+        return next(((key.start_mark.line + 1, value) for key, value in node.value if key.value == part), None)
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        return node.value[part].start_mark.line + 1, node.value[part]
+    return None
 
 
 def _refuse_duplicate_keys(node: yaml.Node | None, file: str, prefix: str = "", known: set[int] | None = None) -> None:

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from softshard.config.adapter import AdapterKind, DataType, Device, LoraSettings, OptimizerSettings
-from softshard.config.base import Settings
+from softshard.config.base import KeyInvalid, Settings
 from softshard.config.corpus import SourceSettings, refuse_equal_names
 from softshard.config.data import BalanceSettings, LabelWeightSettings, MoreTargetsSettings, WhereSettings
-from softshard.config.sketch import takes_temperature
+from softshard.config.sketch import SketchSettings
 
 __all__ = [
     "BaselineSettings",
@@ -154,6 +154,8 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
+        if self.revision is not None and self.model is None:
+            raise KeyInvalid("revision", "has no `train.model` that it could be a revision of")
         if self.match_temperature and max(self.alphas) > 0:
             raise ValueError("train.match_temperature needs `objective: kl` and alpha 0: a label has no temperature")
         if self.sweep is not None and self.sweep.alpha and self.objective == "ce":
@@ -169,23 +171,26 @@ class TrainSettings(Settings):
             raise ValueError("balance needs shares of the sets that do not change; targets has weights that do")
         return self
 
-    def problem_with(self, kind: str) -> str | None:
-        """Why targets of some kind cannot be trained on with these settings; None where they can."""
-        if self.temperature != 1 and not takes_temperature(kind, renormalised=self.truncated == "renormalise"):
-            return (
-                f"train.temperature {self.temperature:g} cannot be applied at load to targets of kind {kind};"
-                " set target.temperature, which is applied at capture"
+    def problem_with(self, sketch: SketchSettings) -> KeyInvalid | None:
+        """Why targets that are stored as `sketch` cannot be trained on with these settings; None where they can."""
+        if self.temperature != 1 and not sketch.takes_temperature(renormalised=self.truncated == "renormalise"):
+            return KeyInvalid(
+                "train.temperature",
+                f"{self.temperature:g} cannot be applied at load to targets of kind {sketch.kind};"
+                " set target.temperature, which is applied at capture",
             )
         if self.divergence == "forward":
             return None
-        problem = None
+        problem: str | None = None
         if max(self.alphas) == 1:
             problem = "is infinite against a label alone; use `objective: kl` and an alpha below 1"
-        elif kind == "threshold":
-            problem = "is biased for targets of kind threshold, whose tail is sampled; use topk or full, or forward"
-        elif kind != "full" and self.truncated != "ghost":
-            problem = f"needs the mass that {kind} leaves out; set `train.truncated: ghost`"
-        return None if problem is None else f"train.divergence {self.divergence} {problem}"
+        elif sketch.samples_tail:
+            problem = (
+                f"is biased for targets of kind {sketch.kind}, whose tail is sampled; use topk or full, or forward"
+            )
+        elif sketch.leaves_ghost and self.truncated != "ghost":
+            problem = f"needs the mass that {sketch.kind} leaves out; set `train.truncated: ghost`"
+        return None if problem is None else KeyInvalid("train.divergence", f"{self.divergence} {problem}")
 
     @model_validator(mode="after")
     def _adapter_has_its_settings(self) -> TrainSettings:

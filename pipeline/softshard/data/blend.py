@@ -108,7 +108,7 @@ class BlendReader:
         return indices[0], numbers
 
     def _check_temperatures(self) -> None:
-        first, *others = ((one.store.uri, one.manifest.target["temperature"]) for one in self._blend.sets)
+        first, *others = ((one.store.uri, one.manifest.sketch.temperature) for one in self._blend.sets)
         for uri, own in others:
             if own != first[1]:
                 problem = f"has targets of temperature {own:g}, the first set of temperature {first[1]:g}"
@@ -176,7 +176,7 @@ def _check_alike(uri: str, metadata: PartMetadata, first: PartMetadata, mixing: 
         if (own := getattr(metadata, name)) != (other := getattr(first, name)):
             problem = f"has {name.replace('_', ' ')} {own}, the first set has {other}; a blend needs one tokenizer"
             raise BlendInvalid(uri=uri, problem=problem)
-    if metadata.kind in ("topk", "nucleus") and mixing.truncated == "ghost" and mixing.alpha < 1:
+    if metadata.sketch_class.leaves_ghost and mixing.truncated == "ghost" and mixing.alpha < 1:
         problem = (
             f"its {metadata.kind} targets leave tokens to a ghost, and those of several teachers are not one ghost"
         )

@@ -98,7 +98,7 @@ def _blending(
     sets = tuple(
         SetShare(
             uri=store.uri,
-            kind=str(manifest.target["kind"]),
+            kind=manifest.sketch.kind,
             share=share,
             num_sequences=table.num_rows,
             num_tokens=int(own.sum()),
@@ -116,9 +116,9 @@ def _blending(
         for style, count in zip(table["style"].to_pylist(), own.tolist(), strict=True):
             styles[style] = styles.get(style, 0.0) + count * one.times_seen
     common = int((holders == len(tables)).sum())
-    can_mix = len({manifest.target["temperature"] for manifest in manifests}) == 1
+    can_mix = len({manifest.sketch.temperature for manifest in manifests}) == 1
     can_blend = common == len(everyone) and len(sets) > 1 and can_mix
-    ghosts = any(one.kind in ("topk", "nucleus") for one in sets)
+    ghosts = any(manifest.sketch.leaves_ghost for manifest in manifests)
     return BlendSummary(
         sets=sets,
         num_tokens=total,

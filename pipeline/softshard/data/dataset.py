@@ -62,7 +62,7 @@ class SoftLabelDataset(ShardedBatches):
         mixing = Mixing(alpha=alpha, truncated=truncated, temperature=temperature, weights=weights or LabelWeights())
         first = targets.sets[0] if isinstance(targets, Blend) else targets
         for one in targets.sets if isinstance(targets, Blend) else (targets,):
-            if (problem := mixing.problem_with(one.manifest.target["kind"])) is not None:
+            if (problem := mixing.problem_with(one.manifest.sketch)) is not None:
                 raise TargetsUnsuitable(uri=one.store.uri, problem=problem)
         self._reader = BlendReader(targets, mixing) if isinstance(targets, Blend) else SetReader(targets, mixing)
         self.uri = first.store.uri
@@ -70,7 +70,7 @@ class SoftLabelDataset(ShardedBatches):
         self._seed, self._batch_tokens, self._shuffle_buffer = seed, batch_tokens, shuffle_buffer
         self._packing, self.alpha = packing, alpha
         """Weight of the label's own token."""
-        self.temperature = None if alpha == 1 else temperature * first.manifest.target["temperature"]
+        self.temperature = None if alpha == 1 else temperature * first.manifest.sketch.temperature
         """Of the targets as they are loaded; None with alpha 1, which takes nothing of them."""
         where = {name: list(value) for name, value in first.where.conditions.items()}
         order = {

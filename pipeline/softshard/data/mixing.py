@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from softshard.config.sketch import takes_temperature
+from softshard.config import SketchSettings
 from softshard.shard.decode import Block
 from softshard.shard.schema import PartMetadata, stored_first_label
 from softshard.sketch.codec import counts_to_offsets
@@ -100,12 +100,12 @@ class Mixing:
         if self.truncated not in ("ghost", "renormalise"):
             raise ValueError(f"truncated is {self.truncated!r}, it must be 'ghost' or 'renormalise'")
 
-    def problem_with(self, kind: str) -> str | None:
-        """Why stored targets of some kind cannot be loaded so; None where they can."""
+    def problem_with(self, sketch: SketchSettings) -> str | None:
+        """Why targets that are stored as `sketch` cannot be loaded with these values; None where they can."""
         renormalised = self.truncated == "renormalise"
-        if self.temperature == 1 or self.alpha == 1 or takes_temperature(kind, renormalised=renormalised):
+        if self.temperature == 1 or self.alpha == 1 or sketch.takes_temperature(renormalised=renormalised):
             return None
-        return f"a temperature of {self.temperature:g} cannot be applied at load to targets of kind {kind}"
+        return f"a temperature of {self.temperature:g} cannot be applied at load to targets of kind {sketch.kind}"
 
     @property
     def with_scores(self) -> bool:
@@ -150,7 +150,7 @@ def _entries(block: Block, metadata: PartMetadata, mixing: Mixing) -> tuple[Entr
     if alpha == 1:
         return _own_tokens(block.labels), None
     tail = None
-    if metadata.kind in ("topk", "nucleus"):
+    if metadata.sketch_class.leaves_ghost:
         if mixing.truncated == "ghost":
             tail = ((1 - alpha) * targets.tail_mass).astype(np.float32)
         else:

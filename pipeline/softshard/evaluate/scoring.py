@@ -25,8 +25,6 @@ from softshard.sketch.types import TokenSequence
 
 __all__ = ["DocumentSum", "HoldoutScores", "ReliabilityBin", "retention_nll", "score_holdout"]
 
-_UNBIASED = ("threshold", "full")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReliabilityBin:
@@ -180,7 +178,7 @@ class _Sums:
             self.num_sequences += 1
             self.target_entropy += float(targets.entropy.sum(dtype=np.float64))
             self.teacher_nll -= float(targets.label_logprob.sum(dtype=np.float64))
-            self.unbiased &= metadata.kind in _UNBIASED
+            self.unbiased &= metadata.sketch_class.is_unbiased
             yield sequence, entries_of(targets, tau=metadata.tau)
 
     def add(self, sequence: TokenSequence, scores: LabelScores) -> None:

@@ -30,10 +30,10 @@ def axolotl_rows(targets: TargetSet) -> Iterator[dict[str, Any]]:
         CorpusEmpty, FilterMatchesNothing, PartCorrupt: as `SoftLabelDataset`.
     """
     reader = SetReader(targets, Mixing(alpha=0.0, truncated="renormalise"))
-    if (kind := reader.metadata.kind) == "threshold":
+    if reader.metadata.sketch_class.samples_tail:
         raise ValueError(
-            f"{targets.store.uri}: the sketch is {kind}, and its sampled tail has no log-probabilities; train from it"
-            " with SoftLabelCollator, or capture `topk` for axolotl"
+            f"{targets.store.uri}: the sketch is {reader.metadata.kind}, and its sampled tail has no log-probabilities;"
+            " train from it with SoftLabelCollator, or capture `topk` for axolotl"
         )
     for row in mixed_in_order(reader):
         yield _axolotl_row(row)

@@ -10,10 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from softshard.cluster.cluster import OpenCluster
-from softshard.config import SketchSettings, ThresholdSketch
 from softshard.corpus.manifest import CorpusManifest, read_corpus_manifest
 from softshard.errors import NotRepairable
 from softshard.output.workspace import Workspace
@@ -81,8 +78,8 @@ def _compute(
     store = workspace.targets
     corpus, teacher = corpus_of(workspace), named_teacher(workspace.teacher, manifest.teacher.get("adapters", []))
     run = make_scoring_spec(workspace, corpus, teacher)
-    if isinstance(run.sketch, ThresholdSketch) and not run.sketch.is_resolved:
-        run = replace(run, sketch=TypeAdapter(SketchSettings).validate_python(manifest.target))
+    if not run.sketch.is_resolved:
+        run = replace(run, sketch=manifest.sketch)
     missing = _as_missing(run, manifest, bad, corpus, uri=store.uri)
     running = cluster()
     for receipt in bad.values():

@@ -14,9 +14,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
-from softshard.config import SketchSettings, ThresholdSketch
+from softshard.config import SketchSettings
 from softshard.errors import JobInvalid, ModelInvalid
 from softshard.output.workspace import Workspace, read_owner, saved_job
 from softshard.pilot.measure import spread
@@ -97,7 +96,7 @@ def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = N
     if manifest.teacher["weights"] != workspace.teacher_model.weights:
         raise ModelInvalid(model=job.teacher.model, problem="is not the model that the targets were made with")
     rows = _some_rows(workspace.targets, manifest, num=num)
-    sketch: SketchSettings = TypeAdapter(SketchSettings).validate_python(manifest.target)
+    sketch = manifest.sketch
     # Whatever adapters a run would choose now.
     named = named_teacher(workspace.teacher, manifest.teacher.get("adapters", []))
     found, engines = _Tally(), set()
@@ -220,8 +219,8 @@ def _places(targets: SequenceTargets) -> NDArray[np.int64]:
 
 def _border(stored: SequenceTargets, weights: NDArray[np.float64], sketch: SketchSettings) -> NDArray[np.float64]:
     """[P] how likely the least likely entry of each label's head is."""
-    if isinstance(sketch, ThresholdSketch):
-        return np.full(stored.num_labels, sketch.tau)
+    if sketch.tail_weight is not None:
+        return np.full(stored.num_labels, sketch.tail_weight)
     least = np.full(stored.num_labels, np.inf)
     np.minimum.at(least, np.repeat(np.arange(stored.num_labels), stored.head_count), weights)
     return np.where(np.isfinite(least), least, 0.0)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from softshard.config import FullSketch, NucleusSketch, SketchSettings, ThresholdSketch, TopkSketch
+from softshard.config import SKETCH_KINDS, SketchSettings, ThresholdSketch
 from softshard.errors import JobInvalid
 from softshard.pilot.search import ThresholdSearch
 from softshard.shard.commit import PartSpec, build_part, part_fidelity
@@ -22,13 +22,11 @@ from softshard.teacher.protocol import Teacher
 from softshard.telemetry import Reporter
 
 __all__ = [
-    "LADDER",
     "NUM_SEQUENCES",
     "Extent",
     "Measured",
     "Pilot",
     "chosen_by",
-    "format_setting",
     "measure",
     "run_pilot",
     "spread",
@@ -36,11 +34,7 @@ __all__ = [
 
 NUM_SEQUENCES = 16
 """Sequences of a pilot that a budget asks for."""
-LADDER = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Thresholds 1/n that every pilot measures."""
-_LARGEST_FULL = 4096
 _SEQUENCES_AT_A_TIME = 64
-_KINDS = ("threshold", "topk", "nucleus", "full")
 Item = TypeVar("Item")
 
 
@@ -102,31 +96,31 @@ class Pilot(_Record):
 class _Tally:
     """Sums of one setting, over the parts that are built with it."""
 
-    def __init__(self, plan: PartSpec) -> None:
-        self._plan = plan
+    def __init__(self, spec: PartSpec) -> None:
+        self._spec = spec
         self._fidelity = FidelitySums()
         self._left_out = 0.0
         self._num_parts = self._constant_bytes = self._growing_bytes = 0
 
     def add(self, rows: Sequence[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums) -> None:
         """Build a part of these rows and count it."""
-        whole, *halves = (len(build_part(self._plan, some, fidelity)[0]) for some in (rows, rows[::2], rows[1::2]))
+        whole, *halves = (len(build_part(self._spec, some, fidelity)[0]) for some in (rows, rows[::2], rows[1::2]))
         constant = sum(halves) - whole
         self._num_parts += 1
         self._constant_bytes += constant
         self._growing_bytes += whole - constant
         self._fidelity += fidelity
-        if self._plan.sketch.kind != "threshold":
+        if self._spec.sketch.leaves_ghost:
             self._left_out += sum(float(targets.tail_mass.sum(dtype="float64")) for _, targets in rows)
 
     def measured(self, extent: Extent) -> Measured:
         """Means of all that was added, and the bytes of the whole run."""
         fidelity, labels = self._fidelity, self._fidelity.num_labels
-        means = part_fidelity(fidelity, covers_all=self._plan.sketch.kind == "full")
+        means = part_fidelity(fidelity, covers_all=self._spec.sketch.covers_vocabulary)
         constant, growing = self._constant_bytes / self._num_parts, self._growing_bytes / labels
         num_bytes = extent.num_parts * constant + extent.num_labels * growing
         return Measured(
-            sketch=self._plan.sketch,
+            sketch=self._spec.sketch,
             mean_entries=means.mean_entries,
             bytes_per_position=num_bytes / extent.num_labels,
             mean_squared_error=means.mean_squared_error,
@@ -143,7 +137,7 @@ def measure(
     sequences: Sequence[TokenSequence],
     *,
     sketches: Sequence[SketchSettings],
-    plan: PartSpec,
+    spec: PartSpec,
     extent: Extent,
     reporter: Reporter,
 ) -> list[Measured]:
@@ -159,16 +153,16 @@ def measure(
         teacher: ready to score.
         sequences: at least one, better two.
         sketches: each with its tau.
-        plan: any part of the run, for the seed and all that stands in the metadata.
+        spec: any part of the run, for the seed and all that stands in the metadata.
         extent: the parts of the run.
         reporter: where progress goes.
     """
-    tallies = [_Tally(replace(plan, sketch=sketch)) for sketch in sketches]
+    tallies = [_Tally(replace(spec, sketch=sketch)) for sketch in sketches]
     num_pieces = -(-len(sequences) // _SEQUENCES_AT_A_TIME)
     with reporter.progress("pilot", total=len(sequences), unit="sequences") as progress:
         done = 0
         for piece in (sequences[first::num_pieces] for first in range(num_pieces)):
-            scored = teacher.score_each(piece, sketches=sketches, seed=plan.seed)
+            scored = teacher.score_each(piece, sketches=sketches, seed=spec.seed)
             for tally, (targets, fidelity) in zip(tallies, scored, strict=True):
                 tally.add(list(zip(piece, targets, strict=True)), fidelity)
             done += len(piece)
@@ -177,54 +171,44 @@ def measure(
 
 
 def run_pilot(
-    teacher: Teacher, sequences: Sequence[TokenSequence], *, plan: PartSpec, extent: Extent, reporter: Reporter
+    teacher: Teacher, sequences: Sequence[TokenSequence], *, spec: PartSpec, extent: Extent, reporter: Reporter
 ) -> Pilot:
-    """Measure a ladder of thresholds, some other kinds and the job's own setting, `plan.sketch`, on some sequences.
+    """Measure a ladder of thresholds, some other kinds and the job's own setting, `spec.sketch`, on some sequences.
 
     Where that has a budget, thresholds 1/n between 1/2 and 1/512 are measured until n holds and its neighbour does not.
     For the rest see `measure`.
     """
-    target = plan.sketch
+    target = spec.sketch
 
     def measured(sketches: Sequence[SketchSettings]) -> list[Measured]:
-        return measure(teacher, sequences, sketches=sketches, plan=plan, extent=extent, reporter=reporter)
+        return measure(teacher, sequences, sketches=sketches, spec=spec, extent=extent, reporter=reporter)
 
-    rows = measured(_ladder(target, vocab_size=plan.vocab_size))
+    rows = measured(_ladder(target, vocab_size=spec.vocab_size))
     chosen: SketchSettings | None = target
     if isinstance(target, ThresholdSketch) and not target.is_resolved:
-        while wanted := _bracket(target, rows).wanted:
-            rows += measured([_threshold(target, n) for n in wanted])
-        n = _bracket(target, rows).found
-        chosen = None if n is None else _threshold(target, n)
+        while wanted := _search(target, rows).wanted:
+            rows += measured([ThresholdSketch.with_n(n, like=target) for n in wanted])
+        n = _search(target, rows).found
+        chosen = None if n is None else ThresholdSketch.with_n(n, like=target)
+    kinds = list(SKETCH_KINDS)
     return Pilot(
         num_sequences=len(sequences),
         num_labels=sum(sequence.num_labels for sequence in sequences),
         num_run_labels=extent.num_labels,
         chosen=chosen,
-        rows=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.sketch.kind), row.mean_entries))),
+        rows=tuple(sorted(rows, key=lambda row: (kinds.index(row.sketch.kind), row.mean_entries))),
     )
 
 
 def _ladder(target: SketchSettings, *, vocab_size: int) -> list[SketchSettings]:
-    """What every pilot measures, and the job's own setting where it is another."""
-    temperature, step = target.temperature, target.step
-    ladder: list[SketchSettings] = [_threshold(target, n) for n in LADDER]
-    ladder += [TopkSketch(kind="topk", k=k, temperature=temperature, step=step) for k in (16, 64, 256)]
-    ladder += [
-        NucleusSketch(kind="nucleus", mass=mass, max_entries=512, temperature=temperature, step=step)
-        for mass in (0.9, 0.95)
-    ]
-    if vocab_size <= _LARGEST_FULL:
-        ladder.append(FullSketch(kind="full", temperature=temperature, step=step))
-    own = not isinstance(target, ThresholdSketch) or target.is_resolved
-    return [*ladder, target] if own and target not in ladder else ladder
+    """The settings that every pilot measures, and the job's own where they are complete and not among those."""
+    ladder: list[SketchSettings] = []
+    for kind in SKETCH_KINDS.values():
+        ladder += kind.pilot_ladder(target, vocab_size=vocab_size)
+    return [*ladder, target] if target.is_resolved and target not in ladder else ladder
 
 
-def _threshold(target: SketchSettings, n: int) -> ThresholdSketch:
-    return ThresholdSketch(tau=1 / n, draws=target.num_draws, temperature=target.temperature, step=target.step)
-
-
-def _bracket(target: ThresholdSketch, rows: Iterable[Measured]) -> ThresholdSearch:
+def _search(target: ThresholdSketch, rows: Iterable[Measured]) -> ThresholdSearch:
     by_n = {round(1 / row.sketch.tau): row for row in rows if isinstance(row.sketch, ThresholdSketch)}
     if target.budget_bytes is not None:
         values = {n: row.bytes_per_position for n, row in by_n.items()}
@@ -241,27 +225,13 @@ def chosen_by(pilot: Pilot, *, target: SketchSettings, job: str) -> SketchSettin
     assert isinstance(target, ThresholdSketch)
     by_tau = {row.sketch.tau: row for row in pilot.rows if isinstance(row.sketch, ThresholdSketch)}
     if target.budget_bytes is not None:
-        asked, row = f"budget_bytes {target.budget_bytes:g}", by_tau[max(by_tau)]
-        nearest = f"takes {row.bytes_per_position:.1f} bytes a position"
+        row = by_tau[max(by_tau)]
+        nearest = f"takes {row.bytes_per_position:.1f} bytes per position"
     else:
-        asked, row = f"max_angle_degrees {target.max_angle_degrees:g}", by_tau[min(by_tau)]
+        row = by_tau[min(by_tau)]
         nearest = f"has a gradient angle of {row.gradient_angle_degrees:.2f} degrees"
-    problem = f"{asked}: even tau {format_setting(row.sketch)} {nearest}; ask for more than that"
+    problem = f"{target.budget}: even tau {row.sketch.setting} {nearest}; allow more than that"
     raise JobInvalid(file=f"job {job}", place="target", problem=problem)
-
-
-def format_setting(sketch: SketchSettings) -> str:
-    """A setting in a few characters: 1/24, 64, 0.9/512; `x2` is two draws."""
-    match sketch:
-        case ThresholdSketch(tau=tau, draws=draws):
-            n = round(1 / tau)
-            return (f"1/{n}" if 1 / n == tau else f"{tau:.3g}") + (f" x{draws}" if draws > 1 else "")
-        case TopkSketch(k=k):
-            return str(k)
-        case NucleusSketch(mass=mass, max_entries=most):
-            return f"{mass:g}/{most}"
-        case FullSketch():
-            return "all"
 
 
 def spread(items: Sequence[Item], *, num: int) -> list[Item]:

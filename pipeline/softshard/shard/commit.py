@@ -115,15 +115,13 @@ def build_part(
 ) -> tuple[bytes, Receipt]:
     """Bytes of a part, and the receipt that will say so."""
     labels = fidelity.num_labels
-    measured = part_fidelity(fidelity, covers_all=plan.sketch.kind == "full")
+    measured = part_fidelity(fidelity, covers_all=plan.sketch.covers_vocabulary)
     metadata = PartMetadata(
         schema_version=SCHEMA_VERSION,
         part_id=plan.part_id,
         kind=plan.sketch.kind,
         tau=plan.sketch.tail_weight,
         draws=plan.sketch.num_draws,
-        k=plan.sketch.k if plan.sketch.kind == "topk" else None,
-        nucleus_mass=plan.sketch.mass if plan.sketch.kind == "nucleus" else None,
         step=plan.sketch.step,
         temperature=plan.sketch.temperature,
         seed=plan.seed,
@@ -131,6 +129,7 @@ def build_part(
         vocab_size=plan.vocab_size,
         teacher=plan.teacher,
         fidelity=measured,
+        **plan.sketch.part_settings,
     )
     content = encode_part(rows, fold=plan.fold, metadata=metadata)
     receipt = Receipt(

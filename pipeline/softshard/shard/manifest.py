@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from softshard.config import SketchSettings, parse_sketch
 from softshard.errors import ManifestMissing, PartCorrupt
 from softshard.records.canonical import write_canonical_json
 from softshard.records.json_stream import read_json_items
@@ -115,6 +116,11 @@ class Manifest(SpooledRecord):
     def totals(self) -> Totals:
         """Sums over all parts, computed once."""
         return sum_receipts(self.parts)
+
+    @property
+    def sketch(self) -> SketchSettings:
+        """`target` as settings, which state what its kind stores and what it leaves out."""
+        return parse_sketch(self.target)
 
     def of_split(self, split: str) -> tuple[Receipt, ...]:
         """Receipts of one split."""
@@ -238,6 +244,10 @@ def _whole_manifest(store: Store, digest: str) -> Manifest:
         raise PartCorrupt(uri=uri, problem=problem)
     if (actual := manifest.digest) != digest:
         raise PartCorrupt(uri=uri, problem=f"has the digest {actual[:16]}, and not that of its name")
+    try:
+        parse_sketch(manifest.target)
+    except ValueError as error:
+        raise PartCorrupt(uri=uri, problem=f"has a `target` that is not the settings of a sketch: {error}") from error
     return manifest
 
 

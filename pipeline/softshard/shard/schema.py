@@ -7,11 +7,12 @@ all that decoding needs, so that a part can be read alone.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from softshard.config import SketchClass, sketch_class
 from softshard.errors import LabelsNotStorable, PartCorrupt
 from softshard.sketch.types import TokenSequence
 
@@ -85,14 +86,15 @@ class PartMetadata(BaseModel):
 
     schema_version: int
     part_id: str
-    kind: Literal["threshold", "topk", "nucleus", "full"]
+    kind: str
+    """Kind of sketch, one of `config.SKETCH_KINDS`."""
     tau: float | None
-    """Weight of a tail entry (`threshold`)."""
+    """Weight of a tail entry; null for the kinds without a tail."""
     draws: int = Field(ge=1)
     """Independent tails of each label; 1 for the kinds without a tail."""
-    k: int | None
+    k: int | None = None
     """Entries (`topk`)."""
-    nucleus_mass: float | None
+    nucleus_mass: float | None = None
     """Mass asked for (`nucleus`)."""
     step: float = Field(gt=0)
     """Step of head_steps, in nats."""
@@ -107,12 +109,17 @@ class PartMetadata(BaseModel):
     frequent_ids: tuple[int, ...] = ()
     """Ids of ranks 0, 1, 2, ...; all others follow, ascending."""
 
+    @property
+    def sketch_class(self) -> SketchClass:
+        """The class of the kind, which states what the kind stores and what it leaves out."""
+        return sketch_class(self.kind)
+
     @model_validator(mode="after")
     def _decodable(self) -> PartMetadata:
         ids = self.frequent_ids
         if len(set(ids)) != len(ids) or (ids and not 0 <= min(ids) <= max(ids) < self.vocab_size):
             raise ValueError("frequent_ids must be different tokens of the vocabulary")
-        if (self.tau is not None) != (self.kind == "threshold"):
+        if (self.tau is not None) != sketch_class(self.kind).samples_tail:
             raise ValueError(f"kind {self.kind} with tau {self.tau}")
         return self
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softshard.config import SketchSettings, ThresholdSketch
+from softshard.config import SketchSettings
 from softshard.sketch.blocks import BlockedRows, block_sums
 from softshard.sketch.fidelity import RANKS
 from softshard.sketch.selection import Selection, ranked_head
@@ -65,7 +65,7 @@ def pass_over(rows: BlockedRows, labels: Tensor, settings: SketchSettings, *, ra
         torch.gather(probabilities, 1, chunk_labels, out=chunk_chosen)
         for row in ranked[ranked // size == number].tolist():
             most_likely.append(torch.topk(probabilities[row % size], most).values)
-        if not isinstance(settings, ThresholdSketch):
+        if not settings.samples_tail:
             found, mass = ranked_head(probabilities, settings)
             heads.append(replace(found, rows=found.rows + number * size))
             head_masses.append(mass)

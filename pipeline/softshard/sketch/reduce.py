@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softshard.config import SketchSettings, ThresholdSketch
+from softshard.config import SketchSettings
 from softshard.errors import LogitsInvalid
 from softshard.sketch.blocks import BlockedRows
 from softshard.sketch.codec import LOWEST_LOGPROB, head_steps, head_weights, to_mass_grid
@@ -59,11 +59,11 @@ def sketch_rows(
     passed = pass_over(rows, labels, settings, ranked=np.flatnonzero(uniforms[0] < _RANKED_SHARE))
     _refuse_invalid(rows, passed.log_sums, places)
     tails: list[Selection] = []
-    if isinstance(settings, ThresholdSketch):
+    if (tau := settings.tail_weight) is not None:
         log_sums = passed.log_sums.float()
-        head = threshold_head(rows, passed.sums, log_sums=log_sums, tau=settings.tau)
+        head = threshold_head(rows, passed.sums, log_sums=log_sums, tau=tau)
         noise = torch.from_numpy(uniforms).to(logits.device)
-        tails = [sample_tail(rows, passed.sums, draw, log_sums=log_sums, tau=settings.tau) for draw in noise]
+        tails = [sample_tail(rows, passed.sums, draw, log_sums=log_sums, tau=tau) for draw in noise]
     else:
         assert passed.head is not None
         head = passed.head
@@ -72,7 +72,7 @@ def sketch_rows(
         _stored(targets, head, tails, settings),
         square_sums=passed.square_sums.cpu().numpy(),
         vocab_size=vocab_size,
-        covers_all=settings.kind == "full",
+        covers_all=settings.covers_vocabulary,
     )
     return targets, fidelity + mass_by_rank(passed.most_likely)
 

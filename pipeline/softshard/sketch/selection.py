@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softshard.config import FullSketch, NucleusSketch, TopkSketch
+from softshard.config import SketchSettings
 from softshard.sketch.blocks import BLOCK, BlockedRows
 
 __all__ = ["Selection", "ranked_head", "sample_tail", "threshold_head"]
@@ -36,16 +36,14 @@ class Selection:
     """[E] float64"""
 
 
-def ranked_head(probabilities: Tensor, settings: TopkSketch | NucleusSketch | FullSketch) -> tuple[Selection, Tensor]:
-    """Head of each row of [rows, V] float32 probabilities, which become zero there; and its mass, [rows] float64."""
-    vocab_size = probabilities.shape[1]
-    match settings:
-        case TopkSketch(k=k):
-            most, mass = k, None
-        case NucleusSketch(max_entries=cap, mass=wanted_mass):
-            most, mass = cap, wanted_mass
-        case FullSketch():
-            most, mass = vocab_size, None
+def ranked_head(probabilities: Tensor, settings: SketchSettings) -> tuple[Selection, Tensor]:
+    """The most likely tokens of each row, as far as `max_head_entries` and `head_mass` of the settings allow.
+
+    `probabilities`, [rows, V] float32, become zero where a token is selected. Also returns the mass of each row's
+    head, [rows] float64.
+    """
+    vocab_size, mass = probabilities.shape[1], settings.head_mass
+    most = vocab_size if settings.max_head_entries is None else settings.max_head_entries
     if most < vocab_size:
         values, ids = torch.topk(probabilities, most, dim=1)
     else:

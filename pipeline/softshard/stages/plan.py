@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-from softshard.config import Job, SketchSettings, ThresholdSketch
+from softshard.config import Job
 from softshard.corpus.build import count_corpus, first_sequences
 from softshard.models import Tokenizer, check_context, load_tokenizer, resolve_model, weights_digest
 from softshard.pilot.measure import (
@@ -18,7 +18,6 @@ from softshard.pilot.measure import (
     Measured,
     Pilot,
     chosen_by,
-    format_setting,
     measure,
     run_pilot,
     spread,
@@ -134,8 +133,8 @@ def make_plan(
         num_trainings=trainings,
         trained_tokens=round(train["num_tokens"] * job.train.optimizer.epochs * trainings),
         adapted_teacher=job.teacher.folds > 0,
-        target=f"{job.target.kind} {format_setting(found.target.sketch)}",
-        budget=_budget(job.target),
+        target=f"{job.target.kind} {found.target.sketch.setting}",
+        budget=job.target.budget,
         pilot=found.pilot,
         authors=count_authors(job, tokenizer, count.groups, reporter),
     )
@@ -170,11 +169,11 @@ class _Found:
 def _measure(job: Job, tokenizer: Tokenizer, reporter: Reporter, *, extent: Extent, num_pilot: int | None) -> _Found:
     engine, plan = _engine(job, tokenizer)
     pilot: Pilot | None = None
-    if num_pilot is not None or _budget(job.target) is not None:
+    if num_pilot is not None or job.target.budget is not None:
         num = NUM_SEQUENCES if num_pilot is None else num_pilot
         reporter.say(f"pilot: {num} sequences through the teacher's model")
         first = _first(job, tokenizer, num_tokens=_SPREAD * num * job.corpus.context_tokens)
-        pilot = run_pilot(engine, spread(first, num=num), plan=plan, extent=extent, reporter=reporter)
+        pilot = run_pilot(engine, spread(first, num=num), spec=plan, extent=extent, reporter=reporter)
         plan = replace(plan, sketch=chosen_by(pilot, target=job.target, job=job.name))
     reporter.say("measuring the teacher on the first sequences of the corpus")
     sequences = _first(job, tokenizer, num_tokens=2 * job.teacher.batch_tokens)
@@ -183,7 +182,7 @@ def _measure(job: Job, tokenizer: Tokenizer, reporter: Reporter, *, extent: Exte
     engine.score(sequences, sketch=plan.sketch, seed=plan.seed)
     seconds = time.perf_counter() - started
     if pilot is None:
-        rows = measure(engine, sequences, sketches=(plan.sketch,), plan=plan, extent=extent, reporter=SilentReporter())
+        rows = measure(engine, sequences, sketches=(plan.sketch,), spec=plan, extent=extent, reporter=SilentReporter())
     else:
         rows = [row for row in pilot.rows if row.sketch == plan.sketch]
     (target,) = rows
@@ -217,11 +216,3 @@ def _engine(job: Job, tokenizer: Tokenizer) -> tuple[Teacher, PartSpec]:
         folder, adapters=(), identity=identity, device=job.teacher.device, vocab_size=tokenizer.vocab_size
     )
     return engine, plan
-
-
-def _budget(target: SketchSettings) -> str | None:
-    if not isinstance(target, ThresholdSketch) or target.is_resolved:
-        return None
-    if target.budget_bytes is not None:
-        return f"budget_bytes {target.budget_bytes:g}"
-    return f"max_angle_degrees {target.max_angle_degrees:g}"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softshard.config import DataType, FullSketch, SketchSettings, TeacherSettings, ThresholdSketch
+from softshard.config import DataType, SketchSettings, TeacherSettings, ThresholdSketch
 from softshard.errors import EngineDiffers, EngineFailed, EngineMissing, JobInvalid, ModelInvalid
 from softshard.models import (
     check_vocabulary,
@@ -164,7 +164,7 @@ class VllmTeacher:
         if longest > self._longest:
             problem = f"the engine was made for {self._longest} tokens, a sequence has {longest}"
             raise ModelInvalid(model=self._model, problem=problem)
-        if any(isinstance(sketch, FullSketch) for sketch in sketches) and longest * self._vocab_size > LARGEST_FULL:
+        if any(sketch.covers_vocabulary for sketch in sketches) and longest * self._vocab_size > LARGEST_FULL:
             entries = longest * self._vocab_size
             problem = (
                 f"`full` with the vllm engine: a sequence of {longest} tokens has {entries:,} entries,"

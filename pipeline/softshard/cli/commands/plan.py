@@ -104,12 +104,11 @@ def _describe_authors(authors: CountedAuthors | None) -> str:
 
 
 def _table(pilot: Pilot) -> Iterator[str]:
-    from softshard.pilot.measure import format_setting
 
     yield f"  {'kind':<10}{'setting':>9}{'entries':>9}{'bytes':>9}{'error':>10}{'angle':>8}{'left out':>10}{'run':>10}"
     for row in pilot.rows:
         yield (
-            f"{'*' if row.sketch == pilot.chosen else ' '} {row.sketch.kind:<10}{format_setting(row.sketch):>9}"
+            f"{'*' if row.sketch == pilot.chosen else ' '} {row.sketch.kind:<10}{row.sketch.setting:>9}"
             f"{row.mean_entries:>9.1f}{row.bytes_per_position:>9.1f}{row.mean_squared_error:>10.5f}"
             f"{row.gradient_angle_degrees:>8.2f}{row.mean_mass_left_out:>10.1%}{_format_bytes(row.num_bytes):>10}"
         )

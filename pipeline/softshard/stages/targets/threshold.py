@@ -18,7 +18,7 @@ from softshard.config import SketchSettings, ThresholdSketch
 from softshard.corpus.manifest import CorpusManifest, CorpusSlice
 from softshard.corpus.read import read_slice
 from softshard.errors import ManifestMissing, PartCorrupt, PartsFailed
-from softshard.pilot.measure import NUM_SEQUENCES, Extent, Measured, Pilot, chosen_by, format_setting, run_pilot, spread
+from softshard.pilot.measure import NUM_SEQUENCES, Extent, Measured, Pilot, chosen_by, run_pilot, spread
 from softshard.records.canonical import canonical_json
 from softshard.records.digest import canonical_digest
 from softshard.shard.commit import PartSpec
@@ -47,7 +47,7 @@ class PilotTask:
 def score_pilot(task: PilotTask) -> Pilot:
     """Run a pilot on a worker, which keeps the engine for the parts that follow."""
     teacher = load_teacher(task.run, fold=task.plan.fold)
-    return run_pilot(teacher, task.sequences, plan=task.plan, extent=task.extent, reporter=SilentReporter())
+    return run_pilot(teacher, task.sequences, spec=task.plan, extent=task.extent, reporter=SilentReporter())
 
 
 def ensure_tau(
@@ -75,8 +75,9 @@ def ensure_tau(
         PartsFailed: the pilot was set aside.
     """
     target, store = run.sketch, open_store(run.targets)
-    if not isinstance(target, ThresholdSketch) or target.is_resolved:
+    if target.is_resolved:
         return target
+    assert isinstance(target, ThresholdSketch)  # the only kind that a pilot resolves
     plan = next(run.plan(index, part) for index, part in enumerate(corpus.slices) if part.split == "train")
     extent = Extent(num_parts=len(corpus.slices), num_labels=sum(part.num_labels for part in corpus.slices))
     path = _path(plan, corpus)
@@ -102,7 +103,7 @@ def ensure_tau(
 def _line(pilot: Pilot, *, target: SketchSettings, extent: Extent, job: str, kept: bool) -> str:
     row = _chosen_row(pilot, chosen_by(pilot, target=target, job=job))
     return (
-        f"pilot: tau {format_setting(row.sketch)}{' of an earlier corpus kept' if kept else ''},"
+        f"pilot: tau {row.sketch.setting}{' of an earlier corpus kept' if kept else ''},"
         f" {row.bytes_per_position_at(extent):.1f} bytes a position,"
         f" gradient angle {row.gradient_angle_degrees:.1f} degrees on {pilot.num_sequences} sequences"
     )

@@ -72,12 +72,12 @@ class TrainingData:
     @property
     def temperature(self) -> float:
         """At capture, of all sets."""
-        return float(self.sets[0].targets.manifest.target["temperature"])
+        return self.sets[0].targets.manifest.sketch.temperature
 
     @property
-    def kinds(self) -> set[str]:
-        """Kinds of sketch."""
-        return {str(one.targets.manifest.target["kind"]) for one in self.sets}
+    def leaves_ghost(self) -> bool:
+        """Whether the targets of some set leave out tokens, of which only the total mass is stored."""
+        return any(one.targets.manifest.sketch.leaves_ghost for one in self.sets)
 
     @property
     def sources(self) -> tuple[SourceRights, ...]:
@@ -228,8 +228,8 @@ def _refuse_unfit(workspace: Workspace, others: Sequence[WeightedTargets], *, vo
         if manifest.vocab_size != vocab_size:
             problem = f"its vocabulary has {manifest.vocab_size} tokens, that of the job's own targets {vocab_size}"
             raise BlendInvalid(uri=uri, problem=problem)
-        if (unfit := settings.problem_with(str(manifest.target["kind"]))) is not None:
-            raise TargetsUnsuitable(uri=uri, problem=unfit)
+        if (unfit := settings.problem_with(manifest.sketch)) is not None:
+            raise TargetsUnsuitable(uri=uri, problem=str(unfit))
 
 
 def source_credits(sources: Iterable[SourceSettings]) -> dict[str, Credit]:

@@ -121,7 +121,7 @@ def _shared(workspace: Workspace, feed: TrainingData) -> dict[str, Any]:
         "num_threads": settings.num_threads,
         "adapter": settings.adapter,
         "lora": settings.lora,
-        "truncated": settings.truncated if feed.kinds & {"topk", "nucleus"} else None,
+        "truncated": settings.truncated if feed.leaves_ghost else None,
         "temperature": settings.temperature,
         "shuffle_buffer": settings.shuffle_buffer,
         "chunk_positions": settings.chunk_positions,
