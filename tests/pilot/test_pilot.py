@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from softshard.cli import main
+from softshard.cluster import cluster as cluster_module
 from softshard.cluster.task_queue import Execution
 from softshard.config import (
     FullSketch,
@@ -36,7 +37,6 @@ from softshard.shard.read import read_rows
 from softshard.shard.verify import verify_targets
 from softshard.sketch.types import TokenSequence
 from softshard.stages.job import run_job
-from softshard.stages.targets import stage as targets_stage
 from softshard.stages.targets.threshold import score_pilot
 from softshard.storage import LocalStore
 from softshard.teacher.transformers_engine import TransformersTeacher, engine_identity
@@ -250,7 +250,7 @@ def here(monkeypatch):
     def opened(settings, reporter):
         yield cluster
 
-    monkeypatch.setattr(targets_stage, "open_cluster", opened)
+    monkeypatch.setattr(cluster_module, "open_cluster", opened)
     return cluster
 
 
