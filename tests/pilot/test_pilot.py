@@ -488,7 +488,7 @@ def test_the_table_fits_80_columns_and_marks_the_jobs_target_once(job, capsys, t
     assert max(map(len, lines)) <= 80
     (marked,) = (line for line in lines if line.startswith("* ") and "1/" in line)
     assert marked.split()[:4] == ["*", "threshold", "1/500", "x2"]
-    assert any("style teacher is not there" in line for line in lines)
+    assert any("style teacher is trained only by the run" in line for line in lines)
     assert not (tmp_path / "out").exists()
 
 

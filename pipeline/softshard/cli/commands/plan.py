@@ -104,7 +104,6 @@ def _describe_authors(authors: CountedAuthors | None) -> str:
 
 
 def _table(pilot: Pilot) -> Iterator[str]:
-
     yield f"  {'kind':<10}{'setting':>9}{'entries':>9}{'bytes':>9}{'error':>10}{'angle':>8}{'left out':>10}{'run':>10}"
     for row in pilot.rows:
         yield (
