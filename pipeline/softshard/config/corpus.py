@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from softshard.config.base import Settings
 from softshard.sources.formats import FORMATS, describe_endings
-from softshard.storage.location import find_uri_problem
+from softshard.storage.location import OUTPUT_FORMS, find_store_kind, find_uri_problem
 
 __all__ = [
     "CorpusSettings",
