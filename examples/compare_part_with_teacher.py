@@ -1,11 +1,11 @@
-"""Does a stored part say what its teacher says? Polars and numpy read the part, transformers and peft score it anew.
+"""Does a stored part match its teacher? polars and numpy read the part, transformers and peft score the text again.
 
     python examples/compare_part_with_teacher.py runs/demo --sequences 8
 
-Nothing of softshard is imported. For every label of a few sequences of the first training part, the head must be the
-tokens that are at least tau likely, each within half a step of its distance from the most likely one, and the tail
-must be what sampling allows: its size is the tail's mass in units of tau, rounded down or up, and its squared error,
-summed over all labels, is near what the sampling gives on average, sum over the tail of p (tau - p).
+softshard is not imported. For every label of a few sequences of the first training part, the head must hold the tokens
+with a probability of at least tau, each within half a step of its distance from the most likely one. The tail must be
+a possible sample: its number of entries is the tail's mass in units of tau, rounded down or up, and its squared error,
+summed over all labels, is close to the expected one, the sum over the tail of p (tau - p).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def load_teacher(out: Path, fold: int) -> Any:
-    """The teacher's model with the adapter that scored the fold."""
+    """The teacher model with the adapter that scored the fold."""
     job = yaml.safe_load((out / "job.yaml").read_text())
     model = AutoModelForCausalLM.from_pretrained(job["teacher"]["model"], dtype=torch.float32)
     receipts = sorted((out / "teacher").glob(f"fold-{fold}-*/receipt.json"), key=lambda path: path.stat().st_mtime)
@@ -51,7 +51,7 @@ def load_teacher(out: Path, fold: int) -> Any:
 
 
 def compare(row: dict[str, Any], metadata: dict[str, Any], by_rank: Any, model: Any) -> dict[str, Any]:
-    """Differences of one sequence's labels; `by_rank` are the ids in the order of the part's ranks."""
+    """Differences over one sequence's labels; `by_rank` holds token ids in the order of the part's ranks."""
     with torch.no_grad():
         logits = model(torch.tensor([row["token_ids"]])).logits[0, row["first_label"] - 1 : -1]
     exact = torch.log_softmax(logits[:, : metadata["vocab_size"]].double(), -1).numpy()
@@ -81,17 +81,17 @@ def compare(row: dict[str, Any], metadata: dict[str, Any], by_rank: Any, model: 
 
 
 def report(found: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
-    """Print what was found; AssertionError where it is more than rounding and sampling give."""
-    labels = sum(one["labels"] for one in found)
-    worst = {name: max(one[name] for one in found) for name in ("head", "label", "mass", "edge", "count")}
-    squared, expected = (sum(one[name] for one in found) for name in ("squared", "expected"))
+    """Print the differences; AssertionError if one is larger than rounding and sampling explain."""
+    labels = sum(result["labels"] for result in found)
+    worst = {name: max(result[name] for result in found) for name in ("head", "label", "mass", "edge", "count")}
+    squared, expected = (sum(result[name] for result in found) for name in ("squared", "expected"))
     print(f"{len(found)} sequences, {labels} labels")
     print(f"head log-probabilities: off by at most {worst['head']:.5f} nats, half a step is {metadata['step'] / 2:.5f}")
     print(f"label log-probabilities: off by at most {worst['label']:.5f} nats, half a grid step is {1 / 32:.5f}")
     print(f"tail mass: off by at most {worst['mass']:.5f}, half a grid step is {1 / 510:.5f}")
     print(f"tokens on the wrong side of tau: within {worst['edge']:.1e} nats of it")
     print(f"tail entries: the mass is off by at most {worst['count']:.4f} of one entry")
-    print(f"tail squared error: {squared / labels:.5f} a label, sampling gives {expected / labels:.5f} on average")
+    print(f"tail squared error: {squared / labels:.5f} per label, {expected / labels:.5f} expected")
     assert worst["head"] <= metadata["step"] / 2 + 1e-3
     assert worst["label"] <= 1 / 32 + 1e-3
     assert worst["mass"] <= 1 / 510 + 1e-4

@@ -1,13 +1,12 @@
-"""A training that can be stopped at any time and goes on with another number of processes.
+"""A training that can be stopped at any time and continued on a different number of processes.
 
     torchrun --standalone --nproc-per-node 2 examples/train_with_torchrun.py runs/demo --model MODEL --steps 100
     torchrun --standalone --nproc-per-node 3 examples/train_with_torchrun.py runs/demo --model MODEL --steps 200
 
-A step takes the next `--step-batches` batches of the global order, or what is left of the epoch, whatever the number of
-processes, which must divide it: each process takes its share of them, and the gradients are those of the mean over all
-their labels. So the second command goes on after the batch at which the first ended, with its weights and its
-optimiser's state, and takes the steps that the first would have taken. The state is kept in `--state`, and replaced
-whole after every step.
+A step takes the next `--step-batches` batches of the global order, or the rest of the epoch. The number of processes
+must divide it: each process takes its share, and the gradients are those of the mean over the labels of all batches. So
+the second command continues after the batch at which the first ended, with its weights and its optimiser's state, and
+takes the same steps as the first would have. The state is kept in `--state`, and replaced whole after every step.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from softshard import SoftLabelDataset, TargetSet, accept_targets, open_store, r
 
 
 def main() -> None:
-    """Take the steps that are left; the first process prints each."""
+    """Take the remaining steps; the first process prints each."""
     parser = argparse.ArgumentParser(description="Train an adapter from stored targets with torchrun.")
     parser.add_argument("out", type=Path, help="output folder of a job")
     parser.add_argument("--model", required=True, help="student: a folder, or a name on the hub")
     parser.add_argument("--state", type=Path, default=Path("training.pt"))
-    parser.add_argument("--steps", type=int, default=100, help="steps to be taken in all")
+    parser.add_argument("--steps", type=int, default=100, help="total number of steps")
     parser.add_argument("--step-batches", type=int, default=6)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Take up the state, if there is one, and take steps until there are as many as asked for."""
+    """Load the state, if there is one, and train up to the requested number of steps."""
     store = open_store(str(arguments.out / "targets"))
     targets = TargetSet(store=store, manifest=read_manifest(store))
     data = SoftLabelDataset(targets, seed=0, batch_tokens=arguments.batch_tokens, shuffle_buffer=4096, alpha=0.5)
@@ -79,7 +78,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def student(name: str, *, vocab_size: int) -> Any:
-    """A model with a new adapter, the same on every process, whose forward takes targets."""
+    """A model with a new adapter, equal on every process, whose forward accepts targets."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear")).to(device())
@@ -88,10 +87,10 @@ def student(name: str, *, vocab_size: int) -> Any:
 
 
 def take_step(model: Any, optimizer: torch.optim.Optimizer, batches: list[dict[str, Any]]) -> float:
-    """One step on this process's batches of it; the mean loss over the labels of all processes' batches."""
+    """One step on this process's batches; returns the mean loss over the labels of all processes' batches."""
     weight, total = weight_of_step(*batches), torch.zeros((), device=device())
     for number, batch in enumerate(batches, 1):
-        # Gradients are averaged over processes once, with those of the last batch.
+        # Gradients are averaged over processes only once, with the last batch.
         with contextlib.nullcontext() if number == len(batches) else model.no_sync():
             loss = model(**batch, num_items_in_batch=weight).loss
             (loss * distributed.get_world_size()).backward()
@@ -103,13 +102,13 @@ def take_step(model: Any, optimizer: torch.optim.Optimizer, batches: list[dict[s
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Replace what is there, whole: a process that is killed meanwhile leaves what was there."""
+    """Replace the file atomically: if the process is killed, the previous state remains."""
     torch.save(state, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
 
 def device() -> torch.device:
-    """This process's own."""
+    """The device of this process."""
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -1,7 +1,7 @@
-"""What can be made for the demo, the benchmarks and the tests on a real model: from which package, by what licence.
+"""The materials of the demo, the benchmarks and the tests on a real model, with their packages and licences.
 
-In: packages that carry a model or text, by name, version and checksum, and a file of Python's own. Out: `MATERIALS`,
-and the functions that turn the file of a package into what is used.
+In: packages that contain a model or text, by name, version and checksum, and a file that comes with Python. Out:
+`MATERIALS`, and the functions that convert the file of a package into a model folder or JSON Lines.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ __all__ = ["MATERIALS", "Material"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """One thing that is made from one file."""
+    """A model or a corpus, prepared from one file."""
 
     name: str
     used_by: tuple[str, ...]
-    """Who asks for it under a name of their own; a material that none of them needs is fetched by its name alone."""
+    """The sets that include it (`materials.py demo`); a material in no set is fetched by its own name."""
     origin: Origin | Path
-    """A package, packages that carry one file, or a file that comes with Python."""
+    """A package, several packages that contain one file, or a file that comes with Python."""
     licence: str
     purpose: str
     output: str
     """Name of the file or folder in the cache."""
     prepare: Callable[[Path, Path], str]
-    """(the file, where to write) -> one line on what was made."""
+    """(source file, output path) -> a one-line summary of the output."""
     revision: int
-    """Rises when `prepare` writes other bytes from the same file, so that what is cached is made again."""
+    """To be raised when `prepare` writes other bytes from the same file, so that cached output is prepared again."""
 
     @property
     def package(self) -> str:
-        """Name of what it is made from."""
+        """Name of the package."""
         return "CPython" if isinstance(self.origin, Path) else self.origin.name
 
     @property
     def version(self) -> str:
-        """Version of what it is made from."""
+        """Version of the package."""
         return platform.python_version() if isinstance(self.origin, Path) else self.origin.version
 
     @property
     def identity(self) -> str:
-        """Changes whenever the output may."""
+        """Changes whenever the output may change."""
         return f"{self.package} {self.version} {self._origin_sha256()} revision {self.revision}"
 
     def _origin_sha256(self) -> str:
@@ -65,7 +65,7 @@ class Material:
 
 
 def convert_model(gguf: Path, folder: Path) -> str:
-    """Turn a GGUF file into a folder of transformers: float32 safetensors and a fast tokenizer."""
+    """Convert a GGUF file to a transformers folder: float32 safetensors and a fast tokenizer."""
     os.environ["TQDM_DISABLE"] = "1"
     import torch
     from safetensors import SafetensorError
@@ -76,7 +76,7 @@ def convert_model(gguf: Path, folder: Path) -> str:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain floats by now; what says otherwise would be saved and stop the folder from loading.
+    # The weights are plain floats now; quantisation settings would be saved and stop the folder from loading.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -91,33 +91,33 @@ def convert_model(gguf: Path, folder: Path) -> str:
 
 
 def prepare_conversations(source: Path, target: Path) -> str:
-    """Write the conversations of the data set that are fit to read as JSON Lines, in an order of no meaning."""
+    """Write the usable conversations of the dataset as JSON Lines, in the order of their hashed ids."""
     return _write_documents(conversation_documents(json.loads(source.read_text(encoding="utf-8"))), target)
 
 
 def prepare_speeches(source: Path, target: Path) -> str:
-    """Write the longer speeches of the archive's table as JSON Lines, in its order."""
+    """Write the longer speeches of the archive's table as JSON Lines, in the table's order."""
     with zipfile.ZipFile(source) as archive, archive.open("en.csv") as file:
         return _write_documents(speech_documents(csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))), target)
 
 
 def prepare_topics(source: Path, target: Path) -> str:
-    """Write the topics of Python's own reference as JSON Lines, by name."""
+    """Write the topics of Python's language reference as JSON Lines, sorted by name."""
     return _write_documents(topic_documents(pydoc_topics.topics), target)
 
 
 def prepare_learned(source: Path, target: Path) -> str:
-    """Write the corpus's articles and chapters by scholars as JSON Lines, by name."""
+    """Write the scholarly articles and chapters of the Brown corpus as JSON Lines, sorted by name."""
     return _write_documents(edited_documents(_samples(source, kinds="j")), target)
 
 
 def prepare_fiction(source: Path, target: Path) -> str:
-    """Write the corpus's fiction, humour included, as JSON Lines, by name."""
+    """Write the fiction of the Brown corpus, including humour, as JSON Lines, sorted by name."""
     return _write_documents(edited_documents(_samples(source, kinds="klmnpr")), target)
 
 
 def _samples(archive: Path, *, kinds: str) -> dict[str, str]:
-    """Samples of some categories, by name; nothing is unpacked to the disk."""
+    """Samples of the given categories, by name; nothing is unpacked to disk."""
     found = {}
     with tarfile.open(archive) as files:
         for member in files:
@@ -160,7 +160,7 @@ _LARGE_MODEL_SHA256 = (
         "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da",
     ),
 )
-"""Wheel and wanted file of each piece."""
+"""SHA-256 of the wheel and of the file in it, for each piece."""
 
 
 def _large_model_pieces() -> Iterator[Package]:
@@ -222,7 +222,7 @@ MATERIALS = (
         used_by=("demo", "presets"),
         origin=Path(pydoc_topics.__file__),
         licence="PSF-2.0",
-        purpose="Python's reference (a little different in each release): retention text of the demo",
+        purpose="Python's language reference (differs a little between releases): retention text of the demo",
         output="pydoc.jsonl",
         prepare=prepare_topics,
         revision=1,
@@ -273,7 +273,7 @@ MATERIALS = (
             member_sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         ),
         licence="Apache-2.0 upstream, not stated in the packages",
-        purpose="Qwen2.5-Coder-0.5B-Instruct: a larger vocabulary for the benchmarks, on request alone",
+        purpose="Qwen2.5-Coder-0.5B-Instruct: a larger vocabulary for the benchmarks, only on request",
         output="Qwen2.5-Coder-0.5B-Instruct",
         prepare=convert_model,
         revision=1,

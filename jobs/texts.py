@@ -1,7 +1,7 @@
-"""The texts of the demo and of the benchmarks: what their packages hold, as documents that a job can read.
+"""Converts the texts of the demo and the benchmarks to documents that a job can read.
 
-In: the content of a data set, parsed. Out: documents {text, id, group} in an order that depends on nothing but that
-content. Who wrote or said what is known by short hashes alone.
+In: the parsed content of a dataset. Out: documents {text, id, group} in an order that depends only on that content.
+Writers and speakers are identified only by short hashes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = [
 
 Document = dict[str, str]
 Turns = Sequence[Sequence[Mapping[str, str]]]
-"""A conversation: turns by speakers in alternation, each of messages {text, sender}."""
+"""A conversation: turns of alternating speakers, each a list of messages {text, sender}."""
 
 
 def topic_documents(topics: Mapping[str, str], *, min_characters: int = 600) -> list[Document]:
-    """Topics as documents {text, id, group}, by name, without the rows of stars and dashes that underline headings."""
+    """Topics as documents {text, id, group}, sorted by name, without the rows of symbols that underline headings."""
     documents = []
     for name in sorted(topics):
         kept = [
@@ -40,7 +40,7 @@ def topic_documents(topics: Mapping[str, str], *, min_characters: int = 600) -> 
 
 
 def speech_documents(rows: Iterable[Mapping[str, str]], *, min_characters: int = 1000) -> list[Document]:
-    """Speeches as documents {text, id, group}, in the order of the rows, without the short ones.
+    """Speeches as documents {text, id, group}, in the order of the rows; short ones are left out.
 
     A row has `text`, `parlspeech_row`, which becomes the id, and `speaker`, whose hash becomes the group.
     """
@@ -52,18 +52,18 @@ def speech_documents(rows: Iterable[Mapping[str, str]], *, min_characters: int =
 
 
 def edited_documents(files: Mapping[str, str]) -> list[Document]:
-    """Samples of the Brown corpus as documents {text, id, group}, by name, without their tags.
+    """Samples of the Brown corpus as documents {text, id, group}, sorted by name, without their tags.
 
-    A file has a sentence a line, each word followed by / and its tag, and an empty line before a paragraph. What comes
-    out is set as it was in print: headings apart, marks at the words and within quotation marks. Sentences with a
-    symbol that the corpus could not write are left out. A sample is by one author, and so is its own group.
+    A file has one sentence per line, each word followed by / and its tag, and an empty line before a paragraph. The
+    output is set as in print: headings separate, punctuation next to words and inside quotation marks. Sentences with
+    a symbol that the corpus could not encode are left out. A sample has one author, so it is its own group.
     """
     documents = []
     for name in sorted(files):
         paragraphs = [
             _as_in_print(sentences)
             for block in re.split(r"\n\s*\n", files[name])
-            for sentences in _headings_apart(block.splitlines())
+            for sentences in _separate_headings(block.splitlines())
         ]
         text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
         documents.append({"text": text, "id": name, "group": name})
@@ -72,20 +72,20 @@ def edited_documents(files: Mapping[str, str]) -> list[Document]:
 
 _LOST_SYMBOL = "**"
 _MARKS = (
-    # A sentence that ends within a quotation has its mark twice.
+    # A sentence that ends within a quotation has its final mark twice.
     (r"([?!;:.]) (?=\1(?: |$))", ""),
     ("`` ?", "\u201c"),
     (r" ?''", "\u201d"),
     (r" (?=[,.;:?!)\]](?:[ ,.;:?!)\]\u201d]|$))", ""),
     (r"(?<=[(\[]) ", ""),
-    # The corpus has all quotations end before the mark, American print after it.
+    # The corpus closes quotations before the punctuation mark, American print after it.
     (r"(?<=[.?!])\u201d\.", "\u201d"),
     (r"\u201d([,.?!])", "\\1\u201d"),
 )
 
 
-def _headings_apart(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Sentences in groups: a heading's, whose tags all end in -hl, or those of a paragraph."""
+def _separate_headings(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Sentences in groups: those of a heading, whose tags all end in -hl, or those of a paragraph."""
     for _, group in itertools.groupby(lines, lambda line: all(word.endswith("-hl") for word in line.split())):
         yield [line for line in group if _LOST_SYMBOL not in line]
 
@@ -100,14 +100,14 @@ def _as_in_print(sentences: Iterable[str]) -> str:
 def conversation_documents(dataset: Mapping[str, Mapping[str, Turns]]) -> list[Document]:
     """Conversations as documents {text, id, group}, ordered by id.
 
-    The text has one message a line, with the speaker's mark: `A: ` for who speaks first, `B: ` for the other. The id
-    is a hash of the data set's own; the group is a hash of who wrote the most. Left out is what a reader would not
-    call a conversation in English: see `_is_fit`.
+    The text has one message per line, prefixed with the speaker: `A: ` for the first, `B: ` for the other. The id is a
+    hash of the dataset's id; the group is a hash of the person who wrote most. Conversations that a reader would not
+    call a conversation in English are left out: see `_is_usable`.
     """
     documents = []
     for conversation_id, conversation in dataset.items():
         messages = [message for turn in conversation["messages"] for message in _messages(turn)]
-        if _is_fit(messages):
+        if _is_usable(messages):
             marks = {messages[0][0]: "A"}
             lines = [f"{marks.setdefault(sender, 'B')}: {text}" for sender, text in messages]
             group = _pseudonym(_main_author(messages))
@@ -116,7 +116,7 @@ def conversation_documents(dataset: Mapping[str, Mapping[str, Turns]]) -> list[D
 
 
 _CUT_CHARACTERS = 160
-"""The data set's chat window ended a message at 175 characters; its writer went on in the next one."""
+"""The dataset's chat window cut messages at 175 characters; the writer continued in the next message."""
 _COMMON_WORD = re.compile(
     r"\b(a|all|and|are|as|at|be|but|can|do|for|have|how|i|if|in|is|it|just|like|me|my|no|not|of|oh|on|or|so|that|the"
     r"|there|they|this|to|was|we|what|with|would|yeah|you|your)\b"
@@ -125,23 +125,23 @@ _CONTACT = re.compile(r"\S@\S+\.\w|https?:|www\.|\d{3}[-. ]?\d{3}[-. ]?\d{4}")
 
 
 def _messages(turn: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """(sender, text) of one turn: white space made plain, lost emoji removed, messages that were cut put together."""
+    """(sender, text) of one turn: white space normalised, placeholders of emoji removed, cut messages joined."""
     joined: list[tuple[str, str]] = []
-    goes_on = False
+    is_cut = False
     for message in turn:
         text = " ".join(message["text"].replace("[?]", " ").split()).rstrip("\\ ")
         if not text:
             continue
-        if goes_on:
+        if is_cut:
             joined[-1] = (message["sender"], f"{joined[-1][1].removesuffix(' -')} {text}")
         else:
             joined.append((message["sender"], text))
-        goes_on = len(text) >= _CUT_CHARACTERS and text[-1] not in ".!?"
+        is_cut = len(text) >= _CUT_CHARACTERS and text[-1] not in ".!?"
     return joined
 
 
-def _is_fit(messages: Sequence[tuple[str, str]]) -> bool:
-    """Whether two people talk, in English, neither too briefly nor for hours, and give nobody's address."""
+def _is_usable(messages: Sequence[tuple[str, str]]) -> bool:
+    """Whether two people talk in English, at a reasonable length, without giving anybody's address."""
     texts = [text for _, text in messages]
     whole = " ".join(texts).lower()
     if len(texts) < 12 or not 400 <= len(whole) <= 6000 or _CONTACT.search(whole):

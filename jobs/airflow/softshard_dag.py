@@ -1,8 +1,8 @@
-"""A nightly Airflow DAG: the stages of one job, each a call of the command line.
+"""A nightly Airflow DAG: the stages of one job, each one call of the command line.
 
-Exit code 75, try again, is a failure that Airflow retries, after ten minutes, four times; any other is one that it does
-not. One run at a time: a night whose run before it has not finished waits for it, and starts then. SIGTERM, which
-Airflow sends to a task that is stopped or has taken too long, has softshard finish or drop the part in hand.
+Exit code 75 (try again) is a failure that Airflow retries, after ten minutes, four times; any other failure is not
+retried. Only one run at a time: if last night's run has not finished, tonight's waits for it. On SIGTERM, which Airflow
+sends to a task that is stopped or has taken too long, softshard finishes or drops its running parts.
 
 For Airflow 3 with apache-airflow-providers-standard, on workers where `softshard` is installed.
 """
@@ -23,7 +23,7 @@ TRY_AGAIN = 75
 
 
 class SoftshardOperator(BaseOperator):
-    """One stage of a job; what it says is the task's log."""
+    """One stage of a job; its output is the task's log."""
 
     template_fields = ("job",)
 

@@ -486,7 +486,7 @@ def test_a_download_that_is_interrupted_leaves_nothing(shop, tmp_path, stop):
             connection.close()
 
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "materials.py: stopped; nothing half made is left"
+    assert said.splitlines()[-1] == "materials.py: stopped; nothing incomplete is left"
     assert left_in(tmp_path / "cache") == [".lock"]
 
 

@@ -20,8 +20,8 @@ from softshard.telemetry import FanOut, SilentReporter
 from softshard.telemetry.lineage import LineageReporter, dataset_name, is_configured
 from softshard.telemetry.log import JsonLog
 from softshard.telemetry.metrics import MetricsReporter, RunMetrics
-from softshard.telemetry.outlets import Outlets, open_reporter
 from softshard.telemetry.redaction import without_credentials
+from softshard.telemetry.sinks import Sinks, open_reporter
 
 ROOT = Path(__file__).parents[2]
 RUN = "11111111-2222-4333-8444-555555555555"
@@ -402,7 +402,7 @@ def test_data_sets_have_the_names_that_openlineage_gives_them(uri, name):
 
 
 def test_json_on_stderr_takes_the_place_of_lines_for_people(capsys, tmp_path):
-    reporter = open_reporter(Outlets(log="-"), run=RUN)
+    reporter = open_reporter(Sinks(log="-"), run=RUN)
     reporter.say("hello")
     (line,) = capsys.readouterr().err.splitlines()
     assert json.loads(line)["message"] == "hello"

@@ -18,12 +18,12 @@ from softshard.errors import exit_code_for
 from softshard.stages.job import Outcome, run_job
 from softshard.telemetry import FanOut
 from softshard.telemetry.lineage import LineageReporter, dataset_name, is_configured
-from softshard.telemetry.outlets import Outlets, add_metrics, open_reporter, warn
+from softshard.telemetry.sinks import Sinks, add_metrics, open_reporter, warn
 
 __all__ = ["run_job_file"]
 
 
-def run_job_file(path: str | Path, *, stages: Collection[str], outlets: Outlets) -> Outcome:
+def run_job_file(path: str | Path, *, stages: Collection[str], sinks: Sinks) -> Outcome:
     """Run some stages of a job file; sends the events of the run to every outlet.
 
     Raises:
@@ -32,10 +32,10 @@ def run_job_file(path: str | Path, *, stages: Collection[str], outlets: Outlets)
         SoftshardError: see `run_job`.
     """
     run = str(uuid.uuid4())
-    reporter = open_reporter(outlets, run=run)
+    reporter = open_reporter(sinks, run=run)
     started = time.monotonic()
     try:
-        outcome = _run(load_job(path), reporter, stages, outlets=outlets, run=run)
+        outcome = _run(load_job(path), reporter, stages, sinks=sinks, run=run)
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         _finish(reporter, exit_code_for(error), started, reason)
@@ -49,8 +49,8 @@ def _finish(reporter: FanOut, exit_code: int, started: float, error: str | None)
     reporter.event("run_finished", exit_code=exit_code, seconds=seconds, error=error)
 
 
-def _run(job: Job, reporter: FanOut, stages: Collection[str], *, outlets: Outlets, run: str) -> Outcome:
-    add_metrics(reporter, outlets)
+def _run(job: Job, reporter: FanOut, stages: Collection[str], *, sinks: Sinks, run: str) -> Outcome:
+    add_metrics(reporter, sinks)
     if is_configured():
         reporter.add(_lineage(job, reporter, run=run))
     reporter.event("run_started", run=run, job=job.name, stages=",".join(stages))

@@ -6,14 +6,14 @@ import argparse
 import uuid
 
 from softshard.telemetry import FanOut
-from softshard.telemetry.outlets import Outlets, open_reporter
+from softshard.telemetry.sinks import Sinks, open_reporter
 
-__all__ = ["make_outlets", "make_reporter"]
+__all__ = ["make_reporter", "make_sinks"]
 
 
-def make_outlets(arguments: argparse.Namespace) -> Outlets:
-    """The outlets that the arguments name; a command without metrics has none."""
-    return Outlets(
+def make_sinks(arguments: argparse.Namespace) -> Sinks:
+    """The sinks that the arguments name; a command without metrics has none."""
+    return Sinks(
         quiet=arguments.quiet,
         log=arguments.log,
         metrics_file=getattr(arguments, "metrics_file", None),
@@ -23,4 +23,4 @@ def make_outlets(arguments: argparse.Namespace) -> Outlets:
 
 def make_reporter(arguments: argparse.Namespace) -> FanOut:
     """A reporter for a command that runs no stage. Raises JobInvalid when the log cannot be opened."""
-    return open_reporter(make_outlets(arguments), run=str(uuid.uuid4()))
+    return open_reporter(make_sinks(arguments), run=str(uuid.uuid4()))

@@ -1,6 +1,6 @@
-"""The console: bars on a terminal, plain lines elsewhere.
+"""The console: progress bars on a terminal, plain lines elsewhere.
 
-Everything goes to stderr, so that stdout holds results alone.
+Everything is written to stderr, so that stdout holds only results.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ConsoleReporter:
-    """Bars where stderr is a terminal, else a line at the start, every ten seconds and at the end."""
+    """Progress bars if stderr is a terminal, else a line at the start, every ten seconds and at the end."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
 
     def say(self, message: str) -> None:
-        """Write a line to stderr; where nobody listens any more, the work goes on."""
+        """Write a line to stderr; a closed pipe does not stop the work."""
         with contextlib.suppress(BrokenPipeError):
             sys.stderr.write(message + "\n")
             sys.stderr.flush()
 
     @contextmanager
     def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
-        """Show the progress of one piece of work."""
+        """Show the progress of one operation."""
         with self._bar(label, total, unit) if self._terminal else self._lines(label, total, unit) as progress:
             yield progress
 
     def event(self, name: str, /, **values: EventValue) -> None:
-        """A terminal shows none."""
+        """The console shows no events."""
 
     @contextmanager
     def _bar(self, label: str, total: float | None, unit: str) -> Iterator[Progress]:

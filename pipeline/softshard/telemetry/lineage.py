@@ -1,16 +1,15 @@
 """OpenLineage events of a run: START, then COMPLETE or FAIL, with the sources as inputs and the targets as output.
 
-Configured as every OpenLineage client is: OPENLINEAGE_URL, OPENLINEAGE__TRANSPORT__..., OPENLINEAGE_CONFIG,
-openlineage.yml in the working folder or in ~/.openlineage; off where none of these is, or OPENLINEAGE_DISABLED is true.
-OPENLINEAGE_NAMESPACE names the job's namespace, OPENLINEAGE_PARENT_ID (namespace/name/run) the run that started it.
-An event that cannot be sent never ends a run.
+Configured like every OpenLineage client: OPENLINEAGE_URL, OPENLINEAGE__TRANSPORT__..., OPENLINEAGE_CONFIG, or
+openlineage.yml in the working folder or in ~/.openlineage. It is off if none of these exists or if OPENLINEAGE_DISABLED
+is true. OPENLINEAGE_NAMESPACE sets the job's namespace, OPENLINEAGE_PARENT_ID (namespace/name/run) the run that started
+this one. A failure to send an event never ends a run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 
 from softshard.errors import ExtraMissing, JobInvalid
 from softshard.telemetry.redaction import without_credentials
-from softshard.telemetry.reporter import EventValue, Progress
+from softshard.telemetry.reporter import EventValue, SilentReporter
 
 if TYPE_CHECKING:
     from openlineage.client import OpenLineageClient
@@ -34,7 +33,7 @@ _FILE = "openlineage.yml"
 
 
 def is_configured() -> bool:
-    """Whether OpenLineage events are to be sent anywhere."""
+    """Whether OpenLineage is configured and not disabled."""
     if os.environ.get("OPENLINEAGE_DISABLED", "").strip().lower() == "true":
         return False
     named = {"OPENLINEAGE_URL", "OPENLINEAGE_CONFIG"} & set(os.environ)
@@ -44,7 +43,7 @@ def is_configured() -> bool:
 
 
 def dataset_name(uri: str) -> DatasetName:
-    """What OpenLineage calls a data set: `file` and an absolute path, or scheme and host, and the path there."""
+    """OpenLineage's name of a dataset: `file` and an absolute path, or scheme and host, and the path there."""
     if "://" not in uri or uri.startswith("file://"):
         return "file", str(Path(uri.removeprefix("file://")).absolute())
     parts = urlsplit(without_credentials(uri))
@@ -52,12 +51,12 @@ def dataset_name(uri: str) -> DatasetName:
     return f"{parts.scheme}://{host}", parts.path.strip("/") or "/"
 
 
-class LineageReporter:
-    """Sends what a run reads and writes to an OpenLineage server.
+class LineageReporter(SilentReporter):
+    """Sends what a run reads and writes to an OpenLineage server; ignores messages and progress.
 
     Args:
         run: a UUID.
-        on_failure: told once, when an event could not be sent.
+        on_failure: called with a message the first time an event cannot be sent.
 
     Raises:
         ExtraMissing: openlineage-python is not installed.
@@ -81,20 +80,8 @@ class LineageReporter:
         self._failed = False
         self._targets: dict[str, EventValue] | None = None
 
-    def say(self, message: str) -> None:
-        """Messages are no lineage."""
-
-    @contextmanager
-    def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
-        """Progress is no lineage."""
-
-        def ignore(done: float, *, note: str = "", total: float | None = None) -> None:
-            return None
-
-        yield ignore
-
     def event(self, name: str, /, **values: EventValue) -> None:
-        """A run that starts or ends is sent; of `targets_complete`, which comes before, what was written is kept."""
+        """Send the start and the end of a run; `targets_complete` supplies the output's statistics for the end."""
         if name == "targets_complete":
             self._targets = values
         elif name == "run_started":
@@ -132,7 +119,7 @@ class LineageReporter:
         except (OSError, ValueError, RuntimeError) as error:
             if not self._failed:
                 self._failed = True
-                self._on_failure(without_credentials(f"OpenLineage: {state} was not sent ({error}); the run goes on"))
+                self._on_failure(without_credentials(f"OpenLineage: {state} was not sent ({error}); the run continues"))
 
     def _output_dataset(self) -> Any:
         from openlineage.client.event_v2 import OutputDataset
@@ -145,9 +132,9 @@ class LineageReporter:
             datasetVersion=str(self._targets["manifest"]), producer=_PRODUCER
         )
         written = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
-            rowCount=_whole(self._targets.get("sequences")),
-            size=_whole(self._targets.get("bytes")),
-            fileCount=_whole(self._targets.get("parts")),
+            rowCount=_int_or_none(self._targets.get("sequences")),
+            size=_int_or_none(self._targets.get("bytes")),
+            fileCount=_int_or_none(self._targets.get("parts")),
             producer=_PRODUCER,
         )
         return OutputDataset(
@@ -158,7 +145,7 @@ class LineageReporter:
         )
 
 
-def _whole(value: EventValue) -> int | None:
+def _int_or_none(value: EventValue) -> int | None:
     return value if isinstance(value, int) else None
 
 
@@ -173,7 +160,7 @@ def _client() -> OpenLineageClient:
     try:
         return OpenLineageClient()
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        problem = f"its transport cannot be set up: {error}; mend it, or set OPENLINEAGE_DISABLED=true"
+        problem = f"its transport cannot be set up: {error}; correct it, or set OPENLINEAGE_DISABLED=true"
         raise JobInvalid(file="OpenLineage", place="", problem=without_credentials(problem)) from error
 
 
@@ -188,5 +175,5 @@ def _parent() -> dict[str, Any]:
         job = parent_run.Job(namespace=namespace, name=name)
         return {"parent": parent_run.ParentRunFacet(run=parent_run.Run(runId=run), job=job, producer=_PRODUCER)}
     except ValueError as error:
-        problem = f"{text!r} is not namespace/name/run with a UUID as run"
+        problem = f"{text!r} is not of the form namespace/name/run, with a UUID as run"
         raise JobInvalid(file="OpenLineage", place="OPENLINEAGE_PARENT_ID", problem=problem) from error

@@ -1,7 +1,7 @@
-"""The log: one JSON object a line, for machines; events, messages and, now and then, progress.
+"""The log for machines: one JSON object per line, with events, messages and, at intervals, progress.
 
-Keys of a line: `time` (UTC, ISO 8601), `level` (info, warning, error), `event`, `run`, `job`, and where they are known
-`stage` and `part`; then the event's own values, flat. A log that cannot be written any more never ends a run.
+Keys of a line: `time` (UTC, ISO 8601), `level` (info, warning, error), `event`, `run`, `job` and, where known, `stage`
+and `part`; then the event's own values, flat. A failure to write the log never ends a run.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from softshard.telemetry.reporter import EventValue, Progress
 __all__ = ["STDERR", "JsonLog", "log_line"]
 
 STDERR = "-"
-"""The name of a log that goes to stderr, in place of the lines for people."""
+"""The log path that means stderr, in place of the lines for people."""
 
 _SECONDS_BETWEEN_LINES = 30.0
 _LEVELS = {"part_retried": "warning", "part_set_aside": "error", "outlet_failed": "warning"}
 
 
 def log_line(event: str, /, level: str = "info", **values: EventValue) -> str:
-    """One line, without its end; values that are None are left out."""
+    """One line, without a newline; values that are None are left out."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     known = {key: value for key, value in values.items() if value is not None}
     return json.dumps({"time": now, "level": level, "event": event, **known}, ensure_ascii=False)
 
 
 class JsonLog:
-    """Writes every event, message and, every thirty seconds, progress as a JSON line.
+    """Writes events, messages and, every thirty seconds, progress as JSON lines.
 
-    A file is appended to, and opened anew when it was moved away, so that it can be rotated.
+    The file is appended to, and reopened after it has been moved away, so that it can be rotated.
 
     Args:
         path: a file, or `-` for stderr.
-        on_failure: told once, when a line could not be written.
+        on_failure: called with a message the first time a line cannot be written.
 
     Raises:
         JobInvalid: the file cannot be opened.
@@ -57,17 +57,17 @@ class JsonLog:
         def failed(record: logging.LogRecord) -> None:
             if not self._failed:
                 self._failed = True
-                on_failure(f"{path}: the log cannot be written ({sys.exc_info()[1]}); the run goes on")
+                on_failure(f"{path}: the log cannot be written ({sys.exc_info()[1]}); the run continues")
 
         self._handler.handleError = failed  # type: ignore[method-assign]
 
     def say(self, message: str) -> None:
-        """A message for people is the event `message`."""
+        """Write a message for people as the event `message`."""
         self.event("message", message=message)
 
     @contextmanager
     def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
-        """Progress is the event `progress`: at the start, every thirty seconds and at the end."""
+        """Write progress as the event `progress`: at the start, every thirty seconds and at the end."""
         started = last = time.monotonic()
         now: dict[str, EventValue] = {"label": label, "unit": unit, "done": 0, "total": total, "note": None}
         self.event("progress", **now)
@@ -83,7 +83,7 @@ class JsonLog:
         self.event("progress", **now, seconds=round(time.monotonic() - started, 3))
 
     def event(self, name: str, /, **values: EventValue) -> None:
-        """One line; the stage is that which was started last and has not finished."""
+        """Write one line; its stage is the last one started that has not finished."""
         if name == "run_started":
             self._context["job"] = values.get("job")
             values = {**values, "host": socket.gethostname(), "pid": os.getpid()}
@@ -110,7 +110,5 @@ def _open(path: str) -> logging.Handler:
     try:
         return WatchedFileHandler(path, encoding="utf-8")
     except OSError as error:
-        problem = (
-            f"{path}: cannot be written ({error.strerror}); name a file in a folder that is there, or - for stderr"
-        )
+        problem = f"{path}: cannot be written ({error.strerror}); name a file in an existing folder, or - for stderr"
         raise JobInvalid(file="softshard", place="--log", problem=problem) from error

@@ -1,7 +1,7 @@
 """Prometheus metrics of a run: a file for node-exporter's textfile collector, and pushes to a gateway.
 
-Counters are those of this run. Everything is labelled `job_name`, since Prometheus has its own use for `job`. The file
-is replaced whole; a file or a gateway that cannot be written never ends a run.
+Counters belong to this run. Every metric has the label `job_name`, because Prometheus uses `job` itself. The file is
+replaced whole. A failure to write the file or to push never ends a run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from softshard.errors import EXIT_TRY_AGAIN, ExtraMissing, JobInvalid
 from softshard.telemetry.redaction import without_credentials
-from softshard.telemetry.reporter import EventValue, Progress
+from softshard.telemetry.reporter import EventValue, SilentReporter
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -42,7 +42,7 @@ _PART_STATES = {"part_committed": "committed", "part_retried": "retried", "part_
 
 
 class RunMetrics:
-    """The figures of a run, made of its events; a collector of prometheus_client. Safe between threads."""
+    """The figures of a run, computed from its events; a collector for prometheus_client. Thread-safe."""
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -78,7 +78,7 @@ class RunMetrics:
                 self._recent.append((self._clock(), _number(values.get("positions"))))
 
     def succeeded_at(self, timestamp: float) -> None:
-        """When a run of the job last ended with exit code 0."""
+        """Set the time at which a run of the job last ended with exit code 0."""
         with self._lock:
             self._set(_LAST_SUCCESS, _LAST_SUCCESS_IS, timestamp)
 
@@ -102,7 +102,7 @@ class RunMetrics:
         return sum(positions for _, positions in self._recent) / seconds if seconds > 0 else 0.0
 
     def collect(self) -> Iterable[Metric]:
-        """All metrics as they are now."""
+        """All metrics with their current values."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
         with self._lock:
@@ -142,19 +142,19 @@ def _number(value: EventValue) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-class MetricsReporter:
+class MetricsReporter(SilentReporter):
     """Writes a run's metrics when a stage starts or ends, when the run ends, and every fifteen seconds.
 
-    A thread of its own writes, so that a slow gateway holds nothing up.
+    A separate thread writes, so that a slow gateway does not delay the run. Messages and progress are ignored.
 
     Args:
-        file: a name that ends in `.prom`, or None.
+        file: a file name that ends in `.prom`, or None.
         gateway: URI of a Pushgateway, or None; user and password in it are sent as basic authentication.
-        on_failure: told once a file or gateway that cannot be written.
+        on_failure: called with a message the first time the file or the gateway cannot be written to.
 
     Raises:
         ExtraMissing: prometheus_client is not installed.
-        JobInvalid: the file cannot be written, or has another ending.
+        JobInvalid: the file cannot be written, or its name does not end in `.prom`.
     """
 
     def __init__(self, *, file: str | None, gateway: str | None, on_failure: Callable[[str], None]) -> None:
@@ -163,7 +163,7 @@ class MetricsReporter:
         except ImportError as error:
             what = "--metrics-file" if file else "--push-gateway"
             raise ExtraMissing(what=what, package="prometheus-client", extra="metrics") from error
-        self._file = None if file is None else _checked(file)
+        self._file = None if file is None else _check_file(file)
         self._gateway = gateway
         self._on_failure = on_failure
         self._failed: set[str] = set()
@@ -173,23 +173,11 @@ class MetricsReporter:
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, name="softshard-metrics", daemon=True)
 
-    def say(self, message: str) -> None:
-        """Messages are no metrics."""
-
-    @contextmanager
-    def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
-        """Progress is told by events."""
-
-        def ignore(done: float, *, note: str = "", total: float | None = None) -> None:
-            return None
-
-        yield ignore
-
     def event(self, name: str, /, **values: EventValue) -> None:
-        """Count it. Writing starts with the first stage and ends with the run.
+        """Count an event. Writing starts with the first stage and ends with the run.
 
-        A run that is refused because another one works on the output has no stage and writes nothing: file and gateway
-        are the other's.
+        A run that is refused because another one is using the output starts no stage and writes nothing, because file
+        and gateway belong to the other run.
         """
         self._metrics.take(name, values)
         started = self._thread.ident is not None
@@ -207,7 +195,7 @@ class MetricsReporter:
             self._write()
 
     def _carry_over(self) -> None:
-        """The last success of an earlier run, so that a run that fails does not forget it."""
+        """Read the time of the last success from the file of an earlier run, so that a failed run keeps it."""
         from prometheus_client.parser import text_string_to_metric_families
 
         if self._file is None or not self._file.is_file():
@@ -220,7 +208,7 @@ class MetricsReporter:
                 if sample.name == _LAST_SUCCESS and sample.labels.get("job_name") == self._metrics.job
             ]
         except (OSError, ValueError):
-            return  # it is replaced whole in a moment
+            return  # an unreadable file is about to be replaced
         for sample in samples:
             self._metrics.succeeded_at(sample.value)
 
@@ -237,10 +225,10 @@ class MetricsReporter:
         from prometheus_client import write_to_textfile
 
         if self._file is not None:
-            with self._told_once(str(self._file)):
+            with self._reported_once(str(self._file)):
                 write_to_textfile(str(self._file), self._registry)
         if self._gateway is not None:
-            with self._told_once(self._gateway):
+            with self._reported_once(self._gateway):
                 self._push(self._gateway)
 
     def _push(self, gateway: str) -> None:
@@ -263,22 +251,22 @@ class MetricsReporter:
         )
 
     @contextmanager
-    def _told_once(self, where: str) -> Iterator[None]:
+    def _reported_once(self, where: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, http.client.HTTPException) as error:
             if where not in self._failed:
                 self._failed.add(where)
-                reason = f"the metrics cannot be written ({error}); the run goes on"
+                reason = f"the metrics cannot be written ({error}); the run continues"
                 self._on_failure(without_credentials(f"{where}: {reason}"))
 
 
-def _checked(file: str) -> Path:
+def _check_file(file: str) -> Path:
     path = Path(file)
     if path.suffix != ".prom":
-        problem = f"{file}: must end in .prom, which is what the textfile collector reads"
+        problem = f"{file}: must end in .prom, the ending that the textfile collector reads"
         raise JobInvalid(file="softshard", place="--metrics-file", problem=problem)
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        problem = f"{file}: its folder is not there or cannot be written"
+        problem = f"{file}: its folder does not exist or cannot be written to; name a file in another folder"
         raise JobInvalid(file="softshard", place="--metrics-file", problem=problem)
     return path

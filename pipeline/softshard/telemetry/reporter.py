@@ -1,6 +1,6 @@
-"""What the core tells while it works: messages for people, progress, and events for machines.
+"""What the core reports while it works: messages for people, progress, and events for machines.
 
-The core takes a `Reporter` and never prints. `FanOut` is the reporter that passes all of it on to several others.
+The core takes a `Reporter` and never prints. `FanOut` is a reporter that passes everything on to several others.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ EventValue = str | int | float | bool | None
 
 
 class Progress(Protocol):
-    """Progress of one piece of work."""
+    """Reports the progress of one operation."""
 
     def __call__(self, done: float, *, note: str = "", total: float | None = None) -> None:
-        """`done` units are done now; `total`, where it was not known before, is known now."""
+        """Set the number of units done; `total` may be given once it becomes known."""
 
 
 class Reporter(Protocol):
-    """Where messages and progress go."""
+    """Receives messages, progress and events."""
 
     def say(self, message: str) -> None:
-        """One line for a person."""
+        """Report one line to people."""
 
     def progress(self, label: str, *, total: float | None, unit: str) -> AbstractContextManager[Progress]:
-        """Progress of one piece of work, from entering to leaving the context."""
+        """Report the progress of one operation, from entering to leaving the context."""
 
     def event(self, name: str, /, **values: EventValue) -> None:
-        """A fact for machines, such as that a part was committed; logs and metrics are made of them."""
+        """Report an event to machines, such as a committed part; logs and metrics are made from events."""
 
 
 class SilentReporter:
-    """Says nothing; for tests and for use as a library."""
+    """Ignores everything: for tests and for use as a library, and the base of reporters that need only events."""
 
     def say(self, message: str) -> None:
-        """Say nothing."""
+        """Ignore a message."""
 
     @contextmanager
     def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
-        """Show nothing."""
-
-        def ignore(done: float, *, note: str = "", total: float | None = None) -> None:
-            return None
-
-        yield ignore
+        """Ignore progress."""
+        yield _ignore_progress
 
     def event(self, name: str, /, **values: EventValue) -> None:
-        """Keep it to itself."""
+        """Ignore an event."""
+
+
+def _ignore_progress(done: float, *, note: str = "", total: float | None = None) -> None:
+    """A Progress that shows nothing."""
 
 
 class FanOut:
-    """Passes everything on to several reporters, in their order, without the credentials that may stand in it."""
+    """Passes everything on to several reporters, in order, with credentials removed."""
 
     def __init__(self, *reporters: Reporter) -> None:
         self._reporters = list(reporters)
 
     def add(self, reporter: Reporter) -> None:
-        """One more, which hears what comes from now on."""
+        """Add a reporter, which receives everything from now on."""
         self._reporters.append(reporter)
 
     def say(self, message: str) -> None:
-        """Pass a line on."""
+        """Pass a message on."""
         for reporter in self._reporters:
             reporter.say(without_credentials(message))
 
@@ -74,14 +74,14 @@ class FanOut:
     def progress(self, label: str, *, total: float | None, unit: str) -> Iterator[Progress]:
         """Pass progress on."""
         with ExitStack() as stack:
-            shown = [
+            updates = [
                 stack.enter_context(reporter.progress(without_credentials(label), total=total, unit=unit))
                 for reporter in self._reporters
             ]
 
             def update(done: float, *, note: str = "", total: float | None = total) -> None:
-                for one in shown:
-                    one(done, note=without_credentials(note), total=total)
+                for update_one in updates:
+                    update_one(done, note=without_credentials(note), total=total)
 
             yield update
 

@@ -28,10 +28,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _execute(arguments: argparse.Namespace) -> int:
     from softshard.cli.job_run import run_job_file
-    from softshard.cli.reporting import make_outlets
+    from softshard.cli.reporting import make_sinks
     from softshard.stages.job import STAGES
 
-    outcome = run_job_file(arguments.job, stages=STAGES, outlets=make_outlets(arguments))
+    outcome = run_job_file(arguments.job, stages=STAGES, sinks=make_sinks(arguments))
     print_result(arguments, _summary_values(outcome), render_summary(outcome))
     return 0
 
