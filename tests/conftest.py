@@ -51,8 +51,11 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes the job file of a whole run on the tiny model: `tiny_job(folder, train={"alpha": 0.2}, ...)`."""
+def tiny_job(tiny_model: Path, scheduler: str | None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes the job file of a whole run on the tiny model: `tiny_job(folder, train={"alpha": 0.2}, ...)`.
+
+    Its cluster is the one of this process. With `cluster={}` in place of that a run starts a local cluster of its own.
+    """
     material = tmp_path_factory.mktemp("material")
     documents = write_documents(material / "tales.jsonl", num_documents=30)
     other = write_documents(material / "other.jsonl", num_documents=15, words="Valve ")
@@ -82,7 +85,10 @@ def tiny_job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
                 "baseline": {"learning_rates": [1e-3, 3e-3]},
             },
             "evaluate": {"num_samples": 4, "prompt_tokens": 8, "sample_tokens": 16},
+            "cluster": {"scheduler": scheduler},
         }
+        if "cluster" in changes:
+            job["cluster"] = changes.pop("cluster")
         for section, values in changes.items():
             job[section] = {**job.get(section, {}), **values} if isinstance(values, dict) else values
         path = folder / "job.yaml"
@@ -115,9 +121,12 @@ def finished(tiny_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return folder / "out"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scheduler() -> Iterator[str]:
-    """Address of a Dask scheduler with one worker, both in this process, which keeps what it has loaded."""
+    """Address of a Dask scheduler with one worker, both in this process, which keeps what it has loaded.
+
+    A local cluster of a run's own takes seconds to start, because each of its processes imports torch.
+    """
     from distributed import LocalCluster
 
     with LocalCluster(
@@ -128,5 +137,6 @@ def scheduler() -> Iterator[str]:
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
         resources={"teacher": 1},
+        memory_limit=0,
     ) as running:
         yield running.scheduler_address

@@ -333,4 +333,5 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     raise SystemExit(_main())

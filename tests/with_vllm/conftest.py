@@ -27,6 +27,11 @@ def _memory_of_engines_is_given_back():
 
 
 @pytest.fixture(scope="session")
+def scheduler() -> None:
+    """None to share: engines run in the workers of a run's own cluster, and vLLM forks a process that has no threads."""
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model of all tests with heads of 32: vLLM's attention on a CPU knows no smaller ones."""
     from tiny_decoders import save_decoder
