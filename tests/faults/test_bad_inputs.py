@@ -12,9 +12,9 @@ import yaml
 # As a script this file writes the page's table.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from faults import bad_outputs, bad_sources  # noqa: E402
-from faults.bad_inputs import Place  # noqa: E402
-from softshard.cli import main  # noqa: E402
+from faults import bad_outputs, bad_sources
+from faults.bad_inputs import Place
+from softshard.cli import main
 
 PAGE = Path(__file__).parents[2] / "docs/reliability.md"
 OPENING, CLOSING = "<!-- bad inputs: `python tests/faults/test_bad_inputs.py` -->\n", "<!-- end of bad inputs -->\n"

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shard.test_parts import committed
+from fakes.parts import committed
 from softshard.cli import main
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.maintenance.verify import check_output, verify_output

@@ -28,7 +28,7 @@ def _memory_of_engines_is_given_back():
 
 @pytest.fixture(scope="session")
 def scheduler() -> None:
-    """None to share: engines run in the workers of a run's own cluster, and vLLM forks a process that has no threads."""
+    """None to share: vLLM forks, which threads in the process forbid; its engines run in a run's own cluster."""
 
 
 @pytest.fixture(scope="session")

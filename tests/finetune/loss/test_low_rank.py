@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fakes.targets import sparse_targets
-from finetune.loss.test_options import (
+from fakes.losses import (
     DIVERGENCES,
     DOUBLE,
     NUM,
@@ -21,6 +20,7 @@ from finetune.loss.test_options import (
     off,
     reference,
 )
+from fakes.targets import sparse_targets
 from softshard.finetune.loss import dense_kl, sparse_kl
 from softshard.models.decoder import LowRank
 
