@@ -227,7 +227,8 @@ def test_summary_of_a_finished_run_is_json_when_asked(finished, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_run_ends_with_75_and_goes_on_to_its_end(tiny_job, tmp_path, number):
-    path = tiny_job(tmp_path, teacher={"optimizer": {"epochs": 25, "batch_tokens": 128, "checkpoint_steps": 5}})
+    optimizer = {"epochs": 25, "batch_tokens": 128, "checkpoint_steps": 5}
+    path = tiny_job(tmp_path, teacher={"optimizer": optimizer}, cluster={})
     process = subprocess.Popen(
         [sys.executable, "-m", "softshard.cli", "run", str(path)],
         stderr=subprocess.PIPE,
