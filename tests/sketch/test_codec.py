@@ -72,7 +72,7 @@ def test_differences_cannot_overflow():
 
 
 def test_unsorted_head_is_refused():
-    with pytest.raises(ValueError, match="fall"):
+    with pytest.raises(ValueError, match="descending"):
         encode_head(np.array([-2.0, -1.0], dtype=np.float32), np.array([2], dtype=np.int32), step=0.02)
 
 

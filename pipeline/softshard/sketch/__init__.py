@@ -1,1 +1,1 @@
-"""The mathematics of a target: logits to sketches, sketches to entries. Numpy and torch in and out, no files."""
+"""The mathematics of a target: from logits to sketches, and from sketches to entries. Numpy and torch, no files."""

@@ -1,8 +1,8 @@
-"""Rows of logits seen as blocks of tokens: one pass over all of them, then a closer look at the few that matter.
+"""Rows of logits, divided into blocks of tokens: one pass over all blocks, then a second look at a few of them.
 
-In: [rows, at least V] logits on any device and in any floating type. Out: chunks of the dense distribution while they
-are in the cache, and the probabilities of single blocks later on. No second copy of [rows, V] is made. Logits beyond
-the vocabulary are padding and are left out.
+Reads [rows, at least V] logits on any device and in any floating type. Yields chunks of the dense distribution while
+they are in the cache, and later the probabilities of single blocks. No second copy of [rows, V] is made. Logits beyond
+the vocabulary are padding and are ignored.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 __all__ = ["BLOCK", "BlockedRows", "block_sums"]
 
 BLOCK = 64
-"""Tokens of a block. Running sums go block by block; only blocks that hold an entry are walked token by token."""
+"""Tokens per block. Running sums are taken over blocks; only blocks that hold an entry are summed token by token."""
 
 _CHUNK_ON_CPU = 8 * 49_152
-"""Elements of a chunk: few enough for the caches, enough to spread what a call costs whatever its size."""
+"""Elements per chunk: few enough for the caches, enough to make the fixed cost of a call small."""
 _CHUNK_ON_GPU = 2**24
 
 
 class BlockedRows:
-    """Rows of logits, to be passed over once in `chunks` and then looked at by `probabilities`.
+    """Rows of logits: first one pass over all of them (`chunks`), then single blocks (`probabilities`).
 
     Args:
         logits: [rows, at least vocab_size].
@@ -47,12 +47,14 @@ class BlockedRows:
 
     @property
     def chunk_rows(self) -> int:
-        """Rows of a chunk; the last one may have fewer."""
+        """Rows per chunk; the last chunk may have fewer."""
         elements = _CHUNK_ON_CPU if self.device.type == "cpu" else _CHUNK_ON_GPU
         return max(1, min(self.num_rows, elements // self.vocab_size))
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Scaled logits and probabilities of chunk_rows rows, and scratch, float32 [n, V]; the next overwrites them.
+        """Scaled logits, probabilities and scratch memory of chunk_rows rows, each float32 [n, V].
+
+        The next chunk overwrites all three.
 
         A row whose logits are invalid (NaN, +inf, or nothing but -inf) has NaN probabilities.
         """
@@ -66,14 +68,17 @@ class BlockedRows:
         """[n, V] float32 logits of some rows, divided by the temperature."""
         return self._scaled(self._logits[rows, : self.vocab_size])
 
-    def scores_of(self, ids: Tensor) -> Tensor:
-        """[rows] float32 scaled logits of one token a row."""
+    def token_scores(self, ids: Tensor) -> Tensor:
+        """[rows] float32 scaled logits of one token per row."""
         return self._scaled(self._logits.gather(1, ids[:, None])[:, 0])
 
     def probabilities(self, rows: Tensor, blocks: Tensor, log_sums: Tensor) -> Tensor:
-        """[n, BLOCK] float32 probabilities of n blocks, given by row and number; 0 beyond the vocabulary.
+        """[n, BLOCK] float32 probabilities of n blocks; 0 beyond the vocabulary.
 
-        `log_sums`, [rows], are the log-sum-exp of the scaled logits.
+        Args:
+            rows: [n] the row of each block.
+            blocks: [n] the number of each block within its row.
+            log_sums: [rows] log-sum-exp of the scaled logits.
         """
         if self._rest is None:
             found = self._blocks[rows, blocks]
@@ -92,7 +97,7 @@ _kept = threading.local()
 
 
 def _buffers(num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
-    """[2, num_rows, V] float32, kept from call to call: fresh pages would cost an eighth of the time."""
+    """[2, num_rows, V] float32, kept between calls of one thread: fresh pages would take an eighth of the time."""
     found: Tensor | None = getattr(_kept, "buffers", None)
     if found is None or found.shape[1] < num_rows or found.shape[2] != vocab_size or found.device != device:
         with torch.inference_mode(False):
@@ -101,12 +106,12 @@ def _buffers(num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
 
 
 def _in_blocks(rows: Tensor, num_blocks: int) -> Tensor:
-    """[rows, num_blocks, BLOCK] view of the first blocks of each row, padded or not."""
+    """[rows, num_blocks, BLOCK] view of the first blocks of each row; the rows may be padded."""
     return torch.as_strided(rows, (len(rows), num_blocks, BLOCK), (rows.stride(0), BLOCK, 1), rows.storage_offset())
 
 
 def block_sums(probabilities: Tensor, *, out: Tensor) -> None:
-    """Sums of each block of [rows, V] probabilities, into [rows, blocks]; float32, summed pairwise."""
+    """Write the sum of each block of [rows, V] probabilities into `out`, [rows, blocks]; float32, summed pairwise."""
     whole = probabilities.shape[1] // BLOCK
     if whole:
         torch.sum(_in_blocks(probabilities, whole), -1, out=out[:, :whole])

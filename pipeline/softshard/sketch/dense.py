@@ -1,7 +1,7 @@
-"""One pass over the dense distributions of some rows, a few at a time, and what it leaves of them.
+"""One pass over the dense distributions, a few rows at a time, which keeps a few sums of each row.
 
-In: rows of logits. Out: for each row the sums that all else is worked out from. Softmax, block sums, squares and the
-product with the logits are all that ever touches a whole distribution.
+Everything after it is computed from these sums. Softmax, block sums, squares and the product with the logits are the
+only operations on whole distributions.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from softshard.sketch.blocks import BlockedRows, block_sums
 from softshard.sketch.fidelity import RANKS
 from softshard.sketch.selection import Selection, ranked_head
 
-__all__ = ["DensePass", "pass_over"]
+__all__ = ["DenseSums", "sum_rows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DensePass:
-    """What one pass over the dense distributions leaves."""
+class DenseSums:
+    """Sums of each row's distribution, and the head where it has to be selected during the pass."""
 
     log_sums: Tensor
     """[rows] float64 log-sum-exp of the logits; not finite where they are invalid."""
-    sums: Tensor
-    """[rows, blocks] float64; without the head, where there is one."""
+    block_sums: Tensor
+    """[rows, blocks] float64 probabilities of each block, without those of `head`."""
     square_sums: Tensor
-    """[rows] float64 sum of the squared probabilities."""
+    """[rows] float64 sums of squared probabilities."""
     entropy: Tensor
-    """[rows] float64"""
+    """[rows] float64, in nats"""
     label_logprob: Tensor
-    """[rows] float64"""
+    """[rows] float64, in nats"""
     head: Selection | None
-    """None for threshold sampling, which finds its head in the sums."""
+    """None for a kind with a sampled tail, whose head is found by `threshold_head` from the sums."""
     most_likely: NDArray[np.float32]
-    """[ranked rows, at most 512] probabilities in falling order."""
+    """[ranked rows, at most 512] probabilities in descending order."""
 
 
-def pass_over(rows: BlockedRows, labels: Tensor, settings: SketchSettings, *, ranked: NDArray[np.intp]) -> DensePass:
-    """Go over all rows once.
+def sum_rows(rows: BlockedRows, labels: Tensor, settings: SketchSettings, *, ranked: NDArray[np.intp]) -> DenseSums:
+    """Pass over all rows once.
 
     Args:
         rows: logits.
         labels: [rows] int64 ids of the labels.
-        settings: kind of sketch; the kinds without a tail have their head taken here.
-        ranked: rows whose most likely tokens are wanted.
+        settings: kind of sketch; without a sampled tail, the head is selected here.
+        ranked: rows of which the largest probabilities are returned too.
     """
     sums = torch.empty((rows.num_rows, rows.num_blocks), device=rows.device)
     norms, products, chosen = (torch.empty(rows.num_rows, device=rows.device) for _ in range(3))
@@ -76,13 +76,13 @@ def pass_over(rows: BlockedRows, labels: Tensor, settings: SketchSettings, *, ra
     if head is not None:
         total += torch.cat(head_masses)
         head = replace(head, probabilities=head.probabilities / total[head.rows])
-    label_scores = rows.scores_of(labels).double()
-    # The softmax adds up in float32, which is off by 1e-5 over a large vocabulary; sums of blocks are not.
+    label_scores = rows.token_scores(labels).double()
+    # The softmax sums in float32, with an error of 1e-5 over a large vocabulary; the sums of blocks have none of it.
     log_sums = _log_sums(rows, label_scores, chosen.double()) + total.log()
     products = _without_zero_times_infinity(rows, products).double() / total
-    return DensePass(
+    return DenseSums(
         log_sums=log_sums,
-        sums=sums / total[:, None],
+        block_sums=sums / total[:, None],
         square_sums=(norms.double() / total) ** 2,
         entropy=(log_sums - products).clamp(min=0),
         label_logprob=label_scores - log_sums,
@@ -92,7 +92,7 @@ def pass_over(rows: BlockedRows, labels: Tensor, settings: SketchSettings, *, ra
 
 
 def _log_sums(rows: BlockedRows, label_scores: Tensor, chosen: Tensor) -> Tensor:
-    """From the label's logit and probability, which saves a pass; from all logits where it has next to none."""
+    """[rows] from the label's logit and probability, which saves a pass; from all logits where that is below 1e-30."""
     log_sums = label_scores - chosen.log()
     lost = torch.nonzero(~(chosen > 1e-30))[:, 0]
     for row in lost.tolist():
@@ -101,7 +101,7 @@ def _log_sums(rows: BlockedRows, label_scores: Tensor, chosen: Tensor) -> Tensor
 
 
 def _without_zero_times_infinity(rows: BlockedRows, products: Tensor) -> Tensor:
-    """Sums of probability times logit, done again where a logit of -inf made them NaN."""
+    """Sums of probability times logit, computed again where a logit of -inf made them NaN."""
     for found in torch.split(torch.nonzero(torch.isnan(products))[:, 0], rows.chunk_rows):
         scores = rows.scores(found)
         probabilities = torch.softmax(scores, 1)

@@ -1,7 +1,7 @@
-"""Targets as (token, weight) entries: what a loss or a metric needs of them.
+"""Targets as (token, weight) entries, the form that losses and metrics read.
 
-In: targets as a part holds them, of any number of labels. Out: for each label its head entries, then its tail entries;
-where the label's own token is mixed in, that one comes first.
+The entries of a label are those of the head, then those of the tail. Where the label's own token is mixed in, its entry
+comes first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Entries", "entries_of", "ranges_from"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
-    """Sparse distributions of P labels; those of label j are offsets[j]:offsets[j + 1]."""
+    """Sparse distributions of P labels; the entries of label j are offsets[j]:offsets[j + 1]."""
 
     ids: NDArray[np.int32]
     """[E]"""
@@ -39,16 +39,16 @@ def entries_of(
     labels: NDArray[np.int32] | None = None,
     alpha: float = 0.0,
 ) -> Entries:
-    """Entries whose weights sum, in expectation, to 1 (threshold), or to 1 - tail_mass (the other kinds).
+    """Entries of targets. Their weights sum to 1 in expectation with a sampled tail, else to 1 - tail_mass.
 
     Args:
         targets: of any number of labels.
-        tau: weight of a tail entry, None where the kind has none.
-        draw: which of the independent tails; counted from 0, and from 0 again after the last, so an epoch will do.
-        temperature: the head becomes p^(1 / temperature), of the same mass. That is the target at that temperature
-            where the head is the whole vocabulary, or where what is left out is to be renormalised away.
-        labels: [P] ids of the labels. With them, each label has an entry of weight `alpha` for its own token before all
-            others, which then weigh (1 - alpha) of what they would.
+        tau: weight of a tail entry; None for the kinds without a sampled tail.
+        draw: which of the independent tails, from 0, modulo their number; so the number of an epoch can be given.
+        temperature: the head becomes p^(1 / temperature), scaled to the same mass. This is the target at that
+            temperature where the head is the whole vocabulary, or where it is renormalised (see `takes_temperature`).
+        labels: [P] ids of the labels. With them, the first entry of each label is its own token with the weight
+            `alpha`, and the weights of all others are multiplied by 1 - alpha.
         alpha: weight of the label's own token.
     """
     targets = targets.of_draw(draw)
@@ -68,7 +68,7 @@ def entries_of(
 
 
 def ranges_from(starts: NDArray[np.int64], counts: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """Whole numbers from starts[j] on, counts[j] of them, run after run: where the entries of each label go."""
+    """Concatenated ranges starts[j], starts[j] + 1, ..., each of length counts[j]: indices of the entries of labels."""
     before = counts_to_offsets(counts)[:-1]
     places: NDArray[np.int64] = np.repeat(starts - before, counts)
     places += np.arange(len(places))

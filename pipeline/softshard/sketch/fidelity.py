@@ -1,11 +1,11 @@
-"""How near the stored sketch of a label is to its target, measured while the dense distribution is still there.
+"""How close the stored sketch of a label is to its target, measured while the dense distribution is in memory.
 
-Only sums are needed. With p the target, s what is stored, u = 1/V a student that knows nothing and S the mass of s:
+Only sums are needed. With p the target, s the stored sketch, S its mass, and u = 1/V the output of a uniform student:
 |s - p|^2 = |p|^2 + sum over entries of (s_i^2 - 2 s_i p_i); the gradients of the loss at u are u - p and u - s, with
 (u - p)(u - s) = sum p_i s_i - S/V, |u - p|^2 = |p|^2 - 1/V, |u - s|^2 = |s|^2 - 2S/V + 1/V.
 
-A trained student's own probabilities would stand in both gradients and make any sketch of a peaked distribution seem
-near. The angle is a position's: noise that averages out counts in it as much as bias that stays.
+A trained student's probabilities would dominate both gradients and make every sketch of a peaked distribution look
+close. The angle is that of a single position: it counts noise, which averages out over positions, as much as bias.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 __all__ = ["RANKS", "FidelitySums", "StoredLabels", "mass_by_rank", "measure"]
 
 RANKS = (1, 8, 64, 512)
-"""Numbers of most likely tokens whose mass is measured."""
+"""The mass of this many most likely tokens is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FidelitySums:
-    """Sums over labels, to be added up over a part."""
+    """Sums over labels, which are added up over a part."""
 
     num_labels: int = 0
     squared_error: float = 0.0
@@ -31,7 +31,7 @@ class FidelitySums:
     kl_nats: float = 0.0
     num_entries: int = 0
     num_ranked: int = 0
-    """Labels whose mass by rank was measured: a random sample, since it takes a partial sort."""
+    """Labels whose mass by rank was measured: a random sample, because it takes a partial sort."""
     mass_1: float = 0.0
     mass_8: float = 0.0
     mass_64: float = 0.0
@@ -45,7 +45,7 @@ class FidelitySums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLabels:
-    """Entries of P labels as a reader will see them, beside what the teacher said of the same tokens."""
+    """Entries of P labels as a reader decodes them, and the teacher's probabilities of the same tokens."""
 
     head_count: NDArray[np.int32]
     """[P]"""
@@ -64,13 +64,13 @@ class StoredLabels:
 def measure(
     stored: StoredLabels, *, square_sums: NDArray[np.float64], vocab_size: int, covers_all: bool
 ) -> FidelitySums:
-    """Fidelity of some labels, all but the mass by rank.
+    """Sums of all measures of the labels but the mass by rank.
 
     Args:
         stored: entries and probabilities.
         square_sums: [P] sum of the squared probabilities of each label's whole target.
         vocab_size: V.
-        covers_all: the heads are the whole vocabulary, so that KL(target || stored) is defined.
+        covers_all: the heads cover the whole vocabulary, so that KL(target || stored) is defined.
     """
     labels = len(square_sums)
     heads = np.repeat(np.arange(labels), stored.head_count)
@@ -104,7 +104,7 @@ def measure(
 
 
 def mass_by_rank(most_likely: NDArray[np.float32]) -> FidelitySums:
-    """Mass of the RANKS most likely tokens, from [n, up to 512] probabilities of n labels in falling order."""
+    """Mass of the RANKS most likely tokens, from [n, at most 512] probabilities of n labels in descending order."""
     running = most_likely.cumsum(1, dtype=np.float64)
     first, eight, more, most = (float(running[:, min(rank, running.shape[1]) - 1].sum()) for rank in RANKS)
     return FidelitySums(num_ranked=len(most_likely), mass_1=first, mass_8=eight, mass_64=more, mass_512=most)

@@ -1,4 +1,4 @@
-"""Targets of several runs of labels as those of one, and apart again. Draws stay draws."""
+"""Concatenation of the targets of several groups of labels, draw by draw, and its inverse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["concatenate", "split_rows"]
 
 
 def concatenate(parts: Sequence[SequenceTargets]) -> SequenceTargets:
-    """Targets of some labels, and then of some more; all have the same number of draws."""
+    """The targets of all parts in order; all have the same number of draws."""
     names = ("label_logprob", "entropy", "tail_mass", "head_count", "head_ids", "head_logprobs")
     draws = [[part.of_draw(draw) for part in parts] for draw in range(max(part.draws for part in parts))]
     return SequenceTargets(

@@ -1,7 +1,7 @@
 """Logits to sketches: the one implementation that every engine calls.
 
-In: rows of logits, one a label, on any device and in any floating type. Out: the rows' targets as numpy arrays, and how
-faithful their stored form is. One pass goes over the logits; what follows looks at single blocks of them.
+Reads rows of logits, one per label, on any device and in any floating type. Returns the rows' targets as numpy arrays,
+and the fidelity of their stored form. After one pass over the logits, only single blocks of them are read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from softshard.config import SketchSettings
 from softshard.errors import LogitsInvalid
 from softshard.sketch.blocks import BlockedRows
 from softshard.sketch.codec import LOWEST_LOGPROB, head_steps, head_weights, to_mass_grid
-from softshard.sketch.dense import DensePass, pass_over
+from softshard.sketch.dense import DenseSums, sum_rows
 from softshard.sketch.entries import Entries, entries_of
 from softshard.sketch.fidelity import FidelitySums, StoredLabels, mass_by_rank, measure
 from softshard.sketch.selection import Selection, sample_tail, threshold_head
@@ -27,7 +27,7 @@ from softshard.sketch.types import SequenceTargets
 __all__ = ["sketch_rows", "stored_entries"]
 
 _RANKED_SHARE = 1 / 256
-"""Share of the labels whose mass by rank is measured: a partial sort costs ten times the rest."""
+"""Share of labels whose mass by rank is measured: a partial sort costs ten times as much as everything else."""
 
 
 @torch.inference_mode()
@@ -41,40 +41,41 @@ def sketch_rows(
     places: Sequence[tuple[str, int]],
     temperature: float = 1.0,
 ) -> tuple[SequenceTargets, FidelitySums]:
-    """Sketch the targets that some rows of logits stand for.
+    """Sketch the targets that rows of logits give.
 
     Args:
         logits: [rows, at least vocab_size].
         labels: [rows] int64, ids of the labels.
-        uniforms: [draws, rows] of `philox.label_uniforms`, one draw for each independent tail.
-        settings: kind of sketch, and the step with which it will be stored.
+        uniforms: [draws, rows] of `philox.draw_uniforms`, one draw for each independent tail.
+        settings: kind of sketch, and the step in which the head is stored.
         vocab_size: tokens of the vocabulary.
         places: [rows] sequence id and position of each row, for the error.
-        temperature: logits are divided by it; that of the settings is the caller's to pass on, or to have applied.
+        temperature: logits are divided by it. `settings.temperature` is not read: callers pass it here, or have applied
+            it already.
 
     Raises:
-        LogitsInvalid: a row has NaN or +inf, or nothing but -inf.
+        LogitsInvalid: a row has NaN or +inf, or only -inf.
     """
     rows = BlockedRows(logits, vocab_size=vocab_size, temperature=temperature)
-    passed = pass_over(rows, labels, settings, ranked=np.flatnonzero(uniforms[0] < _RANKED_SHARE))
-    _refuse_invalid(rows, passed.log_sums, places)
+    sums = sum_rows(rows, labels, settings, ranked=np.flatnonzero(uniforms[0] < _RANKED_SHARE))
+    _refuse_invalid(rows, sums.log_sums, places)
     tails: list[Selection] = []
     if (tau := settings.tail_weight) is not None:
-        log_sums = passed.log_sums.float()
-        head = threshold_head(rows, passed.sums, log_sums=log_sums, tau=tau)
+        log_sums = sums.log_sums.float()
+        head = threshold_head(rows, sums.block_sums, log_sums=log_sums, tau=tau)
         noise = torch.from_numpy(uniforms).to(logits.device)
-        tails = [sample_tail(rows, passed.sums, draw, log_sums=log_sums, tau=tau) for draw in noise]
+        tails = [sample_tail(rows, sums.block_sums, draw, log_sums=log_sums, tau=tau) for draw in noise]
     else:
-        assert passed.head is not None
-        head = passed.head
-    targets = _targets(rows, passed, head, tails, draws=len(uniforms))
+        assert sums.head is not None
+        head = sums.head
+    targets = _targets(rows, sums, head, tails, draws=len(uniforms))
     fidelity = measure(
         _stored(targets, head, tails, settings),
-        square_sums=passed.square_sums.cpu().numpy(),
+        square_sums=sums.square_sums.cpu().numpy(),
         vocab_size=vocab_size,
         covers_all=settings.covers_vocabulary,
     )
-    return targets, fidelity + mass_by_rank(passed.most_likely)
+    return targets, fidelity + mass_by_rank(sums.most_likely)
 
 
 def _refuse_invalid(rows: BlockedRows, log_sums: Tensor, places: Sequence[tuple[str, int]]) -> None:
@@ -87,15 +88,15 @@ def _refuse_invalid(rows: BlockedRows, log_sums: Tensor, places: Sequence[tuple[
 
 
 def _targets(
-    rows: BlockedRows, passed: DensePass, head: Selection, tails: Sequence[Selection], *, draws: int
+    rows: BlockedRows, sums: DenseSums, head: Selection, tails: Sequence[Selection], *, draws: int
 ) -> SequenceTargets:
     head_count = torch.bincount(head.rows, minlength=rows.num_rows)
-    tail_mass = passed.sums.sum(1).clamp(max=1.0)
+    tail_mass = sums.block_sums.sum(1).clamp(max=1.0)
     tail_mass[head_count == 0] = 1.0
     tail_counts = [torch.bincount(tail.rows, minlength=rows.num_rows) for tail in tails]
     return SequenceTargets(
-        label_logprob=np.maximum(_float32(passed.label_logprob), np.float32(LOWEST_LOGPROB)),
-        entropy=_float32(passed.entropy),
+        label_logprob=np.maximum(_float32(sums.label_logprob), np.float32(LOWEST_LOGPROB)),
+        entropy=_float32(sums.entropy),
         tail_mass=_float32(tail_mass),
         head_count=_int32(head_count),
         tail_count=_int32(torch.cat(tail_counts)) if tails else np.zeros(draws * rows.num_rows, np.int32),
@@ -123,7 +124,7 @@ def _int32(values: Tensor) -> NDArray[np.int32]:
 def _stored(
     targets: SequenceTargets, head: Selection, tails: Sequence[Selection], settings: SketchSettings
 ) -> StoredLabels:
-    """The first draw as a reader will see it."""
+    """The first draw as a reader decodes it."""
     steps = head_steps(targets.head_logprobs, targets.head_count, step=settings.step)
     tau = settings.tail_weight
     mass = 1 - to_mass_grid(targets.tail_mass, tau=tau)
@@ -138,7 +139,7 @@ def _stored(
 
 
 def stored_entries(targets: SequenceTargets, settings: SketchSettings, *, draw: int = 0) -> Entries:
-    """Entries as a reader of the part will see them: after steps and grids."""
+    """Entries as a reader of the part decodes them: rounded to steps and grids."""
     steps = head_steps(targets.head_logprobs, targets.head_count, step=settings.step)
     tau = settings.tail_weight
     stored = replace(

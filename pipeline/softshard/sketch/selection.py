@@ -1,7 +1,7 @@
-"""Which entries of a distribution are stored: the head of each kind, and the sampled tail.
+"""Selection of the entries that are stored: the head of each kind, and the sampled tail.
 
-In: rows of logits in blocks. Out: flat entries with their rows. A head is sorted by falling probability, equal ones by
-rising id; a tail by rising id.
+The entries of all rows are in flat arrays, with the row of each. Heads are sorted by descending probability, then by
+ascending id; tails by ascending id.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from softshard.sketch.blocks import BLOCK, BlockedRows
 __all__ = ["Selection", "ranked_head", "sample_tail", "threshold_head"]
 
 _JUST_BELOW = 1 - 1e-5
-"""A block without an entry of the head may sum to a little more in float32; a closer look costs nothing but time."""
-
+"""Factor on tau for float32 rounding: a block whose sum is this close below tau is read too, which only costs time."""
 
 _ENTRIES_AT_ONCE = 2**16
-"""Tail entries whose blocks are walked at a time: some 50 MB."""
+"""Tail entries whose blocks are read at a time: some 50 MB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Entries of some rows, in the order of the rows."""
+    """Entries, in the order of their rows."""
 
     rows: Tensor
     """[E] int64"""
@@ -57,25 +56,25 @@ def ranked_head(probabilities: Tensor, settings: SketchSettings) -> tuple[Select
 
 
 def threshold_head(rows: BlockedRows, sums: Tensor, *, log_sums: Tensor, tau: float) -> Selection:
-    """Tokens that are at least tau likely. Blocks that cannot hold one are passed over by their sums.
+    """Tokens with a probability of at least tau. Blocks whose sum is below tau are not read.
 
-    `sums`, [rows, blocks] float64, lose the head: they are then those of the tail.
+    `sums`, [rows, blocks] float64, are changed in place: the head is subtracted, and those of the tail remain.
     """
     at, blocks = torch.nonzero(sums >= tau * _JUST_BELOW, as_tuple=True)
     inside = rows.probabilities(at, blocks, log_sums)
     taken = inside >= tau
-    hits, places = torch.nonzero(taken, as_tuple=True)
-    head = _sorted(at[hits], blocks[hits] * BLOCK + places, inside[hits, places])
+    hits, offsets = torch.nonzero(taken, as_tuple=True)
+    head = _sorted(at[hits], blocks[hits] * BLOCK + offsets, inside[hits, offsets])
     sums[at, blocks] = inside.masked_fill_(taken, 0).sum(1, dtype=torch.float64)
     return head
 
 
 def _sorted(rows: Tensor, ids: Tensor, probabilities: Tensor) -> Selection:
-    """By row, then by falling probability, then by rising id. Probabilities are float32, not negative."""
+    """By row, then by descending probability, then by ascending id. Probabilities are float32 and not negative."""
     if len(ids) and bool((ids[1:] < ids[:-1]).logical_and_(rows[1:] == rows[:-1]).any()):
         by_id = torch.argsort(ids, stable=True)
         rows, ids, probabilities = rows[by_id], ids[by_id], probabilities[by_id]
-    # Such floats are in the order of their bits, so that one whole number can hold row and probability.
+    # Floats of at least 0 are in the order of their bits as integers, so one int64 can hold row and probability.
     order = torch.argsort((rows << 32) - probabilities.view(torch.int32), stable=True)
     return Selection(rows=rows[order], ids=ids[order], probabilities=probabilities[order].double())
 
@@ -84,16 +83,16 @@ def sample_tail(rows: BlockedRows, sums: Tensor, uniforms: Tensor, *, log_sums: 
     """Systematic sampling of the tail: token i is taken where floor(c_i / tau + u) > floor(c_(i-1) / tau + u).
 
     c_i is the running sum of the row's tail probabilities in id order, u the row's uniform number. Token i is taken
-    with probability p_i / tau and stands for a weight of tau (Duffield, Lund, Thorup: Learn more, sample less, 2005).
-    So an entry is the token at which c first reaches (k - u) tau, for k = 1, 2, ...: the running sums of the blocks
-    tell its block, and those within the block the token.
+    with probability p_i / tau and has the weight tau (Duffield, Lund, Thorup: Learn more, sample less, 2005).
+    So the entries are the tokens at which c first reaches (k - u) tau, for k = 1, 2, ...: the running sums over blocks
+    give the block, and those within it the token.
 
     Args:
         rows: logits.
         sums: [rows, blocks] float64 of the tail.
         uniforms: [rows] float64 in [0, 1).
         log_sums: [rows] of the logits.
-        tau: weight of an entry.
+        tau: weight of each entry.
     """
     if not len(sums):
         return Selection(rows=sums.new_zeros(0).long(), ids=sums.new_zeros(0).long(), probabilities=sums.new_zeros(0))
@@ -108,9 +107,9 @@ def sample_tail(rows: BlockedRows, sums: Tensor, uniforms: Tensor, *, log_sums: 
         _walk(rows, at[piece], blocks[piece], into_block[piece], mass[piece], log_sums=log_sums, tau=tau)
         for piece in torch.split(torch.arange(len(at), device=at.device), _ENTRIES_AT_ONCE)
     ]
-    places, probabilities = (torch.cat([piece[which] for piece in pieces]) for which in (0, 1))
-    ids = blocks * BLOCK + places
-    # Only where rounding puts a multiple beside a token: on one that is impossible, or twice on one just below tau.
+    offsets, probabilities = (torch.cat([piece[which] for piece in pieces]) for which in (0, 1))
+    ids = blocks * BLOCK + offsets
+    # Rounding can hit an impossible token, or hit a token just below tau twice: such entries are dropped.
     kept = probabilities > 0
     kept[1:] &= (ids[1:] != ids[:-1]) | (at[1:] != at[:-1])
     return Selection(rows=at[kept], ids=ids[kept], probabilities=probabilities[kept])
@@ -119,11 +118,11 @@ def sample_tail(rows: BlockedRows, sums: Tensor, uniforms: Tensor, *, log_sums: 
 def _walk(
     rows: BlockedRows, at: Tensor, blocks: Tensor, into_block: Tensor, mass: Tensor, *, log_sums: Tensor, tau: float
 ) -> tuple[Tensor, Tensor]:
-    """Place in its block, and probability, of the tail token at which the block's running sum reaches `into_block`."""
+    """Offset within its block, and probability, of the tail token at which the running sum reaches `into_block`."""
     inside = rows.probabilities(at, blocks, log_sums)
     inside.masked_fill_(inside >= tau, 0)
     walked = inside.cumsum(1, dtype=torch.float64)
-    # The dense pass and this closer look round differently in the seventh digit; the pass's own sum is what counts.
+    # The dense pass rounds differently in the seventh digit; the block's mass is that of the dense pass.
     reached = into_block * (walked[:, -1] / mass)
-    places = torch.searchsorted(walked, reached[:, None]).clamp_(max=BLOCK - 1)
-    return places[:, 0], inside.gather(1, places)[:, 0].double()
+    offsets = torch.searchsorted(walked, reached[:, None]).clamp_(max=BLOCK - 1)
+    return offsets[:, 0], inside.gather(1, offsets)[:, 0].double()
