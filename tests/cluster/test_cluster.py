@@ -85,7 +85,7 @@ def run(cluster, tmp_path, *orders, heard=None, **told):
         if heard is not None:
             heard.append(order[0])
 
-    failures = cluster.run(
+    failures = cluster.map_tasks(
         task,
         [(what, str(tmp_path / f"{index}")) for index, what in enumerate(orders)],
         name=lambda order: f"{Path(order[1]).parent.name}-{Path(order[1]).name}",
@@ -164,7 +164,7 @@ def test_tasks_are_taken_as_there_is_room_for_them(cluster, tmp_path):
         nonlocal finished
         finished += 1
 
-    cluster.run(task, orders(), name=lambda order: f"streamed-{order[0]}", on_result=on_result)
+    cluster.map_tasks(task, orders(), name=lambda order: f"streamed-{order[0]}", on_result=on_result)
     assert finished == 300
     assert max(ahead) <= 2 * 2 * 16
 
@@ -178,7 +178,7 @@ def test_results_come_in_the_order_of_the_tasks_and_few_are_taken_ahead(cluster,
             taken.append(index)
             yield ("sleeps" if index == 0 else f"task {index}", str(tmp_path / f"{index}"))
 
-    results = cluster.in_order(task, orders(), name="ordered", out="here")
+    results = cluster.map_in_order(task, orders(), name="ordered", out="here")
     assert next(results) == "SLEEPS"
     assert len(taken) <= 32 + 2 * 2 * 16
     assert list(results) == [f"TASK {index}" for index in range(1, 300)]
@@ -186,7 +186,7 @@ def test_results_come_in_the_order_of_the_tasks_and_few_are_taken_ahead(cluster,
 
 def test_an_ordered_stream_ends_with_the_first_task_that_is_set_aside(cluster, tmp_path):
     orders = [(what, str(tmp_path / str(index))) for index, what in enumerate(["fine", "bad data", "fine"] * 5)]
-    results = cluster.in_order(task, orders, name=tmp_path.name, out="the corpus")
+    results = cluster.map_in_order(task, orders, name=tmp_path.name, out="the corpus")
     with pytest.raises(PartsFailed, match=r"the corpus: .*-1: DataInvalid: this cannot be right"):
         list(results)
 
@@ -227,7 +227,7 @@ def test_two_jobs_on_one_scheduler_keep_their_results_apart(cluster, tmp_path):
     first.on_message(heard.append)
     for running, what in ((first, "speaks"), (second, "fine")):
         results = {}
-        running.run(
+        running.map_tasks(
             task,
             [(what, str(tmp_path / "x"))],
             name=lambda order: "the same name",
@@ -278,7 +278,7 @@ def test_scheduler_file_that_comes_later_is_waited_for(cluster, tmp_path):
 def test_scheduler_file_that_does_not_come_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster_module, "_SECONDS_FOR_THE_FILE", 0.5)
     absent = open_cluster(ClusterSettings(scheduler_file=str(tmp_path / "none.json")))
-    with pytest.raises(TryAgain, match=r"none\.json: no Dask scheduler has left its address"), absent:
+    with pytest.raises(TryAgain, match=r"none\.json: no Dask scheduler has written its address"), absent:
         pass
 
 
@@ -328,7 +328,7 @@ def test_cluster_that_shrinks_in_the_middle_finishes_its_tasks(tmp_path):
         timer.start()
         done = []
         with open_cluster(ClusterSettings(scheduler=elsewhere.scheduler_address)) as shrinking:
-            failures = shrinking.run(
+            failures = shrinking.map_tasks(
                 time.sleep,
                 [1.0] * 15,
                 name=lambda seconds: uuid.uuid4().hex,
@@ -378,7 +378,7 @@ if __name__ == "__main__":
     threading.Thread(target=kill_when_begun, args=(scheduler, marker), daemon=True).start()
     try:
         with open_cluster(ClusterSettings(scheduler_file=file)) as cluster:
-            cluster.run(begin, [marker], name=lambda task: "long", on_result=print)
+            cluster.map_tasks(begin, [marker], name=lambda task: "long", on_result=print)
     except TryAgain as error:
         print(error.exit_code, str(error).split(";")[0], flush=True)
     finally:
@@ -437,7 +437,7 @@ def test_worker_that_is_killed_while_it_starts_is_started_again():
 def test_workers_that_never_come_up_are_a_reason_to_try_again_later():
     with (
         workers_killed_as_they_come(most=1_000),
-        pytest.raises(TryAgain, match="a worker ended 3 times before it had come up"),
+        pytest.raises(TryAgain, match="a worker ended before it was ready, 3 times"),
         open_cluster(ClusterSettings(workers=1)),
     ):
         pass
@@ -453,7 +453,7 @@ def test_worker_that_dask_has_given_up_is_started_anew(adaptive):
         with workers_killed_as_they_come(most=1_000):
             wait_for(lambda: not cluster.client.cluster.workers)
         done = []
-        failures = cluster.run(abs, [-1, -2], name=str, on_result=lambda task, result, _: done.append(result))
+        failures = cluster.map_tasks(abs, [-1, -2], name=str, on_result=lambda task, result, _: done.append(result))
         assert failures == {}
         assert sorted(done) == [1, 2]
 
@@ -471,7 +471,7 @@ def test_results_that_workers_take_with_them_are_made_again(tmp_path):
     done = []
     with open_cluster(settings) as cluster:
         tasks = [(number, str(tmp_path / "died")) for number in range(60)]
-        failures = cluster.run(
+        failures = cluster.map_tasks(
             return_and_die, tasks, name=lambda task: str(task[0]), on_result=lambda task, result, _: done.append(result)
         )
     assert failures == {}
@@ -495,7 +495,7 @@ def test_a_result_that_does_not_come_is_made_again(cluster, tmp_path, monkeypatc
     monkeypatch.setattr(flight_module, "_SECONDS_TO_FETCH", 0.2)
     monkeypatch.setattr(flight_module, "_SECONDS_TO_FETCH_ONE", 0.1)
     done = []
-    failures = cluster.run(
+    failures = cluster.map_tasks(
         task,
         [("works", str(number)) for number in range(6)],
         name=lambda order: order[1],

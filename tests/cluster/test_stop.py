@@ -37,7 +37,7 @@ if __name__ == "__main__":
     results = []
     try:
         with open_cluster(ClusterSettings(workers=2, grace_seconds=grace)) as cluster:
-            cluster.run(
+            cluster.map_tasks(
                 begin, ((seconds, str(folder / f"begun-{i}")) for i in range(100)),
                 name=lambda order: "part", on_result=lambda order, result, execution: results.append(result))
     except Stopped as error:

@@ -98,7 +98,7 @@ def test_job_runs_on_a_cluster_that_speaks_tls_alone_and_strangers_do_not(
     without = {name: value for name, value in environment.items() if not name.startswith("DASK_")}
     refused = softshard("targets", job, "--quiet", environment=without)
     assert refused.returncode == 2
-    assert refused.stderr.startswith(f"softshard: {address}: this scheduler wants certificates")
+    assert refused.stderr.startswith(f"softshard: {address}: this scheduler requires TLS certificates")
     assert refused.stderr.count("\n") == 1
 
     (tmp_path / "another").mkdir()

@@ -1,4 +1,4 @@
-"""A Dask cluster to run tasks on: a local one of processes by default, one that is running by address or by file.
+"""A Dask cluster that executes tasks: by default local processes, or a running cluster by address or scheduler file.
 
 `dask.distributed` is the only scheduler. Workers need the resource `teacher=1`; those of the local cluster have it.
 """
@@ -28,22 +28,22 @@ __all__ = ["WORKER_ENVIRONMENT", "Cluster", "OpenCluster", "lazy_cluster", "open
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_MOST_OUT_OF_ORDER = 32
+_MAX_RESULTS_AHEAD = 32
 _SECONDS_TO_CONNECT = 20
 _SECONDS_FOR_THE_FILE = 60.0
 _ATTEMPTS_TO_START = 3
 _ENDED = {"closing", "closed", "failed"}
 _LOGGED_MESSAGES = 100
-"""Each end of each connection keeps its last messages, and with them the tasks in them: by Dask's own measure a
-thousand, which is up to 25 MB a worker on the scheduler."""
+"""Each end of each connection keeps its last messages, with the tasks in them. Dask's default of a thousand is up to
+25 MB per worker on the scheduler."""
 _SECONDS_OF_WORK = 0.05
-"""Dask adds workers while each has more work than this before it. It sees what is in flight, a fraction of what there
-is to do, so that its own measure, five seconds, would leave a job of short parts with one worker."""
+"""Dask adds workers while each has more work queued than this. It sees only the tasks in flight, a fraction of all, so
+its default of five seconds would leave a job of short parts with one worker."""
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": 1,
     "TOKENIZERS_PARALLELISM": "false",
-    # Dask has workers give freed memory back at once. A training step frees and takes gigabytes, so with that it
-    # spends a third of its time in page faults (measured: 282 tokens a CPU-second against 465 with these).
+    # By default Dask makes workers return freed memory at once. A training step frees and allocates gigabytes and would
+    # spend a third of its time in page faults (measured: 282 tokens per CPU-second, 465 with these values).
     "MALLOC_TRIM_THRESHOLD_": 2**32,
     "MALLOC_MMAP_THRESHOLD_": 2**30,
 }
@@ -55,27 +55,27 @@ class Cluster:
     def __init__(self, client: Any, settings: ClusterSettings, reporter: Reporter | None = None) -> None:
         self.client = client
         self.settings = settings
-        # Two jobs may share a scheduler, and Dask takes tasks of one key for one task.
-        self.run_id = uuid.uuid4().hex
+        # In the key of each task: two jobs may share a scheduler, and Dask executes tasks of equal keys once.
+        self.client_id = uuid.uuid4().hex
         self._reporter = reporter or SilentReporter()
 
     def say(self, message: str) -> None:
-        """One line for a person."""
+        """Show one line to the user."""
         self._reporter.say(message)
 
     def on_message(self, handle: Callable[[Any], None]) -> None:
-        """Pass on what tasks say with `send_message`, until another handler takes over."""
+        """Pass messages that tasks send with `send_message` to a handler, which replaces the previous one."""
         self._handle = handle
         with contextlib.suppress(ValueError):
             self.client.unsubscribe_topic(TOPIC)
-        self.client.subscribe_topic(TOPIC, self._hear)
+        self.client.subscribe_topic(TOPIC, self._receive)
 
-    def _hear(self, event: tuple[float, Any]) -> None:
-        run, message = event[1]
-        if run == self.run_id:
+    def _receive(self, event: tuple[float, Any]) -> None:
+        client_id, message = event[1]
+        if client_id == self.client_id:
             self._handle(message)
 
-    def run(
+    def map_tasks(
         self,
         function: Callable[[Task], Result],
         tasks: Iterable[Task],
@@ -85,70 +85,72 @@ class Cluster:
         on_retry: Callable[[Task, int, str], None] = ignore_failure,
         on_set_aside: Callable[[Task, int, str], None] = ignore_failure,
     ) -> dict[str, str]:
-        """Run a function over tasks; the names and reasons of those that were set aside.
+        """Execute a function over tasks; returns the names of tasks that were set aside, with the reasons.
 
-        The function is sent to a worker as it is, so what all tasks share belongs into it, by `functools.partial`. Two
-        tasks a worker are in flight, a few more where they take less than a tenth of a second, so memory does not grow
-        with their number; workers that come later get their share. A task that fails for a reason that may pass (a lost
-        worker, an input or output error, lack of memory) is tried again after a pause, on another worker where there is
-        one, up to `cluster.max_attempts` times; one whose data is wrong is set aside at once. On SIGTERM or SIGINT
-        nothing more is started, and what has been begun may finish within `cluster.grace_seconds`.
+        The function is pickled once, so bind what all tasks share to it with `functools.partial`. Two tasks per worker
+        are in flight, and a few more where they take less than a tenth of a second, so memory does not grow with the
+        number of tasks; workers that join later get their share. A task that fails for a temporary reason (a lost
+        worker, an input or output error, lack of memory) is tried again after a delay, on another worker where there is
+        one, up to `cluster.max_attempts` times. A task whose data is wrong is set aside at once. On SIGTERM or SIGINT
+        no task is started any more, and those that workers have started may finish within `cluster.grace_seconds`.
 
         Args:
-            function: runs on a worker.
-            tasks: are taken as there is room for them.
-            name: of a task, for its key and for messages.
-            on_result: is given the task, its result and how it came to it.
-            on_retry: is given a task that is tried again, the number of the attempt that failed, and why it did.
-            on_set_aside: the same, of a task that is not tried again.
+            function: executed on a worker.
+            tasks: read as there is room for them.
+            name: gives a task's name, for its key and for messages.
+            on_result: called with a task, its result and how it was executed.
+            on_retry: called with a task that will be tried again, the number of the failed attempt, and the reason.
+            on_set_aside: called likewise with a task that is set aside.
 
         Raises:
-            StorageFull: a worker's disk is full; nothing more is started.
+            StorageFull: a worker's disk is full; no task is started any more.
             Stopped: a signal ended the run.
-            TryAgain: the scheduler is lost, or no worker has come for five minutes.
+            TryAgain: the scheduler is lost, or there has been no worker for five minutes.
             Exception: a bug in the function.
         """
-        flight = TaskQueue(self, function, name=name, on_result=on_result, on_retry=on_retry, on_set_aside=on_set_aside)
-        return flight.run(tasks)
+        task_queue = TaskQueue(
+            self, function, name=name, on_result=on_result, on_retry=on_retry, on_set_aside=on_set_aside
+        )
+        return task_queue.run(tasks)
 
-    def in_order(
+    def map_in_order(
         self, function: Callable[[Task], Result], tasks: Iterable[Task], *, name: str, out: str
     ) -> Iterator[Result]:
-        """Results of a function over tasks in the order of the tasks, a bounded number of which are taken ahead.
+        """Execute a function over tasks and yield the results in the order of the tasks, holding a bounded number.
 
         Args:
-            function: runs on a worker; see `run`.
-            tasks: are taken as there is room for them.
-            name: of all tasks, to which their number is added.
-            out: what they are for, named in the error.
+            function: executed on a worker; see `map_tasks`.
+            tasks: read as there is room for them.
+            name: common to all tasks; each gets its number appended.
+            out: the folder that the error names.
 
         Raises:
             PartsFailed: a task was set aside.
-            Exception: as `run` does.
+            Exception: as `map_tasks`.
         """
         done: dict[int, Result] = {}
-        flight: TaskQueue[tuple[int, Task], Result] = TaskQueue(
+        task_queue: TaskQueue[tuple[int, Task], Result] = TaskQueue(
             self,
-            partial(_second, function),
+            partial(_apply_to_numbered, function),
             name=lambda numbered: f"{name}-{numbered[0]}",
             on_result=lambda numbered, result, _: done.update({numbered[0]: result}),
             on_retry=ignore_failure,
             on_set_aside=ignore_failure,
         )
-        wanted = 0
-        for _ in flight.rounds(enumerate(tasks)):
-            while wanted in done:
-                yield done.pop(wanted)
-                wanted += 1
-            if flight.failures:
-                raise PartsFailed(failures=flight.failures, out=out)
-            flight.is_paused = len(done) >= _MOST_OUT_OF_ORDER
+        next_number = 0
+        for _ in task_queue.iterate(enumerate(tasks)):
+            while next_number in done:
+                yield done.pop(next_number)
+                next_number += 1
+            if task_queue.failures:
+                raise PartsFailed(failures=task_queue.failures, out=out)
+            task_queue.is_paused = len(done) >= _MAX_RESULTS_AHEAD
 
     def replenish(self) -> None:
-        """Start workers of a local cluster anew that have ended for good.
+        """Replace workers of a local cluster that Dask no longer restarts.
 
-        Dask starts a worker again that ends. But fifteen seconds after each loss it gives up one that is not there at
-        that moment, be it that a later loss is not yet made good; with the last one a run would wait without end.
+        Dask restarts a worker that ends. But fifteen seconds after each loss it removes a worker that is absent at that
+        moment, even where a restart is under way; without the last worker a run would wait forever.
         """
         local = self.client.cluster
         if local is None:
@@ -156,11 +158,11 @@ class Cluster:
         for name, nanny in list(local.workers.items()):
             if nanny.status.name in _ENDED:
                 local.workers.pop(name, None)
-        # The number stays as it is, and what is missing of it is started.
+        # Scaling to the present number starts the missing ones.
         local.scale(len(local.worker_spec))
 
     def addresses(self) -> list[str]:
-        """Workers that offer the resource; asks the scheduler. Raises TryAgain when it is lost."""
+        """Addresses of workers with the resource `teacher`, from the scheduler. Raises TryAgain when it is lost."""
         if self.client.status != "running":
             raise lost_scheduler()
         try:
@@ -170,32 +172,32 @@ class Cluster:
         return [address for address, worker in workers.items() if worker.get("resources", {}).get("teacher", 0) >= 1]
 
 
-def _second(function: Callable[[Task], Result], numbered: tuple[int, Task]) -> Result:
+def _apply_to_numbered(function: Callable[[Task], Result], numbered: tuple[int, Task]) -> Result:
     return function(numbered[1])
 
 
 @contextmanager
 def open_cluster(settings: ClusterSettings, reporter: Reporter | None = None) -> Iterator[Cluster]:
-    """A local cluster, or a connection to a running one, as the settings say; its dashboard is named to the reporter.
+    """A local cluster, or a connection to a running one, as the settings say; reports the address of its dashboard.
 
     Raises:
-        TryAgain: the scheduler does not answer, or its file does not come.
-        JobInvalid: it speaks TLS, and no certificates are configured here.
+        TryAgain: the scheduler does not answer, or its file does not appear.
+        JobInvalid: the scheduler uses TLS, and no certificates are configured here.
     """
     import dask
 
     dask.config.set(
         {
             "distributed.admin.low-level-log-length": _LOGGED_MESSAGES,
-            # Batches of texts are the largest tasks: some megabytes in one message, which is no mistake.
+            # The largest tasks are batches of texts, some megabytes per message, which is intended.
             "distributed.admin.large-graph-warning-threshold": "1 GiB",
         }
     )
     with ExitStack() as stack:
         if settings.scheduler is None and settings.scheduler_file is None:
-            client = stack.enter_context(_local(settings))
+            client = stack.enter_context(_start_local(settings))
         else:
-            client = stack.enter_context(_connected(settings.scheduler or _address_in(str(settings.scheduler_file))))
+            client = stack.enter_context(_connect(settings.scheduler or _read_address(str(settings.scheduler_file))))
         cluster = Cluster(client, settings, reporter)
         cluster.say(f"cluster: {_description(settings)}; dashboard: {_dashboard(client)}")
         yield cluster
@@ -215,13 +217,13 @@ def _dashboard(client: Any) -> str:
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[Any]:
+def _connect(address: str) -> Iterator[Any]:
     from distributed import Client
     from distributed.security import Security
 
     if address.startswith("tls://") and Security().get_connection_args("client").get("ssl_context") is None:
         names = "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__CLIENT__CERT and ...__CLIENT__KEY"
-        raise JobInvalid(file=address, place="", problem=f"this scheduler wants certificates; set {names}")
+        raise JobInvalid(file=address, place="", problem=f"this scheduler requires TLS certificates; set {names}")
     try:
         client = Client(address, timeout=f"{_SECONDS_TO_CONNECT}s", set_as_default=False)
     except (OSError, TimeoutError) as error:
@@ -230,21 +232,21 @@ def _connected(address: str) -> Iterator[Any]:
         yield client
 
 
-def _address_in(file: str) -> str:
-    """Address in a scheduler's file, which may come later than the client and is not written at one stroke."""
+def _read_address(file: str) -> str:
+    """The address in a scheduler's file, which may appear after the client starts and is not written atomically."""
     deadline = time.monotonic() + _SECONDS_FOR_THE_FILE
     while True:
         try:
             return str(json.loads(Path(file).read_text(encoding="utf-8"))["address"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             if time.monotonic() > deadline:
-                problem = f"no Dask scheduler has left its address here for a minute ({type(error).__name__})"
+                problem = f"no Dask scheduler has written its address here within a minute ({type(error).__name__})"
                 raise TryAgain(f"{file}: {problem}") from error
         time.sleep(0.2)
 
 
 @contextmanager
-def _local(settings: ClusterSettings) -> Iterator[Any]:
+def _start_local(settings: ClusterSettings) -> Iterator[Any]:
     import dask
     from distributed import Client
 
@@ -258,7 +260,7 @@ def _local(settings: ClusterSettings) -> Iterator[Any]:
     bounds = settings.adaptive
     with (
         tempfile.TemporaryDirectory(prefix="softshard-") as scratch,
-        _started(bounds.minimum if bounds else settings.workers, scratch) as cluster,
+        _start_workers(bounds.minimum if bounds else settings.workers, scratch) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         if bounds is not None:
@@ -266,8 +268,8 @@ def _local(settings: ClusterSettings) -> Iterator[Any]:
         yield client
 
 
-def _started(num_workers: int, scratch: str) -> Any:
-    """A local cluster of which all workers have come up; a worker that ends before that has it started anew."""
+def _start_workers(num_workers: int, scratch: str) -> Any:
+    """A local cluster whose workers are all ready; it is started again when a worker ends before that."""
     from distributed import LocalCluster
 
     attempt = 1
@@ -286,22 +288,22 @@ def _started(num_workers: int, scratch: str) -> Any:
                 silence_logs=logging.CRITICAL,
             )
         except (RuntimeError, OSError, TimeoutError) as error:
-            # What Dask makes of a process that it has started and that is gone, or of one that it cannot start.
+            # Dask raises these when a worker process ends early or cannot be started.
             if (full := full_disk(error, uri=scratch)) is not None:
                 raise full from error
             if attempt == _ATTEMPTS_TO_START:
-                problem = f"a worker ended {attempt} times before it had come up ({error})"
-                raise TryAgain(f"local cluster of {num_workers}: {problem}; see what ends it") from error
+                problem = f"a worker ended before it was ready, {attempt} times ({error})"
+                raise TryAgain(f"local cluster of {num_workers}: {problem}; find out what ends it") from error
             attempt += 1
 
 
 OpenCluster = Callable[[], Cluster]
-"""Starts the cluster when it is first called."""
+"""Returns the cluster; the first call starts it."""
 
 
 @contextmanager
 def lazy_cluster(settings: ClusterSettings, reporter: Reporter) -> Iterator[OpenCluster]:
-    """A function that starts the cluster when it is first called; it ends with the context."""
+    """A function that returns the cluster; its first call starts it, and the end of the context closes it."""
     with ExitStack() as stack:
         started: list[Cluster] = []
 

@@ -1,55 +1,46 @@
-"""One attempt at a task: what may be tried again after it has failed, and when."""
+"""The retry policy: which failed tasks are tried again and after what delay, are set aside, or end the run."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Literal
 
 from softshard.errors import DataInvalid, SoftshardError, StorageFull, TryAgain
 from softshard.models import out_of_memory
 
-__all__ = ["Attempt", "failure_action", "lost_worker", "retry_delay_seconds"]
+__all__ = ["FailureAction", "failure_action", "lost_worker", "retry_delay_seconds"]
 
-Task = TypeVar("Task")
-_LONGEST_PAUSE_SECONDS = 60.0
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Attempt(Generic[Task]):
-    """A task that is in flight or waits to be."""
-
-    task: Task
-    name: str
-    number: int = 1
-    order: int = 0
-    """Place among all submissions; a worker starts its tasks in this order."""
-    avoid: set[str] = field(default_factory=set)
-    """Workers on which it has failed."""
-    future: Any = None
+FailureAction = Literal["retry", "set_aside", "fail"]
+_LONGEST_DELAY_SECONDS = 60.0
 
 
-def retry_delay_seconds(name: str, number: int, *, base: float) -> float:
-    """Pause after the failed attempt `number` of a task: `base`, doubled with each further one, at most a minute; of
-    that between half and all, by a hash of the task, so that those that failed together do not return together."""
-    digest = hashlib.blake2b(f"{name} {number}".encode(), digest_size=8).digest()
-    longest = min(base * 2.0 ** (number - 1), _LONGEST_PAUSE_SECONDS)
-    return longest * (0.5 + 0.5 * int.from_bytes(digest, "big") / 2**64)
+def failure_action(error: BaseException) -> FailureAction:
+    """How the queue reacts to a failed task.
+
+    `retry`: the cause may be temporary. `set_aside`: the task's data is wrong, the other tasks go on. `fail`: the error
+    ends the run, because it is a bug, or because the disk is full and further tasks would only fill it more.
+    """
+    if isinstance(error, StorageFull):
+        return "fail"
+    if isinstance(error, SoftshardError):
+        return "retry" if isinstance(error, TryAgain) else "set_aside" if isinstance(error, DataInvalid) else "fail"
+    is_temporary = lost_worker(error) is not None or isinstance(error, OSError) or out_of_memory(error)
+    return "retry" if is_temporary else "fail"
 
 
 def lost_worker(error: BaseException) -> str | None:
-    """Address of the worker whose loss an error is; None for any other error."""
+    """Address of the worker whose loss caused the error; None where no loss did."""
     from distributed import KilledWorker
 
     return str(error.last_worker.address) if isinstance(error, KilledWorker) else None
 
 
-def failure_action(error: BaseException) -> Literal["again", "aside", "none"]:
-    """What is to be done about a failed task: try it again, for the reason may pass; set it aside, for its data is
-    wrong; or end the run, for a bug, or a full disk, which would only be filled further."""
-    if isinstance(error, StorageFull):
-        return "none"
-    if isinstance(error, SoftshardError):
-        return "again" if isinstance(error, TryAgain) else "aside" if isinstance(error, DataInvalid) else "none"
-    may_pass = lost_worker(error) is not None or isinstance(error, OSError) or out_of_memory(error)
-    return "again" if may_pass else "none"
+def retry_delay_seconds(name: str, attempt: int, *, base: float) -> float:
+    """Delay before a task is tried again whose attempt with this number (from 1) has failed.
+
+    The upper bound is `base`, doubled with each further attempt, at most a minute. The delay is between half of it and
+    all of it, by a hash of the task's name, so that tasks that failed together do not return together.
+    """
+    digest = hashlib.blake2b(f"{name} {attempt}".encode(), digest_size=8).digest()
+    longest = min(base * 2.0 ** (attempt - 1), _LONGEST_DELAY_SECONDS)
+    return longest * (0.5 + 0.5 * int.from_bytes(digest, "big") / 2**64)

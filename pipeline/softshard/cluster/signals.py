@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGTERM from a service manager or a scheduler of jobs, SIGINT from a terminal.
+"""Handling the first SIGTERM (from a service manager or a job scheduler) or SIGINT (from a terminal).
 
-In: what to do about the first signal. Guaranteed: the second one does what it did before, so that nobody waits longer
-than they want to; a signal that the process was started to ignore stays ignored.
+A second signal has its previous effect, which ends the process at once. A signal that the process was started to ignore
+stays ignored.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def on_first_signal(handle: Callable[[str], None]) -> Iterator[None]:
-    """While the context lasts, give the name of the first signal to `handle`, which must be quick and not raise.
+    """While the context lasts, call `handle` with the name of the first signal; it must be quick and not raise.
 
-    Only the main thread can be asked; in another one nothing changes.
+    Python delivers signals to the main thread only; in another thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    ours = [number for number, handler in before.items() if handler not in {signal.SIG_IGN, None}]
+    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    handled = [number for number, handler in previous.items() if handler not in {signal.SIG_IGN, None}]
 
     def restore() -> None:
-        for number in ours:
-            signal.signal(number, before[number])
+        for number in handled:
+            signal.signal(number, previous[number])
 
-    def hear(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         restore()
         handle(signal.Signals(number).name)
 
-    for number in ours:
-        signal.signal(number, hear)
+    for number in handled:
+        signal.signal(number, on_signal)
     try:
         yield
     finally:

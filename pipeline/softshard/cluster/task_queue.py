@@ -1,7 +1,7 @@
-"""Tasks in flight: a bounded number at a time, what may pass tried again, what cannot set aside, drained on a signal.
+"""A queue of tasks for a Dask cluster: bounded in flight, with retries, setting aside, and draining on a signal.
 
-In: a stream of tasks and a function for them. Out: each task's result, as it comes. Neither client nor scheduler holds
-more than what is in flight, whatever the number of tasks.
+It takes a stream of tasks and a function, and hands on each task's result as it arrives. Neither client nor scheduler
+holds more than the tasks in flight, whatever the length of the stream.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import math
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from softshard.cluster.retry import Attempt, failure_action, lost_worker, retry_delay_seconds
+from softshard.cluster.retry import failure_action, lost_worker, retry_delay_seconds
 from softshard.cluster.signals import on_first_signal
 from softshard.cluster.worker import run_task
 from softshard.config import ClusterSettings
@@ -30,51 +30,65 @@ Result = TypeVar("Result")
 
 _PER_WORKER, _MOST_PER_WORKER = 2, 16
 _SECONDS_AHEAD, _SECONDS_TOGETHER = 0.1, 0.05
-"""Short tasks wait on their worker in such numbers that it has this much to do while the client hears and answers; it
-answers what it hears within half of that together."""
-_PATIENCE_SECONDS = 5.0
+"""Short tasks are queued on their worker in such numbers that it has 0.1 s of work while the client handles results,
+which the client collects for at most half of that time."""
+_POLL_SECONDS = 5.0
 _SECONDS_WITHOUT_WORKERS = 300.0
-_SECONDS_TO_FETCH, _SECONDS_TO_FETCH_ONE = 10.0, 1.0
-"""Results are a few hundred bytes each."""
-_SECONDS_OF_ONE_LOSS = 0.05
-"""The tasks of a lost worker are reported at the same time, but heard one by one."""
+_SECONDS_TO_FETCH, _SECONDS_TO_FETCH_SINGLE = 10.0, 1.0
+"""A result is a few hundred bytes."""
+_SECONDS_OF_A_LOSS = 0.05
+"""The errors of a lost worker's tasks are sent at the same time and arrive one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """How a task came to its result."""
+    """Where, how fast and at which attempt a task was executed."""
 
     worker: str
     """Address of the worker."""
     seconds: float
-    """Time that the function took there."""
+    """Time that the function took."""
     attempt: int
-    """1 for the first."""
+    """From 1."""
 
 
 class Workers(Protocol):
-    """What the flight must know of the cluster."""
+    """What the queue needs of the cluster."""
 
     settings: ClusterSettings
     client: Any
-    run_id: str
+    client_id: str
 
     def addresses(self) -> list[str]:
-        """Workers that offer the resource `teacher`, asked for anew. Raises TryAgain when the scheduler is lost."""
+        """Addresses of workers with the resource `teacher`, now. Raises TryAgain when the scheduler is lost."""
 
     def replenish(self) -> None:
-        """Start workers of a local cluster anew that have ended for good."""
+        """Replace workers of a local cluster that Dask no longer restarts."""
 
     def say(self, message: str) -> None:
         """One line for a person."""
 
 
 def ignore_failure(task: object, attempt: int, reason: str) -> None:
-    """What is done about a failure that nobody asked to hear of."""
+    """The callback for failures that the caller does not handle."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _QueuedTask(Generic[Task]):
+    """A task that is in flight or waits for its next attempt."""
+
+    task: Task
+    name: str
+    attempt: int = 1
+    submission: int = 0
+    """Place among all submissions; a worker executes its tasks in this order."""
+    avoid: set[str] = field(default_factory=set)
+    """Addresses of workers on which it has failed."""
+    future: Any = None
 
 
 class TaskQueue(Generic[Task, Result]):
-    """One pass over a stream of tasks."""
+    """One pass over a stream of tasks; see `Cluster.map_tasks` for the arguments and guarantees."""
 
     def __init__(
         self,
@@ -91,170 +105,172 @@ class TaskQueue(Generic[Task, Result]):
         self._workers, self._settings, self._client = workers, workers.settings, workers.client
         self._name, self._on_result = name, on_result
         self._on_retry, self._on_set_aside = on_retry, on_set_aside
-        # Pickled once here, and not unpickled by the scheduler, which then needs none of the modules that it names.
+        # Pickled here once and not unpickled by the scheduler, which therefore needs none of the function's modules.
         self._function: bytes = dumps(function)
         self._dumps: Callable[[object], bytes] = dumps
-        self._orders = itertools.count()
-        self._flying: dict[str, Attempt[Task]] = {}
-        self._pausing: list[tuple[float, int, Attempt[Task]]] = []
-        self._landed: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._submissions = itertools.count()
+        self._in_flight: dict[str, _QueuedTask[Task]] = {}
+        self._retries: list[tuple[float, int, _QueuedTask[Task]]] = []
+        self._done_keys: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.failures: dict[str, str] = {}
         self.is_paused = False
         self._signal: str | None = None
         self._finished = self._dropped = 0
         self._mean_seconds = math.inf
-        self._counted, self._counted_at = 1, -math.inf
-        self._alone_since: float | None = None
-        self._settled_at = -math.inf
+        self._num_workers, self._num_workers_at = 1, -math.inf
+        self._no_workers_since: float | None = None
+        self._handled_at = -math.inf
 
     def run(self, tasks: Iterable[Task]) -> dict[str, str]:
-        """Run the function over all tasks; names and reasons of those that were set aside. Raises as Cluster.run."""
-        for _ in self.rounds(tasks):
+        """Execute all tasks; returns the names of those that were set aside, with the reasons."""
+        for _ in self.iterate(tasks):
             pass
         return self.failures
 
-    def rounds(self, tasks: Iterable[Task]) -> Iterator[None]:
-        """The same, a step after each round of results that were handed on. No more is taken while `is_paused`."""
+    def iterate(self, tasks: Iterable[Task]) -> Iterator[None]:
+        """Execute all tasks, yielding after each batch of results; takes no further tasks while `is_paused`."""
         waiting = iter(tasks)
-        landed: list[str] = []
+        done: list[str] = []
         try:
-            with on_first_signal(self._hear_signal):
-                # Workers get their next tasks at once; the results of the last ones are fetched together.
-                while self._take_off(waiting, num_landed=len(landed)):
-                    self._settle(landed)
+            with on_first_signal(self._on_signal):
+                # Workers get their next tasks first; then the results of the previous ones are fetched together.
+                while self._submit_ready(waiting, num_done=len(done)):
+                    self._handle_results(done)
                     if self._signal is not None:
                         self._drain(self._signal)
                     yield
-                    landed = self._next_landed()
+                    done = self._wait_for_done()
         finally:
-            for attempt in self._flying.values():
-                attempt.future.release()
+            for entry in self._in_flight.values():
+                entry.future.release()
 
-    def _hear_signal(self, name: str) -> None:
+    def _on_signal(self, name: str) -> None:
         self._signal = name
-        self._landed.put(None)
+        self._done_keys.put(None)
 
-    def _take_off(self, waiting: Iterator[Task], *, num_landed: int) -> bool:
-        """Start what is due and what there is room for; False when nothing is left.
+    def _submit_ready(self, waiting: Iterator[Task], *, num_done: int) -> bool:
+        """Submit retries that are due, and new tasks while there is room; False when nothing is left.
 
-        `num_landed` of those in flight are done and have only to be settled.
+        `num_done` of the tasks in flight are done, with results still to be handled.
         """
         if self._signal is not None:
             return True
         room, now = self._room(), time.monotonic()
-        starting: list[Attempt[Task]] = []
-        while self._pausing and self._pausing[0][0] <= now:
-            starting.append(heapq.heappop(self._pausing)[2])
-        # Tasks that pause take no room, or a worker would pause with them; but no more than that many may, or an
-        # outage would take in the whole stream.
-        if len(self._pausing) < room and not self.is_paused:
-            fresh = itertools.islice(waiting, max(0, room + num_landed - len(self._flying) - len(starting)))
-            starting += [Attempt(task=task, name=self._name(task)) for task in fresh]
-        self._send([attempt for attempt in starting if not attempt.avoid])
-        for attempt in starting:
-            if attempt.avoid:
-                self._send([attempt], workers=[one for one in self._workers.addresses() if one not in attempt.avoid])
-        return bool(self._flying or self._pausing)
+        ready: list[_QueuedTask[Task]] = []
+        while self._retries and self._retries[0][0] <= now:
+            ready.append(heapq.heappop(self._retries)[2])
+        # Tasks that wait for a retry take no room, or a worker would wait with them; but once they are as many as
+        # there is room for, no new task is taken, or an outage would consume the whole stream.
+        if len(self._retries) < room and not self.is_paused:
+            new_tasks = itertools.islice(waiting, max(0, room + num_done - len(self._in_flight) - len(ready)))
+            ready += [_QueuedTask(task=task, name=self._name(task)) for task in new_tasks]
+        self._submit([entry for entry in ready if not entry.avoid])
+        for entry in ready:
+            if entry.avoid:
+                self._submit(
+                    [entry], workers=[address for address in self._workers.addresses() if address not in entry.avoid]
+                )
+        return bool(self._in_flight or self._retries)
 
     def _room(self) -> int:
-        """Tasks that may be in flight: at least those of one worker, so that something waits for the first."""
+        """Number of tasks that may be in flight; without workers that of one, so that the first one finds work."""
         now = time.monotonic()
-        if now - self._counted_at > _PATIENCE_SECONDS:
+        if now - self._num_workers_at > _POLL_SECONDS:
             self._workers.replenish()
-            self._counted, self._counted_at = max(1, len(self._workers.addresses())), now
+            self._num_workers, self._num_workers_at = max(1, len(self._workers.addresses())), now
         ahead = 1 + math.ceil(_SECONDS_AHEAD / max(self._mean_seconds, 1e-3))
-        return self._counted * min(max(_PER_WORKER, ahead), _MOST_PER_WORKER)
+        return self._num_workers * min(max(_PER_WORKER, ahead), _MOST_PER_WORKER)
 
-    def _send(self, attempts: Sequence[Attempt[Task]], *, workers: Sequence[str] = ()) -> None:
-        """Submit attempts in one message, to some workers rather than to others where some are named."""
-        if not attempts:
+    def _submit(self, entries: Sequence[_QueuedTask[Task]], *, workers: Sequence[str] = ()) -> None:
+        """Submit tasks in one message; the given `workers` are preferred to others."""
+        if not entries:
             return
-        orders, keys = [], []
-        for attempt in attempts:
-            attempt.order = next(self._orders)
-            orders.append((self._workers.run_id, self._function, self._dumps(attempt.task)))
-            keys.append(f"{attempt.name}-{attempt.order}-{self._workers.run_id}")
+        requests, keys = [], []
+        for entry in entries:
+            entry.submission = next(self._submissions)
+            requests.append((self._workers.client_id, self._function, self._dumps(entry.task)))
+            keys.append(f"{entry.name}-{entry.submission}-{self._workers.client_id}")
         choice = {"workers": list(workers), "allow_other_workers": True} if workers else {}
-        futures = self._client.map(run_task, orders, key=keys, pure=False, resources={"teacher": 1}, **choice)
-        for attempt, key, future in zip(attempts, keys, futures, strict=True):
-            attempt.future = future
-            self._flying[key] = attempt
-            future.add_done_callback(lambda done: self._landed.put(done.key))
+        futures = self._client.map(run_task, requests, key=keys, pure=False, resources={"teacher": 1}, **choice)
+        for entry, key, future in zip(entries, keys, futures, strict=True):
+            entry.future = future
+            self._in_flight[key] = entry
+            future.add_done_callback(lambda done: self._done_keys.put(done.key))
 
-    def _next_landed(self) -> list[str]:
-        """Keys that are done; waits for one, but not for a scheduler or for workers that are gone."""
-        if not self._flying and not self._pausing:
+    def _wait_for_done(self) -> list[str]:
+        """Keys of tasks that are done; waits for at least one, until a retry is due or the cluster needs a look."""
+        if not self._in_flight and not self._retries:
             return []
-        pause = self._pausing[0][0] - time.monotonic() if self._pausing else math.inf
+        until_retry = self._retries[0][0] - time.monotonic() if self._retries else math.inf
         try:
-            landed = [self._landed.get(timeout=max(0.0, min(pause, _PATIENCE_SECONDS)))]
+            done = [self._done_keys.get(timeout=max(0.0, min(until_retry, _POLL_SECONDS)))]
         except queue.Empty:
-            self._refuse_if_alone()
+            self._fail_without_workers()
             return []
-        landed += self._also_landed()
+        done += self._drain_done_keys()
         # Workers have enough to do meanwhile, and a message about several tasks costs little more than about one.
-        end = self._settled_at + _SECONDS_TOGETHER
-        while None not in landed and 2 * len(landed) < len(self._flying) and (left := end - time.monotonic()) > 0:
+        end = self._handled_at + _SECONDS_TOGETHER
+        while None not in done and 2 * len(done) < len(self._in_flight) and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                landed.append(self._landed.get(timeout=left))
-        return [key for key in landed if key is not None and key in self._flying]
+                done.append(self._done_keys.get(timeout=left))
+        return [key for key in done if key is not None and key in self._in_flight]
 
-    def _also_landed(self) -> Iterator[str | None]:
+    def _drain_done_keys(self) -> Iterator[str | None]:
         while True:
             try:
-                yield self._landed.get_nowait()
+                yield self._done_keys.get_nowait()
             except queue.Empty:
                 return
 
-    def _refuse_if_alone(self) -> None:
+    def _fail_without_workers(self) -> None:
         now = time.monotonic()
         if self._workers.addresses():
-            self._alone_since = None
-        elif self._alone_since is None:
-            self._alone_since = now
-        elif now - self._alone_since >= _SECONDS_WITHOUT_WORKERS:
+            self._no_workers_since = None
+        elif self._no_workers_since is None:
+            self._no_workers_since = now
+        elif now - self._no_workers_since >= _SECONDS_WITHOUT_WORKERS:
             raise TryAgain("the cluster has had no worker with the resource `teacher=1` for five minutes")
 
-    def _settle(self, landed: list[str]) -> None:
-        """Hand on results, try again or set aside what failed."""
-        self._settled_at = time.monotonic()
+    def _handle_results(self, done: list[str]) -> None:
+        """Hand on results; retry or set aside tasks that failed."""
+        self._handled_at = time.monotonic()
         errors: dict[str, BaseException] = {}
-        for key, outcome in self._outcomes(landed).items():
+        for key, outcome in self._read_outcomes(done).items():
             if isinstance(outcome, BaseException):
                 errors[key] = outcome
                 continue
-            attempt = self._flying.pop(key)
+            entry = self._in_flight.pop(key)
             result, worker, seconds = outcome
             self._mean_seconds = seconds if self._mean_seconds == math.inf else 0.8 * self._mean_seconds + 0.2 * seconds
             self._finished += self._signal is not None
-            self._on_result(attempt.task, result, Execution(worker=worker, seconds=seconds, attempt=attempt.number))
+            self._on_result(entry.task, result, Execution(worker=worker, seconds=seconds, attempt=entry.attempt))
         if any(lost_worker(error) for error in errors.values()):
-            time.sleep(_SECONDS_OF_ONE_LOSS)
-            others = [key for key in self._also_landed() if key in self._flying and key not in errors]
-            errors |= {key: e for key, e in self._outcomes(others).items() if isinstance(e, BaseException)}
+            time.sleep(_SECONDS_OF_A_LOSS)
+            others = [key for key in self._drain_done_keys() if key in self._in_flight and key not in errors]
+            errors |= {key: e for key, e in self._read_outcomes(others).items() if isinstance(e, BaseException)}
             for key in set(others) - set(errors):
-                self._landed.put(key)
-        self._settle_errors(errors)
+                self._done_keys.put(key)
+        self._handle_errors(errors)
 
-    def _outcomes(self, keys: Iterable[str]) -> dict[str, Any]:
-        """What each task came to: an error, or its result with worker and seconds. Raises TryAgain.
+    def _read_outcomes(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The outcome of each task: an error, or its result with worker and seconds. Raises TryAgain.
 
-        A task whose result was lost with its worker before it was fetched has come to nothing, and is sent again.
+        A task whose result was lost with its worker before it was fetched has no outcome and is submitted again.
         """
-        futures = {key: self._flying[key].future for key in keys}
+        futures = {key: self._in_flight[key].future for key in keys}
         if any(future.status == "cancelled" for future in futures.values()):
             raise lost_scheduler()
         outcomes: dict[str, Any] = {key: f.exception() for key, f in futures.items() if f.status == "error"}
         there = {key: future for key, future in futures.items() if future.status == "finished"}
         outcomes |= self._fetch(there)
-        self._send_again([key for key in futures if key not in outcomes])
+        self._resubmit([key for key in futures if key not in outcomes])
         return outcomes
 
     def _fetch(self, futures: dict[str, Any]) -> dict[str, Any]:
-        """Results, or errors, of finished tasks; without those that workers have taken with them.
+        """Results, or errors, of finished tasks, without results that were lost with their workers.
 
-        Dask waits for a lost result until the task was done again. That takes what it takes, and nothing else is
-        settled or started meanwhile.
+        Dask waits for a lost result until the task was executed again. That may take long, and nothing else would be
+        handled or submitted meanwhile, so there is a time limit.
         """
         try:
             return self._gather(futures, _SECONDS_TO_FETCH) if futures else {}
@@ -262,17 +278,17 @@ class TaskQueue(Generic[Task, Result]):
             found: dict[str, Any] = {}
             for key, future in futures.items():
                 with contextlib.suppress(TimeoutError):
-                    found |= self._gather({key: future}, _SECONDS_TO_FETCH_ONE)
+                    found |= self._gather({key: future}, _SECONDS_TO_FETCH_SINGLE)
             return found
 
     def _gather(self, futures: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Results, or errors, in so many seconds. Raises TimeoutError, and TryAgain where the scheduler is lost."""
+        """Results, or errors, within a time limit. Raises TimeoutError, and TryAgain when the scheduler is lost."""
 
         async def gather() -> dict[str, Any]:
             try:
                 found: dict[str, Any] = await self._client.gather(futures, errors="skip", asynchronous=True)
             except asyncio.CancelledError as error:
-                # Dask gives up so too, when a connection to a worker ends under it, and would not get to say it.
+                # Dask also raises this when a connection to a worker breaks during the call.
                 raise TimeoutError from error
             return found
 
@@ -289,79 +305,79 @@ class TaskQueue(Generic[Task, Result]):
             if key not in lost
         }
 
-    def _send_again(self, keys: Iterable[str]) -> None:
-        """Start tasks anew that have not failed; on a signal they are dropped."""
-        gone = [self._flying.pop(key) for key in keys]
-        for attempt in gone:
-            attempt.future.release()
+    def _resubmit(self, keys: Iterable[str]) -> None:
+        """Submit tasks again that have not failed; after a signal they are dropped."""
+        entries = [self._in_flight.pop(key) for key in keys]
+        for entry in entries:
+            entry.future.release()
         if self._signal is None:
-            self._send(gone)
+            self._submit(entries)
         else:
-            self._dropped += len(gone)
+            self._dropped += len(entries)
 
-    def _settle_errors(self, errors: dict[str, BaseException]) -> None:
-        """Of the tasks that a lost worker takes with it, only the first, which it had begun, has failed."""
+    def _handle_errors(self, errors: dict[str, BaseException]) -> None:
+        """Retry or set aside failed tasks. Of a lost worker's tasks only the first, which it executed, has failed."""
         blamed: set[str] = set()
-        for key, error in sorted(errors.items(), key=lambda item: self._flying[item[0]].order):
-            attempt = self._flying.pop(key)
+        for key, error in sorted(errors.items(), key=lambda item: self._in_flight[item[0]].submission):
+            entry = self._in_flight.pop(key)
             worker = lost_worker(error)
             if self._signal is not None:
                 self._dropped += 1
             elif worker is not None and worker in blamed:
-                self._pause(attempt, 0.0)
+                self._retry_later(entry, 0.0)
             else:
-                self._failed(attempt, error)
+                self._handle_failure(entry, error)
             blamed |= {worker} if worker else set()
-            attempt.future.release()
+            entry.future.release()
 
-    def _failed(self, attempt: Attempt[Task], error: BaseException) -> None:
-        remedy, worker = failure_action(error), lost_worker(error)
-        if remedy == "none":
+    def _handle_failure(self, entry: _QueuedTask[Task], error: BaseException) -> None:
+        action, worker = failure_action(error), lost_worker(error)
+        if action == "fail":
             raise error
         what = f"its worker {worker} was lost" if worker else f"{error}"
-        reason = f"{type(error).__name__}: {what} (attempt {attempt.number})"
-        if remedy == "aside" or attempt.number >= self._settings.max_attempts:
-            self.failures[attempt.name] = reason
-            self._on_set_aside(attempt.task, attempt.number, reason)
+        reason = f"{type(error).__name__}: {what} (attempt {entry.attempt})"
+        if action == "set_aside" or entry.attempt >= self._settings.max_attempts:
+            self.failures[entry.name] = reason
+            self._on_set_aside(entry.task, entry.attempt, reason)
             return
-        self._on_retry(attempt.task, attempt.number, reason)
-        # The worker of an error that it has lived through is its last note.
-        attempt.avoid |= {worker} if worker else set(getattr(error, "__notes__", ())[-1:])
-        pause = retry_delay_seconds(attempt.name, attempt.number, base=self._settings.retry_seconds)
-        attempt.number += 1
-        self._pause(attempt, pause)
+        self._on_retry(entry.task, entry.attempt, reason)
+        # A worker that survived the error has added its address to it as a note.
+        entry.avoid |= {worker} if worker else set(getattr(error, "__notes__", ())[-1:])
+        delay = retry_delay_seconds(entry.name, entry.attempt, base=self._settings.retry_seconds)
+        entry.attempt += 1
+        self._retry_later(entry, delay)
 
-    def _pause(self, attempt: Attempt[Task], seconds: float) -> None:
-        heapq.heappush(self._pausing, (time.monotonic() + seconds, attempt.order, attempt))
+    def _retry_later(self, entry: _QueuedTask[Task], seconds: float) -> None:
+        heapq.heappush(self._retries, (time.monotonic() + seconds, entry.submission, entry))
 
     def _drain(self, name: str) -> None:
-        """Wait for what has been begun, as long as there is grace, and let go of the rest. Raises Stopped."""
+        """Wait `grace_seconds` for the tasks that workers have started, and cancel the others. Raises Stopped."""
         grace = self._settings.grace_seconds
         deadline = time.monotonic() + grace
-        begun = self._begun()
-        self._client.cancel([self._flying.pop(key).future for key in set(self._flying) - begun])
-        if self._flying:
-            left = f"{len(self._flying)} task(s) in hand may take {grace:g} s to finish"
-            self._workers.say(f"{name}: {left}; a second signal ends the run at once")
-        while self._flying and (left_seconds := deadline - time.monotonic()) > 0:
+        started = self._started_keys()
+        self._client.cancel([self._in_flight.pop(key).future for key in set(self._in_flight) - started])
+        if self._in_flight:
+            waiting = f"waiting up to {grace:g} s for {len(self._in_flight)} task(s) to finish"
+            self._workers.say(f"{name}: {waiting}; a second signal ends the run at once")
+        while self._in_flight and (seconds_left := deadline - time.monotonic()) > 0:
             try:
-                landed = self._landed.get(timeout=min(left_seconds, _PATIENCE_SECONDS))
+                done = self._done_keys.get(timeout=min(seconds_left, _POLL_SECONDS))
             except queue.Empty:
-                self._refuse_if_alone()
+                self._fail_without_workers()
                 continue
-            self._settle([landed] if landed in self._flying else [])
-        self._dropped += len(self._flying)
+            self._handle_results([done] if done in self._in_flight else [])
+        self._dropped += len(self._in_flight)
         raise Stopped(signal=name, finished=self._finished, dropped=self._dropped)
 
-    def _begun(self) -> set[str]:
-        """Keys that a worker has begun; all that are in flight, if workers do not say so at once."""
+    def _started_keys(self) -> set[str]:
+        """Keys of tasks that a worker has started; all in flight where the workers do not answer in time."""
         try:
-            stacks = self._client.sync(self._client.scheduler.call_stack, keys=None, callback_timeout=_PATIENCE_SECONDS)
+            stacks = self._client.sync(self._client.scheduler.call_stack, keys=None, callback_timeout=_POLL_SECONDS)
         except (OSError, TimeoutError):
-            return set(self._flying)
-        return set(self._flying) & {key for keys in stacks.values() for key in keys}
+            return set(self._in_flight)
+        return set(self._in_flight) & {key for keys in stacks.values() for key in keys}
 
 
 def lost_scheduler() -> TryAgain:
-    """The error of a run whose scheduler is gone."""
+    """The error for a lost connection to the scheduler."""
     return TryAgain("the connection to the Dask scheduler is lost; what is committed is kept, run the job again")

@@ -49,7 +49,7 @@ def encode_on(cluster: Callable[[], Cluster], *, model: Path, fingerprint: str, 
 
     def encode(batches: Iterable[list[str]]) -> Iterator[list[NDArray[np.int32]]]:
         encode_there = partial(_encode, folder=model, fingerprint=fingerprint)
-        return cluster().in_order(encode_there, batches, name="corpus", out=out)
+        return cluster().map_in_order(encode_there, batches, name="corpus", out=out)
 
     return encode
 

@@ -105,7 +105,7 @@ def score_parts(
             )
             progress(done, note=f"{num_done}/{missing.num_parts} parts")
 
-        failures = cluster.run(
+        failures = cluster.map_tasks(
             partial(score, run=run),
             missing.tasks(run),
             name=lambda task: f"part-{task.part_id}",

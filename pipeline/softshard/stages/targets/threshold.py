@@ -162,7 +162,7 @@ def _run_on(cluster: Cluster, run: ScoringSpec, plan: PartSpec, corpus: CorpusMa
         extent=extent,
     )
     done: list[Pilot] = []
-    failures = cluster.run(
+    failures = cluster.map_tasks(
         score_pilot, [pilot], name=lambda _: "pilot", on_result=lambda _, measured, __: done.append(measured)
     )
     if failures:

@@ -258,7 +258,7 @@ def _train_folds(
             progress(100 * share, note=f"{len(plans)} folds, loss {loss:.3f}")
 
         running.on_message(hear)
-        failures = running.run(
+        failures = running.map_tasks(
             train_adapter,
             tasks,
             name=lambda task: f"teacher-{task.plan.folder}",
