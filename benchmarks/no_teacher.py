@@ -115,25 +115,25 @@ def _rows() -> tuple[list[tuple[TokenSequence, SequenceTargets]], FidelitySums]:
     return rows, total
 
 
-def _build(task: ScoreTask, run: ScoringSpec) -> tuple[bytes, Receipt]:
+def _build(task: ScoreTask, spec: ScoringSpec) -> tuple[bytes, Receipt]:
     rows, sums = _rows()
-    return build_part(run.plan(task.index, task.slice), rows, sums)
+    return build_part(spec.part_spec(task.index, task.slice), rows, sums)
 
 
 _first: Receipt | None = None
 
 
-def answer(task: ScoreTask, *, run: ScoringSpec) -> Receipt:
+def answer(task: ScoreTask, *, spec: ScoringSpec) -> Receipt:
     """A receipt, of a part that is not there."""
     global _first
-    _first = _first or _build(task, run)[1]
+    _first = _first or _build(task, spec)[1]
     return _first.model_copy(update={"part_id": task.part_id})
 
 
-def commit(task: ScoreTask, *, run: ScoringSpec) -> Receipt:
+def commit(task: ScoreTask, *, spec: ScoringSpec) -> Receipt:
     """Build and commit a part."""
-    content, receipt = _build(task, run)
-    return commit_part(open_store(run.targets), content, receipt)
+    content, receipt = _build(task, spec)
+    return commit_part(open_store(spec.targets), content, receipt)
 
 
 def peak_mib(process: int | str = "self") -> float:

@@ -57,7 +57,7 @@ class Sides:
         """Score all slices in the bare processes; where the parts are."""
         run = self._next_run()
         tasks = [
-            ScoreTask(index=index, part_id=run.plan(index, part).part_id, slice=part)
+            ScoreTask(index=index, part_id=run.part_spec(index, part).part_id, slice=part)
             for index, part in enumerate(self._slices)
         ]
         for number, connection in enumerate(self._bare):
@@ -76,7 +76,7 @@ def _serve(connection: Any) -> None:
     while (work := connection.recv()) is not None:
         run, tasks = work
         for task in tasks:
-            score_part(task, run=run)
+            score_part(task, spec=run)
         connection.send(None)
 
 

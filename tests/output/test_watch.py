@@ -13,7 +13,7 @@ import pytest
 
 from fakes.s3_server import moto, proxy, spoiled_server  # noqa: F401
 from softshard.cli import main
-from softshard.cli.watch import live_line
+from softshard.cli.watch import render_line
 from softshard.corpus.manifest import (
     CORPUS_VERSION,
     CorpusManifest,
@@ -229,7 +229,7 @@ def test_run_whose_lease_is_not_renewed_is_silent(output):
     clock.now += Pace().expiry_seconds + 1
     status = watcher.look()
     assert not status.run.is_alive
-    assert live_line(status).endswith("r on gpu-7, process 7, silent for 0:01:01")
+    assert render_line(status).endswith("r on gpu-7, process 7, silent for 0:01:01")
 
 
 def test_parts_of_new_documents_are_what_is_missing(output):
@@ -271,7 +271,7 @@ def test_corpus_that_is_not_complete_has_no_total(tmp_path):
     status = Watcher(store).look()
     assert status.parts_total is None
     assert status.eta_seconds is None
-    assert "0 parts, 0 positions" in live_line(status)
+    assert "0 parts, 0 positions" in render_line(status)
 
 
 def test_damaged_receipt_is_named_and_3(output, capsys):

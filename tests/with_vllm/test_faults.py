@@ -278,11 +278,11 @@ def test_memory_that_runs_out_in_any_engine_may_be_there_for_the_next(tiny_job, 
     corpus = read_corpus_manifest(workspace.corpus)
     scoring = make_scoring_spec(workspace, corpus, StyleTeacher(adapters=()))
     part = corpus.slices[0]
-    task = tasks.ScoreTask(index=0, part_id=scoring.plan(0, part).part_id, slice=part)
+    task = tasks.ScoreTask(index=0, part_id=scoring.part_spec(0, part).part_id, slice=part)
     engine = Exhausted(ask)
     monkeypatch.setattr(engines, "open_teacher", lambda *_, **__: engine)
     with pytest.raises(EngineFailed, match="the transformers engine failed: memory ran out"):
-        tasks.score_part(task, run=scoring)
+        tasks.score_part(task, spec=scoring)
     assert engine.closed
     assert committed(tmp_path / "job.yaml") == {}
 

@@ -1,4 +1,4 @@
-"""The command `softshard`: arguments in, one stage or the whole job out, and what people see of it."""
+"""The command `softshard`."""
 
 from __future__ import annotations
 

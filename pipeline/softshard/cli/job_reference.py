@@ -1,4 +1,4 @@
-"""The job file reference, `docs/job.md`: every key with its type, default and meaning, from the models themselves."""
+"""The job file reference, `docs/job.md`: every key with its type, default and meaning, from the settings models."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ _MEASURED = ("human_nll_nats", "retention_nll_nats")
 
 
 def render_sweep(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as lines of at most 80 columns, and how one of them was chosen, which `*` marks."""
+    """The rows as lines of at most 80 columns; `*` marks the chosen one."""
     lines = [f"  {'alpha':>8}{'lambda':>10}{'learning rate':>16}{'hold-out NLL':>15}{'retention NLL':>16}"]
     for row in rows:
         nll, kept = (f"{row[name]:.4f}" if row[name] is not None else "-" for name in _MEASURED)

@@ -1,4 +1,4 @@
-"""Text that a model or a corpus wrote, made fit for a terminal."""
+"""Formatting text that a model or a corpus wrote for a terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ WIDTH = 80
 
 
 def printable(text: str) -> str:
-    """The text with every control, format or unassigned character but the newline as `·`, so that none is obeyed."""
-    return "".join("·" if unicodedata.category(one)[0] == "C" and one != "\n" else one for one in text)
+    """The text with every control, format or unassigned character but the newline replaced by `·`."""
+    return "".join("·" if unicodedata.category(char)[0] == "C" and char != "\n" else char for char in text)
 
 
 def wrapped(text: str, *, indent: int = 0) -> list[str]:
-    """Lines of at most 80 columns, its own line breaks kept, all indented."""
+    """The text in lines of at most 80 columns, indented, with its own line breaks kept."""
     margin = " " * indent
     return [
         margin + row
@@ -28,7 +28,7 @@ def wrapped(text: str, *, indent: int = 0) -> list[str]:
 
 
 def packed(items: Iterable[str], *, indent: int) -> list[str]:
-    """Lines of at most 80 columns with the items in order, two spaces apart; none is broken, a longer one is cut."""
+    """The items in order in lines of at most 80 columns, two spaces apart; no item is split, a long one is cut."""
     lines: list[str] = []
     line = ""
     for item in items:
@@ -39,4 +39,4 @@ def packed(items: Iterable[str], *, indent: int) -> list[str]:
             lines.append(line)
             line = ""
         line = f"{line}  {shown}" if line else shown
-    return [" " * indent + one for one in (*lines, line) if one]
+    return [" " * indent + each for each in (*lines, line) if each]

@@ -1,4 +1,4 @@
-"""The view of a run from outside: on a terminal a picture that is redrawn, elsewhere one line a look."""
+"""`softshard status --watch`: a display that is redrawn on a terminal, and one line per look elsewhere."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from softshard.storage import open_store
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["live_line", "live_picture", "watch_output"]
+__all__ = ["render_display", "render_line", "watch_output"]
 
 
 def watch_output(out: str, *, every_seconds: float, as_json: bool, write: Callable[[str], None]) -> int:
-    """Show an output until it is complete; the exit code: 0, or 75 when it was stopped before.
+    """Show an output until it is complete; returns the exit code: 0, or 75 when interrupted before.
 
     Args:
-        write: where lines go, when stdout is no terminal or JSON is asked for.
+        write: called with each line where stdout is not a terminal, or with JSON.
 
     Raises:
         JobInvalid: there is no job in it.
@@ -34,15 +34,15 @@ def watch_output(out: str, *, every_seconds: float, as_json: bool, write: Callab
     watcher = Watcher(open_store(out))
     try:
         if sys.stdout.isatty() and not as_json:
-            return _show(out, watcher, every_seconds)
-        for status in _looks(watcher, every_seconds):
-            write((json.dumps(asdict(status)) if as_json else live_line(status)) + "\n")
+            return _redraw(out, watcher, every_seconds)
+        for status in _look_until_complete(watcher, every_seconds):
+            write((json.dumps(asdict(status)) if as_json else render_line(status)) + "\n")
     except KeyboardInterrupt:
         return EXIT_TRY_AGAIN
     return 0
 
 
-def _looks(watcher: Watcher, every_seconds: float) -> Iterator[LiveStatus]:
+def _look_until_complete(watcher: Watcher, every_seconds: float) -> Iterator[LiveStatus]:
     while True:
         started = time.monotonic()
         status = watcher.look()
@@ -52,29 +52,29 @@ def _looks(watcher: Watcher, every_seconds: float) -> Iterator[LiveStatus]:
         time.sleep(max(0.0, every_seconds - (time.monotonic() - started)))
 
 
-def _show(out: str, watcher: Watcher, every_seconds: float) -> int:
+def _redraw(out: str, watcher: Watcher, every_seconds: float) -> int:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
     console = Console(width=min(WIDTH, Console().width))
     with Live(Text(f"{printable(out)}: reading its receipts"), console=console, auto_refresh=False) as live:
-        for status in _looks(watcher, every_seconds):
-            live.update(live_picture(status), refresh=True)
+        for status in _look_until_complete(watcher, every_seconds):
+            live.update(render_display(status), refresh=True)
     return 0
 
 
-def live_line(status: LiveStatus) -> str:
-    """A look as one line."""
-    words = [f"{_of(status.parts, status.parts_total)} parts{_share(status)}"]
-    words.append(f"{_of(status.positions, status.positions_total)} positions")
+def render_line(status: LiveStatus) -> str:
+    """One look as one line."""
+    words = [f"{_fraction(status.parts, status.parts_total)} parts{_share(status)}"]
+    words.append(f"{_fraction(status.positions, status.positions_total)} positions")
     words += _speed(status)
     words.append("complete" if status.complete else _run(status))
     return printable(f"{status.time} {status.out}: {', '.join(words)}")
 
 
-def live_picture(status: LiveStatus) -> RenderableType:
-    """A look as a picture of at most 80 columns."""
+def render_display(status: LiveStatus) -> RenderableType:
+    """One look as a display of at most 80 columns."""
     from rich.console import Group
     from rich.filesize import decimal
     from rich.progress_bar import ProgressBar
@@ -85,17 +85,17 @@ def live_picture(status: LiveStatus) -> RenderableType:
     rows.add_column(no_wrap=True)
     rows.add_column(overflow="fold")
     if status.parts_total is None:
-        rows.add_row("corpus", "not complete yet")
-    amount = f"{_of(status.parts, status.parts_total)} parts{_share(status)}"
+        rows.add_row("corpus", "not complete")
+    amount = f"{_fraction(status.parts, status.parts_total)} parts{_share(status)}"
     if status.parts_total:
         bar = Table.grid(padding=(0, 2))
         bar.add_row(ProgressBar(total=status.positions_total or 1, completed=status.positions, width=28), Text(amount))
         rows.add_row("targets", bar)
     else:
         rows.add_row("targets", Text(amount))
-    sizes = [f"{_of(status.positions, status.positions_total)} positions", decimal(status.bytes)]
+    sizes = [f"{_fraction(status.positions, status.positions_total)} positions", decimal(status.bytes)]
     if status.positions:
-        sizes.append(f"{status.bytes / status.positions:.1f} bytes a position")
+        sizes.append(f"{status.bytes / status.positions:.1f} bytes per position")
     rows.add_row("", Text(", ".join(sizes)))
     if speed := _speed(status):
         rows.add_row("", Text(", ".join(speed)))
@@ -106,7 +106,7 @@ def live_picture(status: LiveStatus) -> RenderableType:
     return Group(Text(printable(f"{status.out}: job {status.job}, {done}")), rows)
 
 
-def _of(done: int, total: int | None) -> str:
+def _fraction(done: int, total: int | None) -> str:
     return f"{done:,}" if total is None else f"{done:,}/{total:,}"
 
 
@@ -117,7 +117,7 @@ def _share(status: LiveStatus) -> str:
 def _speed(status: LiveStatus) -> list[str]:
     if status.positions_per_second is None or status.targets_complete:
         return []
-    words = [f"{status.positions_per_second:,.0f} positions a second"]
+    words = [f"{status.positions_per_second:,.0f} positions per second"]
     if status.eta_seconds is not None:
         words.append(f"{timedelta(seconds=round(status.eta_seconds))} to go")
     return words
@@ -125,9 +125,9 @@ def _speed(status: LiveStatus) -> list[str]:
 
 def _run(status: LiveStatus) -> str:
     run = status.run
-    return _named(run) if run is not None else "no run is at work"
+    return _describe_run(run) if run is not None else "no run is active"
 
 
-def _named(run: RunSeen) -> str:
-    state = "at work" if run.is_alive else f"silent for {timedelta(seconds=round(run.silent_seconds))}"
+def _describe_run(run: RunSeen) -> str:
+    state = "active" if run.is_alive else f"silent for {timedelta(seconds=round(run.silent_seconds))}"
     return f"{run.run} on {run.host}, process {run.pid}, {state}"

@@ -1,1 +1,1 @@
-"""A Dask cluster: a queue of tasks, retries, signals, and what runs on a worker."""
+"""The Dask cluster: a task queue, the retry policy, signals, and the worker's side."""

@@ -1,1 +1,1 @@
-"""What looks after a finished output: verify, rescore, repair, gc."""
+"""Maintenance of an output: verify, rescore, repair, gc."""

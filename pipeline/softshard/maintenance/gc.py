@@ -1,9 +1,9 @@
-"""What an output folder holds that no manifest names: listed, and, when asked, removed.
+"""Finding, and on request removing, the files of an output that no manifest names.
 
-Targets and corpora are looked at; adapters and reports never. While the targets have no manifest, all that is committed
-is the work of a run that is not finished, and is kept, as is what a corpus that is not finished has made. What an older
-manifest names is kept too, unless asked for: whoever read that manifest may still read its parts. Nothing is removed
-while another run holds the lease.
+Targets and corpora are searched; adapters and reports never. While the targets have no manifest, everything committed
+belongs to an unfinished run and is kept, as are the files of an unfinished corpus. Files that an older manifest names
+are kept too, unless requested, because a reader of that manifest may still need them. Nothing is removed while another
+run holds the lease.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ class Garbage:
     """Of `files`."""
     files: tuple[Orphan, ...]
     older: tuple[Orphan, ...]
-    """What older manifests name, and they themselves; kept."""
+    """Older manifests and the files that they name; kept."""
     older_bytes: int
 
 
 def collect_garbage(out: str, *, remove: bool, older: bool) -> Garbage:
-    """Find, and with `remove` delete, what no manifest names.
+    """Find, and with `remove` delete, the files that no manifest names.
 
     Args:
         out: the output folder.
-        remove: delete it, and not only list it.
-        older: take what older manifests name for garbage as well.
+        remove: delete the files.
+        older: include older manifests and the files that they name.
 
     Raises:
         JobInvalid: there is no job in the folder.
-        PartCorrupt: a manifest in use cannot be read, so nothing can be said of what it names.
-        OutputBusy: with `remove`: a run works there.
+        PartCorrupt: a manifest in use cannot be read, so the files that it names are unknown.
+        OutputBusy: with `remove`, while a run works on the output.
     """
     store = open_store(out)
     job = job_values(store)["name"]
     if not remove:
-        return _sorted_out(store, older=older, removed=False)
+        return _collect(store, older=older, removed=False)
     with hold_lease(store, job=job, run=f"gc-{uuid.uuid4().hex[:8]}") as lease:
-        garbage = _sorted_out(store, older=older, removed=True)
+        garbage = _collect(store, older=older, removed=True)
         for orphan in sorted(garbage.files, key=_order_of_removal):
             lease.check()
             store.remove(orphan.path)
@@ -74,12 +74,12 @@ def collect_garbage(out: str, *, remove: bool, older: bool) -> Garbage:
 
 
 def _order_of_removal(orphan: Orphan) -> tuple[bool, bool, str]:
-    """Manifests, then receipts, then parts: whatever ends this in the middle, nothing names what is gone."""
+    """Manifests, then receipts, then parts: if the removal is interrupted, no file names one that is gone."""
     return "/manifests/" not in orphan.path, "/receipts/" not in orphan.path, orphan.path
 
 
-def _sorted_out(store: Store, *, older: bool, removed: bool) -> Garbage:
-    found = list(_found(store))
+def _collect(store: Store, *, older: bool, removed: bool) -> Garbage:
+    found = list(_find_all(store))
     kept = tuple(orphan for orphan in found if orphan.kind == _OLDER and not older)
     files = tuple(orphan for orphan in found if orphan.kind != _OLDER or older)
     return Garbage(
@@ -91,8 +91,8 @@ def _sorted_out(store: Store, *, older: bool, removed: bool) -> Garbage:
     )
 
 
-def _found(store: Store) -> Iterator[Orphan]:
-    yield from _in_targets(store.below("targets"))
+def _find_all(store: Store) -> Iterator[Orphan]:
+    yield from _find_in_targets(store.below("targets"))
     for name in CORPORA:
         manifest = read_corpus_manifest(store.below(name))
         if manifest is not None:
@@ -106,7 +106,7 @@ def _found(store: Store) -> Iterator[Orphan]:
         yield Orphan(path=path, num_bytes=store.size(path), kind="set aside")
 
 
-def _in_targets(store: Store) -> Iterator[Orphan]:
+def _find_in_targets(store: Store) -> Iterator[Orphan]:
     try:
         manifest = read_manifest(store)
     except ManifestMissing:

@@ -1,10 +1,10 @@
-"""An output made whole: what `verify` finds bad is set aside, and exactly that, and what is missing, is made again.
+"""Repairing an output: what `verify` finds bad is set aside, and exactly that, and what is missing, is made again.
 
-In: an output, the model and, for its corpus, the sources. A receipt that is damaged while its part is not is written
-again from the manifest; a part goes through the task that made it; an adapter of the style teacher that the targets
-were made with is trained on the documents that its list names; a slice is cut from the sources. All else is
-not touched. The manifest is the same afterwards where parts are computed to the same bytes, which the transformers
-engine does on the same hardware; where they are not, a new one says so.
+Needs the model and, for the corpus, the sources. A damaged receipt whose part is sound is written again from the
+manifest; a part is computed by the task that made it; an adapter of the style teacher that the targets were made with
+is trained on the documents that its list names; a slice is cut from the sources. Nothing else is touched. The manifest
+stays the same where parts are computed to the same bytes, which the transformers engine does on the same hardware;
+where they are not, a new manifest names the new parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from softshard.corpus.build import build_corpus
 from softshard.corpus.manifest import CorpusManifest, write_corpus_manifest
 from softshard.corpus.verify import CorpusVerification
 from softshard.errors import NotRepairable, PartCorrupt
-from softshard.maintenance.repair_targets import corpus_of, repair_targets
+from softshard.maintenance.repair_targets import read_complete_corpus, repair_targets
 from softshard.maintenance.verify import Checked, check_output
 from softshard.output.lease import hold_lease
 from softshard.output.workspace import Workspace, saved_job
@@ -35,24 +35,24 @@ __all__ = ["Repaired", "repair"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repaired:
-    """What a repair has done; paths are below the output folder."""
+    """What a repair has done; paths are relative to the output folder."""
 
     num_problems: int
-    """Findings at its beginning."""
+    """Findings before the repair."""
     set_aside: tuple[str, ...]
-    """Where the bad files lie now."""
+    """New paths of the bad files."""
     made: tuple[str, ...]
-    """Files that are there again."""
+    """Files that were made again."""
     left: tuple[str, ...]
-    """What the next run trains again: adapters of the student."""
+    """Adapters of the student, which the next run trains again."""
     manifest: str | None
     """Digest of the targets' manifest."""
     manifest_before: str | None
-    """The same before; null where none could be read."""
+    """The digest before the repair; null where no manifest could be read."""
 
 
 def repair(out: str, reporter: Reporter, *, deep: bool) -> Repaired:
-    """Verify an output and mend what is found.
+    """Verify an output and repair the findings.
 
     Args:
         out: the output folder.
@@ -61,7 +61,7 @@ def repair(out: str, reporter: Reporter, *, deep: bool) -> Repaired:
 
     Raises:
         JobInvalid: there is no job in the folder.
-        OutputBusy: a run works there.
+        OutputBusy: a run works on the output.
         NotRepairable: what is bad cannot be made again from what there is now; it and all after it is left as it was.
         PartsFailed: a part, or an adapter, could not be computed.
         SoftshardError: see the stages.
@@ -72,7 +72,7 @@ def repair(out: str, reporter: Reporter, *, deep: bool) -> Repaired:
         with reporter.progress("verify", total=None, unit="parts") as progress:
             checked = check_output(store, deep=deep, on_part=lambda done, total: progress(done, total=total))
         workspace, quarantine = Workspace(job=job, out=store), Quarantine(store, before_each=lease.check)
-        made = _mend_corpora(workspace, checked, quarantine, reporter)
+        made = _repair_corpora(workspace, checked, quarantine, reporter)
         left = _set_adapters_aside(checked, quarantine)
         with lazy_cluster(workspace.job.cluster, reporter) as cluster:
             if checked.findings["teacher"]:
@@ -90,8 +90,8 @@ def repair(out: str, reporter: Reporter, *, deep: bool) -> Repaired:
         )
 
 
-def _mend_corpora(workspace: Workspace, checked: Checked, quarantine: Quarantine, reporter: Reporter) -> list[str]:
-    """Paths that were made again. Each corpus is cut beside the bad one, which takes from it what it lacks."""
+def _repair_corpora(workspace: Workspace, checked: Checked, quarantine: Quarantine, reporter: Reporter) -> list[str]:
+    """Build each bad corpus again beside itself and copy what it lacks; returns the paths that were made again."""
     made = []
     for name, found in checked.corpora.items():
         if not found.findings:
@@ -101,20 +101,23 @@ def _mend_corpora(workspace: Workspace, checked: Checked, quarantine: Quarantine
             expected = checked.targets.manifest.corpus
         with tempfile.TemporaryDirectory(prefix="softshard-corpus-") as folder:
             scratch = LocalStore(folder)
-            rebuilt = _rebuilt(workspace, name, scratch, reporter)
+            rebuilt = _rebuild(workspace, name, scratch, reporter)
             if expected not in {None, rebuilt.digest}:
                 problem = (
                     f"is corpus {str(expected)[:16]}, but the sources, or the settings in job.yaml, have changed since"
                     f" and give {rebuilt.digest[:16]}; `softshard run JOB.yaml` makes all of what is there now"
                 )
                 raise NotRepairable(uri=workspace.out.below(name).uri, problem=problem)
-            made += [f"{name}/{path}" for path in _taken_over(workspace.out, name, found, rebuilt, scratch, quarantine)]
+            made += [
+                f"{name}/{path}"
+                for path in _replace_bad_files(workspace.out, name, found, rebuilt, scratch, quarantine)
+            ]
     return made
 
 
-def _rebuilt(workspace: Workspace, name: str, scratch: Store, reporter: Reporter) -> CorpusManifest:
+def _rebuild(workspace: Workspace, name: str, scratch: Store, reporter: Reporter) -> CorpusManifest:
     job = workspace.job
-    settings = job.corpus if name == "corpus" else retention_settings(workspace)
+    settings = job.corpus if name == "corpus" else retention_settings(job)
     if settings is None:
         problem = "is damaged, and the job has no retention text any more; remove this folder"
         raise NotRepairable(uri=workspace.out.below(name).uri, problem=problem)
@@ -128,7 +131,7 @@ def _rebuilt(workspace: Workspace, name: str, scratch: Store, reporter: Reporter
     )
 
 
-def _taken_over(
+def _replace_bad_files(
     out: Store,
     name: str,
     found: CorpusVerification,
@@ -136,16 +139,16 @@ def _taken_over(
     scratch: Store,
     quarantine: Quarantine,
 ) -> list[str]:
-    """Paths below the corpus that were bad or missing, and now are those of the corpus that was cut again."""
+    """Copy bad or missing files from the corpus that was built again; returns their paths below the corpus."""
     store, bad, made = out.below(name), {finding.path for finding in found.findings}, []
     for path in rebuilt.paths:
-        # Where no manifest can be read, nothing vouches for what is there.
+        # Where no manifest can be read, no file can be trusted.
         suspect = path in bad or found.manifest is None
         if not store.exists(path) or (suspect and store.read(path) != scratch.read(path)):
             quarantine.take(f"{name}/{path}")
             store.put_once(path, scratch.read(path))
             made.append(path)
-    # Files that were moved or touched leave the corpus as it is, and its list of documents names their new places.
+    # The corpus is the same after source files were moved or touched, but its list of documents names their new paths.
     if not found.manifest or "manifest.json" in bad or canonical_json(found.manifest) != canonical_json(rebuilt):
         quarantine.take(f"{name}/manifest.json")
         write_corpus_manifest(store, rebuilt)
@@ -154,13 +157,13 @@ def _taken_over(
 
 
 def _train_teacher(workspace: Workspace, checked: Checked, reporter: Reporter, cluster: OpenCluster) -> list[str]:
-    """Train the adapters that the targets were made with, or, without targets, that a run would use; their folders.
+    """Train the adapters that the targets were made with, or, without targets, that a run would use.
 
-    Those of earlier corpora, which nothing names any more, are not trained.
+    Adapters of earlier corpora that nothing names any more are not trained. Returns the folders.
     """
     manifest = checked.targets.manifest
     digests = manifest.teacher.get("adapters", []) if manifest else None
-    made = train_missing(workspace, corpus_of(workspace), digests, reporter, cluster)
+    made = train_missing(workspace, read_complete_corpus(workspace), digests, reporter, cluster)
     try:
         named_teacher(workspace.teacher, digests or [])
     except PartCorrupt as error:
@@ -173,7 +176,7 @@ def _train_teacher(workspace: Workspace, checked: Checked, reporter: Reporter, c
 
 
 def _set_adapters_aside(checked: Checked, quarantine: Quarantine) -> list[str]:
-    """Bad files of adapters, each with its receipt, without which it is trained again; those left to a run."""
+    """Set aside bad files of adapters, and their receipts; returns the files that the next run makes again."""
     left = []
     for stage in ("teacher", "adapter"):
         for finding in checked.findings[stage]:

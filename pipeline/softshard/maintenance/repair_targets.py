@@ -1,7 +1,7 @@
-"""Targets made whole: what is bad or missing in a `targets/` folder, computed by the task that made it.
+"""Repairing targets: what is bad or missing in a `targets/` folder is computed by the task that made it.
 
-In: what verification found. Out: the paths that were made again. With a manifest, exactly what it names and is bad is
-computed, whatever else a run would do; without one, the run is taken up where it stands.
+With a manifest, exactly the bad parts that it names are computed, whatever else a run would do. Without a manifest, the
+unfinished run is completed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from softshard.stages.targets.threshold import ensure_tau
 from softshard.stages.teacher.stage import ensure_teacher, named_teacher
 from softshard.telemetry import Reporter
 
-__all__ = ["corpus_of", "repair_targets"]
+__all__ = ["read_complete_corpus", "repair_targets"]
 
 
-def corpus_of(workspace: Workspace) -> CorpusManifest:
+def read_complete_corpus(workspace: Workspace) -> CorpusManifest:
     """The corpus of an output. Raises NotRepairable where it is not complete."""
     corpus = read_corpus_manifest(workspace.corpus)
     if corpus is None:
@@ -76,16 +76,17 @@ def _compute(
 ) -> list[str]:
     """Compute exactly the bad parts. Where one has other bytes than before, a new manifest names them."""
     store = workspace.targets
-    corpus, teacher = corpus_of(workspace), named_teacher(workspace.teacher, manifest.teacher.get("adapters", []))
-    run = make_scoring_spec(workspace, corpus, teacher)
-    if not run.sketch.is_resolved:
-        run = replace(run, sketch=manifest.sketch)
-    missing = _as_missing(run, manifest, bad, corpus, uri=store.uri)
+    corpus = read_complete_corpus(workspace)
+    teacher = named_teacher(workspace.teacher, manifest.teacher.get("adapters", []))
+    spec = make_scoring_spec(workspace, corpus, teacher)
+    if not spec.sketch.is_resolved:
+        spec = replace(spec, sketch=manifest.sketch)
+    missing = _as_missing(spec, manifest, bad, corpus, uri=store.uri)
     running = cluster()
     for receipt in bad.values():
         quarantine.take(f"targets/{receipt.path}")
         quarantine.take(f"targets/{receipt_path(receipt.part_id)}")
-    score_parts(running, run, missing, reporter)
+    score_parts(running, spec, missing, reporter)
     found = {part_id: find_receipt(store, part_id) for part_id in bad}
     again = {part_id: receipt for part_id, receipt in found.items() if receipt is not None}
     if again != bad:
@@ -98,7 +99,7 @@ def _compute(
 
 
 def _as_missing(
-    run: ScoringSpec, manifest: Manifest, bad: Mapping[str, Receipt], corpus: CorpusManifest, *, uri: str
+    spec: ScoringSpec, manifest: Manifest, bad: Mapping[str, Receipt], corpus: CorpusManifest, *, uri: str
 ) -> Missing:
     """The bad parts as those that a run lacks, in the manifest's order, which names them. Raises NotRepairable."""
     wanted = {receipt.slice for receipt in bad.values()}
@@ -112,24 +113,24 @@ def _as_missing(
         part = slices.get(receipt.slice)
         places.append(part or next(iter(slices.values())))
         if receipt.part_id in bad and part is not None:
-            if run.plan(index, part).part_id != receipt.part_id:
-                raise NotRepairable(uri=f"{uri}/{receipt.path}", problem=_why_another(manifest, receipt, run))
+            if spec.part_spec(index, part).part_id != receipt.part_id:
+                raise NotRepairable(uri=f"{uri}/{receipt.path}", problem=_why_another(manifest, receipt, spec))
             flags[index] = 1
     labels = sum(receipt.num_labels for receipt in bad.values())
     first = next(iter(bad.values())).path
     return Missing(slices=places, flags=flags, num_parts=len(bad), num_labels=labels, first_path=first)
 
 
-def _why_another(manifest: Manifest, receipt: Receipt, run: ScoringSpec) -> str:
+def _why_another(manifest: Manifest, receipt: Receipt, spec: ScoringSpec) -> str:
     """What differs between what a part was made with and what there is now."""
-    here: dict[str, Any] = dict(run.teachers[receipt.fold].identity)
+    here: dict[str, Any] = dict(spec.teachers[receipt.fold].identity)
     adapters = set(here.pop("adapters", []))
     there: dict[str, Any] = {
         "tokenizer": manifest.tokenizer_fingerprint,
         "seed": manifest.seed,
         "target": manifest.target,
     }
-    here |= {"tokenizer": run.tokenizer_fingerprint, "seed": run.seed, "target": run.sketch.model_dump(mode="json")}
+    here |= {"tokenizer": spec.tokenizer_fingerprint, "seed": spec.seed, "target": spec.sketch.model_dump(mode="json")}
     there |= manifest.teacher
     differences = [
         f"{name} {there[name]}, now {here[name]}" for name in here if there.get(name, here[name]) != here[name]
@@ -175,14 +176,14 @@ def _finish_run(
     damaged = [orphan.path for orphan in found.unnamed if orphan.kind == "damaged manifest"]
     for path in (*(finding.path for finding in found.findings), *map(receipt_path, sorted(bad)), *damaged):
         quarantine.take(f"targets/{path}")
-    corpus = corpus_of(workspace)
+    corpus = read_complete_corpus(workspace)
     teacher = ensure_teacher(workspace, corpus, reporter, cluster, compute=True)
-    asked = make_scoring_spec(workspace, corpus, teacher)
-    sketch = ensure_tau(asked, corpus, reporter, cluster, job=workspace.job.name, compute=True)
-    run = replace(asked, sketch=sketch)
+    spec = make_scoring_spec(workspace, corpus, teacher)
+    sketch = ensure_tau(spec, corpus, reporter, cluster, job=workspace.job.name, compute=True)
+    spec = replace(spec, sketch=sketch)
     # A part without a receipt is not committed, and may be damaged: it must not be in the way of its successor.
-    for task in find_missing(store, run, corpus.slices).tasks(run):
-        quarantine.take(f"targets/{run.plan(task.index, task.slice).path}")
+    for task in find_missing(store, spec, corpus.slices).tasks(spec):
+        quarantine.take(f"targets/{spec.part_spec(task.index, task.slice).path}")
     before = set(workspace.out.list("targets"))
     ensure_targets(workspace, corpus, teacher, reporter, cluster, compute=True)
     return sorted(set(workspace.out.list("targets")) - before)

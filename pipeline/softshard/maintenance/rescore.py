@@ -1,9 +1,9 @@
-"""Stored targets against the teacher: some sequences scored again, by the job's engine or by another.
+"""Comparing stored targets with the teacher: some sequences are scored again, by the job's engine or by another.
 
-In: an output folder whose targets are complete. Out: how far what is stored is from what the teacher says now, beside
-what may lie between them: the grids and steps of a part, and the engine's own noise. The noise is measured, as the
-difference between the same sequences scored together and one by one. Tails are drawn, and single ones may move with the
-last bits of a running sum, so heads and labels are what is compared.
+The output's targets must be complete. The result is the distance between the stored targets and the teacher's present
+ones, beside the difference that is allowed: the grids and steps of a part, and the engine's own noise. The noise is
+measured, as the difference between scoring the same sequences together and one by one. Tails are sampled, and single
+entries may change with the last bits of a running sum, so heads and labels are compared.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ __all__ = ["Rescored", "compare", "rescore"]
 
 Engine = Literal["transformers", "vllm"]
 _LEAST_NOISE_NATS = {"float32": 1e-3, "bfloat16": 0.5}
-"""Between two engines: vLLM differed from transformers by 2e-5 in float32 and by .22 in bfloat16, at most."""
+"""Measured between two engines: vLLM differed from transformers by at most 2e-5 in float32 and .22 in bfloat16."""
 _TIMES_NOISE = 4
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Between stored targets and others of the same labels."""
+    """The difference between stored targets and others of the same labels."""
 
     label_nats: NDArray[np.float64]
     """[P] log-probability of the label."""
     head_weights: NDArray[np.float64]
     """[common entries] weight of a head entry."""
     num_beyond: int
-    """Labels and head entries that differ by more than quantisation and noise, and entries that only one has."""
+    """Labels and head entries that differ by more than quantisation and noise, or that only one side has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rescored:
-    """What a second scoring of some stored sequences showed."""
+    """The result of scoring some stored sequences again."""
 
     engines: tuple[str, ...]
     num_sequences: int
@@ -63,9 +63,9 @@ class Rescored:
     head_weight_mean: float
     head_weight_max: float
     noise_nats: float
-    """Largest difference of a label's log-probability between two scorings in other batches."""
+    """Largest difference of a label's log-probability between two scorings in different batches."""
     allowed_nats: float
-    """What was allowed beside the grid."""
+    """Allowed difference in addition to the grid."""
     num_beyond: int
     """Labels and head entries that differ by more."""
 
@@ -76,8 +76,8 @@ def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = N
     Args:
         out: output folder of a job whose targets are complete.
         reporter: where progress goes.
-        num: sequences, at equal distances over all.
-        engine: None: the job's.
+        num: number of sequences, at equal distances over all.
+        engine: the engine that scores; None: the job's.
 
     Raises:
         JobInvalid: the folder holds no job.
@@ -97,7 +97,7 @@ def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = N
         raise ModelInvalid(model=job.teacher.model, problem="is not the model that the targets were made with")
     rows = _some_rows(workspace.targets, manifest, num=num)
     sketch = manifest.sketch
-    # Whatever adapters a run would choose now.
+    # Not those that a run would choose now.
     named = named_teacher(workspace.teacher, manifest.teacher.get("adapters", []))
     found, engines = _Tally(), set()
     with reporter.progress("rescore", total=sum(len(part) for part in rows.values()), unit="sequences") as progress:
@@ -111,7 +111,7 @@ def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = N
 
 
 def _some_rows(store: Store, manifest: Manifest, *, num: int) -> dict[int, list[Row]]:
-    """Rows at equal distances over all parts, by fold; only parts that hold one are read."""
+    """Rows at equal distances over all parts, by fold; reads only parts that hold one."""
     wanted = spread(range(manifest.totals.num_sequences), num=num)
     chosen: dict[int, list[Row]] = {}
     first = 0

@@ -1,6 +1,6 @@
-"""Whether an output folder is what it claims: corpus, adapters and targets, each against its own record.
+"""Verifying an output: corpus, adapters and targets, each against its own records.
 
-Reads alone: no model and no lease. What is found is listed by file; `softshard repair` mends it.
+Reads only, without a model or a lease. Findings are listed by file; `softshard repair` repairs them.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ _RECEIPTS: Mapping[str, type[AdapterReceipt] | type[TrainingReceipt]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What was found in each folder of an output."""
+    """The findings in each folder of an output."""
 
     targets: Verification
     corpora: Mapping[str, CorpusVerification]
-    """Of the corpus and of the retention text."""
+    """For the corpus and for the retention text."""
     adapters: Mapping[str, tuple[Finding, ...]]
-    """Of the style teacher's and of the student's."""
+    """For the adapters of the style teacher and of the student."""
     num_adapters: int
 
     @property
     def findings(self) -> dict[str, tuple[Finding, ...]]:
-        """By the folder that the findings' paths are below."""
+        """By folder; the paths of the findings are relative to it."""
         corpora = {name: corpus.findings for name, corpus in self.corpora.items()}
         return {**corpora, **self.adapters, "targets": self.targets.findings}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputVerification:
-    """What was looked at in an output, and what is wrong."""
+    """What was checked in an output, and the problems that were found."""
 
     num_parts: int
     num_sequences: int
@@ -67,9 +67,9 @@ class OutputVerification:
     num_adapters: int
     deep: bool
     problems: tuple[str, ...]
-    """One line each, which names the file; empty: all is as it claims."""
+    """One line for each problem, which names the file; empty where there is none."""
     notes: tuple[str, ...]
-    """What is no damage, but good to know."""
+    """Remarks that are not problems."""
     unnamed: tuple[Orphan, ...]
     """Files that no manifest in use names, below the output folder."""
 
@@ -102,8 +102,8 @@ def verify_output(out: str, reporter: Reporter, *, deep: bool) -> OutputVerifica
     for name, found in checked.corpora.items():
         unnamed += [_below(name, orphan) for orphan in find_corpus_orphans(store.below(name), found.manifest)]
     manifest, corpus = targets.manifest, checked.corpora["corpus"].manifest
-    of_another = manifest and corpus and manifest.corpus != corpus.digest
-    mismatches = _compare(manifest, corpus, store.uri) if manifest and corpus and not of_another else []
+    is_of_another = manifest and corpus and manifest.corpus != corpus.digest
+    mismatches = _compare(manifest, corpus, store.uri) if manifest and corpus and not is_of_another else []
     problems = [finding.problem for findings in checked.findings.values() for finding in findings]
     return OutputVerification(
         num_parts=targets.num_parts,
@@ -114,7 +114,9 @@ def verify_output(out: str, reporter: Reporter, *, deep: bool) -> OutputVerifica
         num_adapters=checked.num_adapters,
         deep=deep,
         problems=(*problems, *mismatches),
-        notes=("the targets are of an earlier corpus than the one that is there; run the job",) if of_another else (),
+        notes=("the targets were made from an earlier corpus than the present one; run the job",)
+        if is_of_another
+        else (),
         unnamed=tuple(unnamed),
     )
 
@@ -126,7 +128,7 @@ def _below(folder: str, orphan: Orphan) -> Orphan:
 def _check_adapters(
     store: Store, folder: str, kind: type[AdapterReceipt] | type[TrainingReceipt]
 ) -> tuple[int, tuple[Finding, ...]]:
-    """Number of complete adapters in a folder of an output, and what is wrong with them."""
+    """The number of complete adapters in a folder of an output, and the findings."""
     receipts = [path for path in store.list(folder) if re.fullmatch(r"[^/]+/[^/]+/receipt\.json", path)]
     found: list[tuple[str, str]] = []
     for path in receipts:
@@ -142,7 +144,7 @@ def _check_adapters(
 
 
 def _lost_adapters(store: Store, manifest: Manifest) -> tuple[Finding, ...]:
-    """Adapters that a manifest of targets names by digest, and that no receipt is of."""
+    """Adapters that a manifest of targets names by digest and that have no receipt."""
     paths = [
         path
         for path in store.list("teacher")
@@ -159,7 +161,7 @@ def _lost_adapters(store: Store, manifest: Manifest) -> tuple[Finding, ...]:
 
 
 def _findings(store: Store, folder: str, found: Iterable[tuple[str, str]]) -> tuple[Finding, ...]:
-    """Findings below a folder of an output, from paths below the output and what is wrong there."""
+    """Findings in a folder of an output, from paths below the output and problems."""
     return tuple(
         Finding(path=path.removeprefix(f"{folder}/"), problem=f"{store.uri}/{path}: {problem}")
         for path, problem in found
@@ -167,7 +169,7 @@ def _findings(store: Store, folder: str, found: Iterable[tuple[str, str]]) -> tu
 
 
 def _parsed(store: Store, path: str, kind: type[Record]) -> tuple[Record | None, str | None]:
-    """A record, or what is wrong with it."""
+    """A record, and the problem with it, if any."""
     try:
         content = store.read(path)
         record = kind.model_validate_json(content)
@@ -191,16 +193,16 @@ def _check_file(store: Store, path: str, sha256: str) -> list[str]:
 
 
 def _compare(manifest: Manifest, corpus: CorpusManifest, uri: str) -> list[str]:
-    """Where the parts of a manifest are not those of its own corpus."""
+    """Problems where the parts of a manifest are not those of its own corpus."""
 
     def place(slice_sha256: str, split: str, fold: int, num_sequences: int, num_labels: int) -> str:
         return f"slice {slice_sha256[:16]}, {split}, fold {fold}: {num_sequences} sequences, {num_labels} labels"
 
-    said = [place(r.slice, r.split, r.fold, r.num_sequences, r.num_labels) for r in manifest.parts]
+    named = [place(r.slice, r.split, r.fold, r.num_sequences, r.num_labels) for r in manifest.parts]
     there = [place(s.sha256, s.split, s.fold, s.num_sequences, s.num_labels) for s in corpus.slices]
     file = f"{uri}/targets/{manifest_path(manifest.digest)}"
     return [
-        f"{file}: part {number} is of {one or 'nothing'}, the corpus has there {other or 'nothing'}"
-        for number, (one, other) in enumerate(itertools.zip_longest(said, there))
-        if one != other
+        f"{file}: part {number} is of {part or 'nothing'}, the corpus has {expected or 'nothing'} there"
+        for number, (part, expected) in enumerate(itertools.zip_longest(named, there))
+        if part != expected
     ]

@@ -1,1 +1,1 @@
-"""The output folder of a job: who owns it, who works on it, how far it is."""
+"""The output folder of a job: its owner, its lease, its status, and its stored sequences."""

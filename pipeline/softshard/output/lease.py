@@ -1,17 +1,14 @@
-"""One run at a time on one output: who works there, said in a file that is renewed while it is true.
+"""The lease of an output: at most one run works on it at a time.
 
-In: a store and who asks. Out: a lease, or `OutputBusy` with the identity of the run that has it.
+A lease is a file `.lease/00000N.json`, created exclusively; the highest number holds. Its holder increments a counter
+in it every few seconds. A run that finds a lease takes over at once where the holder was a process of this machine that
+has ended. Otherwise it watches the file: if it changes, the holder is alive; if it has not changed for `expiry_seconds`
+of the watcher's own monotonic clock, the holder is taken for dead, and the next number is created. No two clocks are
+compared, so a clock that jumps changes nothing. A clean end removes the file.
 
-A lease is a file `.lease/00000N.json`, created exclusively; the highest number holds. Its holder counts a number in it
-up every few seconds. Who finds one takes over at once where the holder was a process of this machine that is gone;
-otherwise watches it: if it changes, the holder lives; if it has not changed for `expiry_seconds` of the watcher's own
-monotonic clock, the holder is taken for dead, and the next number is created. No two clocks are compared, so a clock
-that jumps changes nothing. A clean end removes the file.
-
-What is guaranteed: of runs that start at the same time one goes on, and one that was taken for dead while it was only
-stopped, or cut off from its storage, ends as soon as it looks again. What is not: that it does nothing in between. So
-nothing that is written relies on the lease: parts, receipts and slices are put once and created exclusively, with or
-without it, and two runs can never mix theirs.
+Guaranteed: of runs that start at the same time one continues, and a run that was taken for dead while it was suspended,
+or cut off from its storage, ends at its next check. Not guaranteed: that it writes nothing before that. So no file
+relies on the lease: parts, receipts and slices are created exclusively, and two runs can never mix theirs.
 """
 
 from __future__ import annotations
@@ -43,14 +40,14 @@ LEASE_FOLDER = ".lease"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How often a lease is renewed, and how long one that is not stays good; an expiry spans many renewals."""
+    """How often a lease is renewed, and after which time without renewal it expires."""
 
     interval_seconds: float = 5.0
     expiry_seconds: float = 60.0
 
 
 class Holder(BaseModel):
-    """Content of a lease: who holds it."""
+    """The content of a lease file: the run that holds it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,22 +56,22 @@ class Holder(BaseModel):
     host: str
     pid: int
     started: str
-    """When, by the clock of its machine; for people."""
+    """Time by the clock of its machine; for display only."""
     kernel: str | None
-    """Boot and process namespace in which `pid` counts; null where the system does not say."""
+    """Boot id and process namespace in which `pid` is valid; null where the system does not say."""
     process_start: str | None
-    """When the process started, in ticks since the boot: process ids are used again."""
+    """Start of the process, in ticks since boot, because process ids are reused."""
     token: str
-    """Drawn anew for every lease."""
+    """Random, different for every lease."""
     beat: int = 0
 
     def __str__(self) -> str:
-        """For people."""
+        """For messages."""
         return f"run {self.run} of job {self.job!r} on {self.host}, process {self.pid}, since {self.started}"
 
 
 class Lease:
-    """A lease that is held, and renewed by a thread of its own."""
+    """A lease that this process holds; a thread renews it."""
 
     def __init__(self, store: Store, *, number: int, holder: Holder, pace: Pace) -> None:
         self._store, self._number, self._holder, self._pace = store, number, holder, pace
@@ -84,13 +81,13 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_until_ended, name="softshard-lease", daemon=True)
 
     def check(self) -> None:
-        """Go on only while the lease is held; costs nothing. Raises LeaseLost."""
+        """Raise LeaseLost where the lease was lost; reads no file."""
         if self._lost is not None:
             raise self._lost
 
     @contextmanager
     def renewed(self) -> Iterator[None]:
-        """Renew it meanwhile. When it is lost, the main thread is stopped as Ctrl-C or SIGTERM would stop it."""
+        """Renew it until the context ends. When it is lost, the main thread is stopped as by Ctrl-C or SIGTERM."""
         self._thread.start()
         try:
             yield
@@ -102,7 +99,7 @@ class Lease:
             self._thread.join()
 
     def release(self) -> None:
-        """Remove it and those that it took over; a lost one belongs to its new holder."""
+        """Remove it and those that it took over; a lost lease belongs to its new holder and stays."""
         if self._lost is None and _read(self._store, self._number) == canonical_json(self._holder):
             for number in _numbers(self._store):
                 if number <= self._number:
@@ -110,7 +107,7 @@ class Lease:
 
     def _renew_until_ended(self) -> None:
         while not self._ended.wait(self._pace.interval_seconds):
-            # A store that does not answer is for the stages to meet; what happened meanwhile shows at the next renewal.
+            # A store that does not answer is an error for the stages; the next renewal shows what happened meanwhile.
             with contextlib.suppress(OSError, SoftshardError):
                 self._renew()
             if self._lost is not None:
@@ -121,7 +118,7 @@ class Lease:
     def _renew(self) -> None:
         newest = max(_numbers(self._store), default=0)
         if newest > self._number or _read(self._store, self._number) != canonical_json(self._holder):
-            other = _holder_in(_read(self._store, newest)) if newest > self._number else None
+            other = _parse_holder(_read(self._store, newest)) if newest > self._number else None
             self._lost = LeaseLost(out=self._store.uri, other=str(other) if other else None)
             return
         renewed = self._holder.model_copy(update={"beat": self._holder.beat + 1})
@@ -135,13 +132,13 @@ def hold_lease(store: Store, *, job: str, run: str, pace: Pace | None = None) ->
 
     Args:
         store: the output folder.
-        job: name of the job, for whoever is refused.
+        job: name of the job, for the error of a run that is refused.
         run: id of this run, likewise.
-        pace: for tests; without it renewed every 5 s and good for 60 s.
+        pace: for tests; by default renewed every 5 s, expired after 60 s.
 
     Raises:
         OutputBusy: another run holds it.
-        LeaseLost: another run has taken it over; from within the context.
+        LeaseLost: another run has taken it over; raised inside the context.
         StorageFull, OutputUnusable: it cannot be written.
     """
     pace = pace or Pace()
@@ -151,13 +148,13 @@ def hold_lease(store: Store, *, job: str, run: str, pace: Pace | None = None) ->
         with lease.renewed():
             yield lease
     finally:
-        # What cannot be removed expires.
+        # A file that cannot be removed expires.
         with contextlib.suppress(OSError, SoftshardError):
             lease.release()
 
 
 def _stopping_signal() -> signal.Signals | None:
-    """What stops this thread in an orderly way; None where it is not the main one, or nothing does."""
+    """The signal that stops this thread in an orderly way; None where it is not the main thread, or no signal does."""
     if threading.current_thread() is not threading.main_thread():
         return None
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -167,7 +164,7 @@ def _stopping_signal() -> signal.Signals | None:
 
 
 def _take(store: Store, holder: Holder, pace: Pace) -> int:
-    """Create the next lease once the newest that is there is released or dead. Raises OutputBusy."""
+    """Create the next lease once the newest one is released or its holder is dead. Raises OutputBusy."""
     while True:
         number = max(_numbers(store), default=0)
         there = _read(store, number) if number else None
@@ -175,15 +172,15 @@ def _take(store: Store, holder: Holder, pace: Pace) -> int:
             _wait_for_end(store, number, there, pace)
         if not store.create_exclusive(_path(number + 1), canonical_json(holder)):
             continue
-        # Whoever was slow between the look and the claim may have judged a lease that is another's by now.
+        # Between reading and creating, another run may have taken over the lease that was judged dead.
         if max(_numbers(store)) == number + 1 and _read(store, number) in {there, None}:
             return number + 1
         store.remove(_path(number + 1))
 
 
 def _wait_for_end(store: Store, number: int, first: bytes, pace: Pace) -> None:
-    """Return when a lease is released, its process gone, or it has expired. Raises OutputBusy when it changes."""
-    holder = _holder_in(first)
+    """Return when a lease is released, its process has ended, or it has expired. Raises OutputBusy when it changes."""
+    holder = _parse_holder(first)
     found = time.monotonic()
     while not (holder and _is_gone(holder)) and time.monotonic() - found < pace.expiry_seconds:
         newest = max(_numbers(store), default=0)
@@ -191,7 +188,7 @@ def _wait_for_end(store: Store, number: int, first: bytes, pace: Pace) -> None:
         if now is None:
             return
         if newest != number or now != first:
-            raise OutputBusy(out=store.uri, holder=str(_holder_in(now) or "another run"))
+            raise OutputBusy(out=store.uri, holder=str(_parse_holder(now) or "another run"))
         time.sleep(pace.interval_seconds / 4)
 
 
@@ -211,8 +208,8 @@ def _read(store: Store, number: int) -> bytes | None:
         return None
 
 
-def _holder_in(content: bytes | None) -> Holder | None:
-    """Who a lease names; None where there is none, or one that is damaged, which is watched all the same."""
+def _parse_holder(content: bytes | None) -> Holder | None:
+    """The holder that a lease names; None where there is no lease, or a damaged one, which is watched all the same."""
     try:
         return Holder.model_validate_json(content or b"")
     except ValidationError:
@@ -233,7 +230,7 @@ def _this_process(*, job: str, run: str) -> Holder:
 
 
 def _kernel() -> str | None:
-    """Containers of one machine share the boot and not the process ids, so the namespace belongs to it."""
+    """Boot id and process namespace: containers of one machine share the former and not the latter."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -241,8 +238,7 @@ def _kernel() -> str | None:
 
 
 def _process_start(pid: int) -> str | None:
-    """Start of a process in ticks since the boot; None where it cannot be told, or the process only waits for its
-    parent to hear of its end."""
+    """Start of a process in ticks since boot; None where it is unknown or the process is a zombie."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -259,6 +255,6 @@ def _is_gone(holder: Holder) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        # Another user's. Where /proc hides these, nothing can be told, and the lease has to expire.
+        # A process of another user. Where /proc hides these, its state is unknown, and the lease has to expire.
         return Path(f"/proc/{holder.pid}").exists() and _process_start(holder.pid) != holder.process_start
     return _process_start(holder.pid) != holder.process_start

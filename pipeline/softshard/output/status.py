@@ -1,6 +1,6 @@
-"""How far an output folder is: what each stage has left there. Reads, and needs no model.
+"""The status of an output folder: which stages are complete, with their figures. Reads files and needs no model.
 
-It says what is there, not whether a changed job file would have some of it made anew: that is for `softshard run`.
+It says what is there, not whether a changed job file would make some of it again; that is decided by `softshard run`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStatus:
-    """One stage: whether it has been completed, and its figures."""
+    """Whether a stage is complete, and its figures."""
 
     stage: str
     complete: bool
@@ -38,17 +38,17 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """State of an output folder."""
+    """The state of an output folder."""
 
     out: str
     job: str
     stages: tuple[StageStatus, ...]
     sequences: tuple[str, ...]
-    """Ids of a few stored sequences, to be shown."""
+    """Ids of a few stored sequences, as examples for `softshard show`."""
 
 
 def read_status(out: str) -> Status:
-    """State of an output folder.
+    """The state of an output folder.
 
     Raises:
         JobInvalid: there is no job in it.
@@ -91,7 +91,7 @@ def _corpus(store: Store) -> StageStatus:
 
 
 def _teacher(store: Store, job: dict[str, Any]) -> StageStatus:
-    """Counts folds that have an adapter; one may have several, of earlier settings or corpora."""
+    """Counts folds that have an adapter; a fold may have several, from earlier settings or corpora."""
     num_folds = int((job.get("teacher") or {}).get("folds", 0))
     receipts = (path.split("/") for path in store.list("teacher") if path.endswith("/receipt.json"))
     folds = {parse_fold(parts[-2]) for parts in receipts} & set(range(num_folds))

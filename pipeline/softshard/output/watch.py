@@ -1,10 +1,10 @@
-"""A run seen from outside: what its output says, again and again, until it is complete.
+"""Watching a run from outside: repeated looks at its output, on any store and from any machine, until it is complete.
 
-In: an output, on any store and from any machine. Out: figures, read from the corpus's manifest, the receipts and the
-lease alone; no cluster is asked. Receipts never change, so each is read once: a look lists names and reads new ones.
+The figures come from the corpus's manifest, the receipts and the lease alone; no cluster is contacted. Receipts never
+change, so each is read once: a look lists names and reads the new ones.
 
 A receipt does not say with which settings its part was made. So parts of an earlier run count until a new part of one
-of their slices shows that the settings or the teacher have changed; from then on only new ones do.
+of their slices shows that the settings or the teacher have changed; from then on only new parts count.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ _NUM_LAST = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSeen:
-    """Who holds the lease."""
+    """The run that holds the lease."""
 
     run: str
     host: str
     pid: int
     silent_seconds: float
-    """How long the lease has not been renewed, as far as this watch has seen."""
+    """Time since the last renewal of the lease that this watch has seen."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether it was renewed, or was seen first, less than an expiry ago."""
+        """Whether the lease was renewed, or first seen, within the expiry time."""
         return self.silent_seconds < Pace().expiry_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveStatus:
-    """What one look has found. Totals are None until the corpus is complete."""
+    """The result of one look. Totals are None until the corpus is complete."""
 
     time: str
-    """Of the look, UTC."""
+    """Time of the look, UTC."""
     out: str
     job: str
     complete: bool
-    """Every part of the corpus is in the manifest, and no run is at work."""
+    """Every part of the corpus is in the manifest, and no run is active."""
     targets_complete: bool
     parts: int
     parts_total: int | None
@@ -67,11 +67,11 @@ class LiveStatus:
     eta_seconds: float | None
     run: RunSeen | None
     last_parts: tuple[str, ...]
-    """The newest of those that were committed during this watch, newest last."""
+    """The newest parts that were committed during this watch, the newest last."""
 
 
 class Watcher:
-    """Looks at an output, and remembers what it has read. `clock` is monotonic."""
+    """Looks at an output repeatedly and remembers what it has read. `clock` is monotonic."""
 
     def __init__(self, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._targets = store, store.below("targets")
@@ -91,7 +91,7 @@ class Watcher:
         self._lease: tuple[bytes, float] | None = None
 
     def look(self) -> LiveStatus:
-        """What is there now.
+        """The present state.
 
         Raises:
             PartCorrupt: a receipt or a manifest cannot be read.
@@ -123,7 +123,7 @@ class Watcher:
         )
 
     def _read_receipts(self) -> list[Receipt]:
-        """Receipts that were not there at the last look."""
+        """Receipts that are new since the last look; none at the first look."""
         names = [name for name in self._targets.list("receipts") if name not in self._receipts]
         with ThreadPoolExecutor(_READERS) as pool:
             found = list(pool.map(lambda name: read_receipt(self._targets, name), names))
@@ -136,7 +136,7 @@ class Watcher:
         return found
 
     def _read_corpus(self, new: Iterable[Receipt]) -> None:
-        """The corpus's manifest, again when its size has changed or a part is of a slice that it does not have."""
+        """Read the corpus's manifest, again when its size has changed or a new part is of an unknown slice."""
         store = self._store.below("corpus")
         if not store.exists("manifest.json"):
             self._corpus, self._slices = None, {}
@@ -147,7 +147,7 @@ class Watcher:
             self._slices = {part.sha256: part for part in self._corpus.slices} if self._corpus else {}
 
     def _read_manifest(self) -> None:
-        """The newest manifest of the targets, again when another one is pointed at."""
+        """Read the newest manifest of the targets, again when the pointer to it has changed."""
         pointer = self._targets.read("manifest.json") if self._targets.exists("manifest.json") else None
         if pointer != self._pointer:
             try:
@@ -162,7 +162,7 @@ class Watcher:
         return {part.slice for part in self._named.values()} == set(self._slices)
 
     def _done(self) -> list[Receipt]:
-        """One receipt for each slice of the corpus that has one which counts."""
+        """One receipt for each slice of the corpus that has a part which counts."""
         named = self._named
         of_manifest = {part.slice: part for part in named.values() if part.slice in self._slices}
         others = {
@@ -175,10 +175,10 @@ class Watcher:
         return list({**others, **of_manifest}.values())
 
     def _is_redone(self, of_manifest: dict[str, Receipt], others: dict[str, Receipt]) -> bool:
-        """Whether parts that a manifest names are being made anew.
+        """Whether parts that a manifest names are being made again.
 
-        Once it names every slice, what lies beside it may be left from a run before it; then only what was committed
-        during this watch tells.
+        Where the manifest names every slice, other parts may be left over from an earlier run; then only parts that
+        were committed during this watch are a sign.
         """
         if not others.keys() & of_manifest.keys():
             return False

@@ -1,4 +1,4 @@
-"""The output folder of a job: who owns it, and where each stage leaves what it makes."""
+"""The output folder of a job: the job that owns it, and the folder of each stage in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OURS = {".lease", "corpus", "retention", "teacher", "targets", "adapter", "repo
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model of the job: its name there, and what is on the disk."""
+    """A model that the job names, and its folder on disk."""
 
     name: str
     folder: Path
@@ -40,7 +40,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """A job and its output folder; one store a stage."""
+    """A job and its output folder, with one store per stage."""
 
     job: Job
     out: Store
@@ -104,10 +104,10 @@ def _name_in(store: Store) -> str | None:
 
 
 def saved_job(store: Store) -> Job:
-    """The job that an output was last made by, as it was then; its sources and models need not be there any more.
+    """The job that last ran in an output, from its `job.yaml`; its sources and models need not exist any more.
 
     Raises:
-        JobInvalid: there is none, or not one of this version.
+        JobInvalid: there is no `job.yaml`, or not one of this version.
     """
     file = f"{store.uri}/{_JOB_FILE}"
     try:
@@ -118,12 +118,12 @@ def saved_job(store: Store) -> Job:
 
 
 def open_workspace(job: Job) -> Workspace:
-    """The output of a job, if it is free or the job's own. Nothing is written yet.
+    """The output of a job, which must be empty or belong to the job. Nothing is written yet.
 
     Raises:
-        OutputForeign: it belongs to another job, or holds something else.
-        OutputUnusable: the disk cannot have such a folder.
-        JobInvalid: `out` is no folder and no bucket.
+        OutputForeign: it belongs to another job, or holds other files.
+        OutputUnusable: the folder cannot be read.
+        JobInvalid: `out` is neither a folder nor a bucket.
         StoreUnavailable, StoreUnusable: of an object store.
     """
     store = open_store(job.out)
@@ -145,7 +145,7 @@ def _holds_something_else(store: Store) -> bool:
 
 
 def claim(workspace: Workspace) -> None:
-    """Write the job, defaults included, into its output, unless it says the same already.
+    """Write the job, defaults included, to `job.yaml` in its output, unless that says the same already.
 
     Raises:
         OutputUnusable: the folder cannot be written.

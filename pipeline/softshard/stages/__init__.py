@@ -1,1 +1,1 @@
-"""The stages of a job, one room each, and `job`, which runs them in order."""
+"""The stages of a job, in their order, and the plan and the export of one."""

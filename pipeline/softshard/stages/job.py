@@ -1,4 +1,4 @@
-"""A whole job: the stages in their order, each doing what is missing, one cluster for those that need one."""
+"""A whole job: its stages in order, each making only what is missing, with one cluster for those that need one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STAGES = ("corpus", "teacher", "targets", "train", "evaluate")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a job has left; None for what no stage that was asked for needs."""
+    """What a job has made; None for what no requested stage needs."""
 
     out: str
     seconds: float
@@ -41,20 +41,20 @@ class Outcome:
 
 
 def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES, run: str | None = None) -> Outcome:
-    """Run some stages. What an earlier stage makes is computed if that stage is asked for too, else it must be there.
+    """Run some stages of a job. An earlier stage that is not among them must be complete.
 
     Raises:
-        ManifestMissing: an earlier stage that was not asked for has not finished, or its settings have changed.
-        JobInvalid: a stage that was asked for needs a hold-out, and the job has none.
+        ManifestMissing: an earlier stage that was not requested is not complete, or its settings have changed.
+        JobInvalid: a requested stage needs a hold-out, and the job has none.
         OutputBusy: another run works on the output.
-        LeaseLost: this run was taken for dead, and another has taken over.
+        LeaseLost: this run was taken for dead, and another run has taken over.
         SoftshardError: see the stages.
     """
     refuse_without_holdout(job, stages)
     workspace = open_workspace(job)
     _resolve_models(workspace, stages)
     with hold_lease(workspace.out, job=job.name, run=run or uuid.uuid4().hex[:12]) as lease:
-        # Another job may have claimed the empty folder between the look at it and the lease.
+        # Checked again: another job may have claimed the empty folder before this run had the lease.
         open_workspace(job)
         claim(workspace)
         return _run_stages(workspace, reporter, stages, lease)
@@ -69,9 +69,9 @@ def _run_stages(workspace: Workspace, reporter: Reporter, stages: Collection[str
 
     @contextmanager
     def stage(name: str) -> Iterator[bool]:
-        """Whether a stage may compute, which is then told."""
+        """Yields whether the stage was requested; if so, reports its start and end."""
         lease.check()
-        with _told(name, reporter) if name in stages else nullcontext():
+        with _reported(name, reporter) if name in stages else nullcontext():
             yield name in stages
 
     with lazy_cluster(workspace.job.cluster, reporter) as cluster:
@@ -80,24 +80,25 @@ def _run_stages(workspace: Workspace, reporter: Reporter, stages: Collection[str
         if last >= STAGES.index("teacher"):
             check_corpora(workspace, corpora)
             with stage("teacher") as compute:
-                teacher = ensure_teacher(workspace, corpora.style, reporter, cluster, compute=compute)
+                teacher = ensure_teacher(workspace, corpora.style.manifest, reporter, cluster, compute=compute)
         if last >= STAGES.index("targets"):
             with stage("targets") as compute:
-                manifest = ensure_targets(workspace, corpora.style, teacher, reporter, cluster, compute=compute)
+                manifest = ensure_targets(
+                    workspace, corpora.style.manifest, teacher, reporter, cluster, compute=compute
+                )
     if manifest is not None and last >= STAGES.index("train"):
         with stage("train") as compute:
             trained = ensure_trained(workspace, manifest, corpora.retention, reporter, compute=compute)
         if last >= STAGES.index("evaluate"):
-            both = (corpora.style, corpora.retention)
             with stage("evaluate") as compute:
-                report = ensure_report(workspace, both, manifest, trained, reporter, compute=compute)
+                report = ensure_report(workspace, corpora, manifest, trained, reporter, compute=compute)
     seconds = time.monotonic() - started
     return Outcome(out=workspace.job.out, seconds=seconds, manifest=manifest, trained=trained, report=report)
 
 
 @contextmanager
-def _told(stage: str, reporter: Reporter) -> Iterator[None]:
-    """Tell that a stage starts and, unless it is broken off, that it has finished."""
+def _reported(stage: str, reporter: Reporter) -> Iterator[None]:
+    """Report that a stage starts and, unless it raises, that it has finished."""
     started = time.monotonic()
     reporter.event("stage_started", stage=stage)
     yield
@@ -105,14 +106,14 @@ def _told(stage: str, reporter: Reporter) -> Iterator[None]:
 
 
 def _resolve_models(workspace: Workspace, stages: Collection[str]) -> None:
-    """Find the models before anything is written, so that a wrong name leaves the folder as it was."""
+    """Find the models before anything is written, so that a wrong name leaves the output unchanged."""
     _ = workspace.teacher_model
     if "train" in stages or "evaluate" in stages:
         _ = workspace.student_model
 
 
 def refuse_without_holdout(job: Job, stages: Collection[str]) -> None:
-    """Refuse stages that measure something, where there is nothing to measure it on. Raises JobInvalid."""
+    """Refuse stages that measure on the hold-out where the job has none. Raises JobInvalid."""
     chooses = job.train.baseline is not None or job.train.sweep is not None
     needs = "evaluate" in stages or ("train" in stages and chooses)
     if needs and job.corpus.holdout_fraction == 0:

@@ -1,6 +1,6 @@
-"""What a job would do, before it does it: documents, tokens, parts, bytes, hours and cost.
+"""The plan of a job: documents, tokens, parts, bytes, hours and cost, before anything runs.
 
-The corpus is read and counted in full, nothing is written. Speed and bytes a position are measured on the first
+The corpus is read and counted in full, and nothing is written. Speed and bytes per position are measured on the first
 sequences of the corpus with the teacher's model as it is, or given; a pilot measures what other targets would cost.
 """
 
@@ -33,8 +33,8 @@ from softshard.telemetry import Reporter, SilentReporter
 __all__ = ["Plan", "make_plan"]
 
 _PASSES_OF_A_TRAINING_STEP = 3.0
-_SPREAD = 16
-"""A pilot's sequences are chosen from so many times as many, the first ones of the corpus."""
+_SPREAD_FACTOR = 16
+"""A pilot's sequences are spread over this many times their number, from the start of the corpus."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,27 +57,27 @@ class Plan:
     """`measured` or `given`."""
     workers: int
     scoring_hours: float
-    """Teacher hours of the targets, over all workers."""
+    """Teacher hours for the targets, summed over all workers."""
     training_hours: float
-    """Teacher hours of the style teacher; a token trained is counted as three tokens scored."""
+    """Teacher hours for training the style teacher; a trained token counts as three scored tokens."""
     wall_hours: float
-    """Style teacher and targets on the job's workers; the student's trainings come on top."""
+    """Hours for style teacher and targets on the job's workers, without the student's trainings."""
     cost: float | None
     """Of the teacher hours."""
     num_trainings: int
-    """The student's, and the baseline's at each learning rate."""
+    """Trainings of the student, and of the baseline at each learning rate."""
     trained_tokens: int
-    """Tokens of all of them, retention text left out."""
+    """Tokens of all trainings, without retention text."""
     adapted_teacher: bool
-    """Whether the run will have a style teacher, which was not there to be measured."""
+    """Whether the run will train a style teacher, which could not be measured."""
     target: str
-    """What will be stored; where the job has a budget, what a pilot of the model as it is leads to."""
+    """The target; where the job has a budget, the one that a pilot with the model as it is chooses."""
     budget: str | None
-    """The job's `budget_bytes` or `max_angle_degrees`; None where it gives the target itself."""
+    """The job's `budget_bytes` or `max_angle_degrees`; None without a budget."""
     pilot: Pilot | None
-    """What other targets would cost; None where no pilot was run."""
+    """The measurements of a pilot; None where none was made."""
     authors: CountedAuthors | None
-    """Who has how much of what would be trained on; None where that cannot be told before there are targets."""
+    """Shares of the authors in the training data; None where unknown before there are targets."""
 
 
 def make_plan(
@@ -88,14 +88,14 @@ def make_plan(
     price_per_hour: float | None = None,
     num_pilot: int | None = None,
 ) -> Plan:
-    """Count the corpus, and measure what is not given.
+    """Count the corpus, and measure what the arguments do not give.
 
     Args:
         job: the job.
         reporter: where progress goes.
-        tokens_per_second: speed of one worker; None: it is measured.
-        price_per_hour: price of one worker's hour; None: no cost is given.
-        num_pilot: sequences of a pilot; None: none is run, unless the target has a budget.
+        tokens_per_second: speed of one worker; None: measured.
+        price_per_hour: price of one worker for one hour; None: no cost.
+        num_pilot: number of sequences of a pilot; None: no pilot, unless the target has a budget.
 
     Raises:
         JobInvalid: the target has a budget that no tau keeps.
@@ -142,7 +142,7 @@ def make_plan(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Hours:
-    """Of the teacher: over all workers, and on the clock."""
+    """Hours of the teacher, summed over all workers, and wall-clock."""
 
     scoring: float
     training: float
@@ -160,48 +160,52 @@ def _teacher_hours(job: Job, *, train_tokens: int, test_tokens: int, speed: floa
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
+class _Measurements:
+    """Speed and size of the job's target."""
+
     tokens_per_second: float
     target: Measured
     pilot: Pilot | None
 
 
-def _measure(job: Job, tokenizer: Tokenizer, reporter: Reporter, *, extent: Extent, num_pilot: int | None) -> _Found:
-    engine, plan = _engine(job, tokenizer)
+def _measure(
+    job: Job, tokenizer: Tokenizer, reporter: Reporter, *, extent: Extent, num_pilot: int | None
+) -> _Measurements:
+    engine, part = _open_engine(job, tokenizer)
     pilot: Pilot | None = None
     if num_pilot is not None or job.target.budget is not None:
         num = NUM_SEQUENCES if num_pilot is None else num_pilot
-        reporter.say(f"pilot: {num} sequences through the teacher's model")
-        first = _first(job, tokenizer, num_tokens=_SPREAD * num * job.corpus.context_tokens)
-        pilot = run_pilot(engine, spread(first, num=num), spec=plan, extent=extent, reporter=reporter)
-        plan = replace(plan, sketch=chosen_by(pilot, target=job.target, job=job.name))
-    reporter.say("measuring the teacher on the first sequences of the corpus")
-    sequences = _first(job, tokenizer, num_tokens=2 * job.teacher.batch_tokens)
-    engine.score(sequences[:1], sketch=plan.sketch, seed=plan.seed)
+        reporter.say(f"pilot: scoring {num} sequences with the teacher's model")
+        candidates = _first_sequences(job, tokenizer, num_tokens=_SPREAD_FACTOR * num * job.corpus.context_tokens)
+        pilot = run_pilot(engine, spread(candidates, num=num), spec=part, extent=extent, reporter=reporter)
+        part = replace(part, sketch=chosen_by(pilot, target=job.target, job=job.name))
+    reporter.say("measuring the teacher's speed on the first sequences of the corpus")
+    sequences = _first_sequences(job, tokenizer, num_tokens=2 * job.teacher.batch_tokens)
+    engine.score(sequences[:1], sketch=part.sketch, seed=part.seed)
     started = time.perf_counter()
-    engine.score(sequences, sketch=plan.sketch, seed=plan.seed)
+    engine.score(sequences, sketch=part.sketch, seed=part.seed)
     seconds = time.perf_counter() - started
     if pilot is None:
-        rows = measure(engine, sequences, sketches=(plan.sketch,), spec=plan, extent=extent, reporter=SilentReporter())
+        rows = measure(engine, sequences, sketches=(part.sketch,), spec=part, extent=extent, reporter=SilentReporter())
     else:
-        rows = [row for row in pilot.rows if row.sketch == plan.sketch]
+        rows = [row for row in pilot.rows if row.sketch == part.sketch]
     (target,) = rows
     engine.close()
     num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
-    return _Found(tokens_per_second=num_tokens / seconds, target=target, pilot=pilot)
+    return _Measurements(tokens_per_second=num_tokens / seconds, target=target, pilot=pilot)
 
 
-def _first(job: Job, tokenizer: Tokenizer, *, num_tokens: int) -> list[TokenSequence]:
+def _first_sequences(job: Job, tokenizer: Tokenizer, *, num_tokens: int) -> list[TokenSequence]:
     return first_sequences(settings=job.corpus, tokenizer=tokenizer, seed=job.seed, num_tokens=num_tokens)
 
 
-def _engine(job: Job, tokenizer: Tokenizer) -> tuple[Teacher, PartSpec]:
-    """The teacher's model as it is, and a part that it would score."""
+def _open_engine(job: Job, tokenizer: Tokenizer) -> tuple[Teacher, PartSpec]:
+    """The teacher's model as it is, and the spec of a part that it would score."""
     folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
     identity = teacher_identity(
         job.teacher, context_tokens=job.corpus.context_tokens, weights=weights_digest(folder), adapters=()
     )
-    plan = PartSpec(
+    part = PartSpec(
         index=0,
         split="train",
         fold=-1,
@@ -215,4 +219,4 @@ def _engine(job: Job, tokenizer: Tokenizer) -> tuple[Teacher, PartSpec]:
     engine = open_teacher(
         folder, adapters=(), identity=identity, device=job.teacher.device, vocab_size=tokenizer.vocab_size
     )
-    return engine, plan
+    return engine, part

@@ -57,10 +57,10 @@ def a_run(folder):
     )
 
 
-def score(task, *, run):
+def score(task, *, spec):
     """Commits a part that says which slice it is of."""
-    plan, content = run.plan(task.index, task.slice), task.slice.sha256.encode()
-    if task.slice.sha256.endswith("3") and first_time(run, plan):
+    plan, content = spec.part_spec(task.index, task.slice), task.slice.sha256.encode()
+    if task.slice.sha256.endswith("3") and first_time(spec, plan):
         raise OSError("the network went away")
     if task.slice.sha256.endswith("5"):
         raise DataInvalid("this slice is wrong")
@@ -79,11 +79,11 @@ def score(task, *, run):
         label_logprob_sum=0.0,
         fidelity=FIDELITY,
     )
-    return commit_part(open_store(run.targets), content, receipt)
+    return commit_part(open_store(spec.targets), content, receipt)
 
 
-def first_time(run, plan):
-    marker = Path(run.corpus) / plan.part_id
+def first_time(spec, plan):
+    marker = Path(spec.corpus) / plan.part_id
     marker.parent.mkdir(exist_ok=True)
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
@@ -138,11 +138,11 @@ def test_what_is_missing_is_computed_and_nothing_else(cluster, store, run, done)
     missing = find_missing(store, run, more)
     assert missing.num_parts == 2
     assert missing.num_labels == 13 + 14
-    assert missing.first_path == run.plan(3, more[3]).path
+    assert missing.first_path == run.part_spec(3, more[3]).path
     recorder = compute(cluster, store, run, more)
     assert {event["part"] for event in recorder.of("part_committed")} == {
-        run.plan(3, more[3]).part_id,
-        run.plan(4, more[4]).part_id,
+        run.part_spec(3, more[3]).part_id,
+        run.part_spec(4, more[4]).part_id,
     }
     assert find_missing(store, run, more).num_parts == 0
 
@@ -152,7 +152,7 @@ def test_parts_are_told_with_their_size_when_tried_again_and_when_set_aside(clus
     slices = some_slices(7)
     with pytest.raises(PartsFailed, match="this slice is wrong") as caught:
         score_parts(cluster, run, find_missing(store, run, slices), recorder, score=score)
-    ids = [run.plan(index, part).part_id for index, part in enumerate(slices)]
+    ids = [run.part_spec(index, part).part_id for index, part in enumerate(slices)]
     told = recorder.of("part_committed")
     assert {event["part"] for event in told} == set(ids) - {ids[5]}
     assert sum(event["positions"] for event in told) == sum(part.num_labels for part in slices) - 15
@@ -181,35 +181,35 @@ def test_a_part_that_lies_where_an_older_run_put_it_is_not_computed_again(store,
     later = Spool(CorpusSlice, [*some_slices(1, first=20), *done])
     missing = find_missing(store, run, later)
     assert missing.num_parts == 1
-    assert missing.first_path == run.plan(0, later[0]).path
+    assert missing.first_path == run.part_spec(0, later[0]).path
 
 
 def test_a_part_whose_file_is_gone_is_missing(store, run, done):
-    plan = run.plan(1, done[1])
+    plan = run.part_spec(1, done[1])
     store.remove(plan.path)
     assert find_missing(store, run, done).first_path == plan.path
 
 
 def test_a_part_without_a_receipt_is_missing(store, run, done):
-    plan = run.plan(1, done[1])
+    plan = run.part_spec(1, done[1])
     store.remove(receipt_path(plan.part_id))
     assert find_missing(store, run, done).first_path == plan.path
 
 
 def test_a_part_of_another_size_is_named_before_there_is_a_manifest(store, run, done):
-    store.replace(run.plan(1, done[1]).path, b"short")
+    store.replace(run.part_spec(1, done[1]).path, b"short")
     with pytest.raises(PartCorrupt, match="has 5 bytes, its receipt names 64"):
         list(committed(store, run, done))
 
 
 def test_a_part_that_went_away_after_it_was_committed_is_named(store, run, done):
-    store.remove(run.plan(2, done[2]).path)
+    store.remove(run.part_spec(2, done[2]).path)
     with pytest.raises(PartCorrupt, match="was committed, and is gone"):
         list(committed(store, run, done))
 
 
 def test_a_receipt_that_a_listing_shows_is_read_as_one(store, run, done):
-    plan = run.plan(1, done[1])
+    plan = run.part_spec(1, done[1])
     store.remove(plan.path)
     store.replace(receipt_path(plan.part_id), b"{}")
     with pytest.raises(PartCorrupt, match="is not a receipt"):
@@ -218,4 +218,4 @@ def test_a_receipt_that_a_listing_shows_is_read_as_one(store, run, done):
 
 def test_the_committed_receipt_is_the_one_on_the_disk(store, run, done):
     for index, (part, receipt) in enumerate(zip(done, committed(store, run, done), strict=True)):
-        assert store.read(receipt_path(run.plan(index, part).part_id)) == canonical_json(receipt)
+        assert store.read(receipt_path(run.part_spec(index, part).part_id)) == canonical_json(receipt)

@@ -27,6 +27,7 @@ from softshard.models.decoder import Decoder
 from softshard.output.workspace import open_workspace
 from softshard.shard.manifest import read_manifest
 from softshard.shard.read import read_rows
+from softshard.stages.corpus.stage import StoredCorpus
 from softshard.stages.job import STAGES, run_job
 from softshard.stages.train.author_cap import CountedText, check_author_cap, expected_shares
 from softshard.stages.train.data import open_training_data
@@ -95,12 +96,12 @@ def test_the_loss_has_the_shares_that_were_asked_for(changed, finished):
     """The weights of an author's labels, summed as the train stage gets them, over those of all."""
     total = sum(labels_by_author(finished).values())
     wanted = {"author 0": 0.2, "author 1": 0.5, "author 2": 0.3}
-    job, workspace, feed = feed_of(changed(balance={"shares": wanted}))
+    job, _, feed = feed_of(changed(balance={"shares": wanted}))
     (whole,) = feed.sets
     for author, share in wanted.items():
         targets = replace(whole.targets, where=RowFilter(group=(author,)))
         only = replace(feed, sets=(replace(whole, targets=targets),))
-        batches = only.dataset(workspace, alpha=0.5, optimizer=job.train.optimizer)
+        batches = only.dataset(job.train, alpha=0.5, optimizer=job.train.optimizer, seed=job.seed)
         weight = sum(float(batch.position_weights.sum()) for batch in batches)
         assert weight / total == pytest.approx(share, rel=1e-5)
 
@@ -108,14 +109,14 @@ def test_the_loss_has_the_shares_that_were_asked_for(changed, finished):
 def test_a_batch_of_one_group_alone_keeps_the_weight_of_its_group(changed, finished, tiny_model):
     """The loss is a mean over labels, and a weight that all labels of a batch share must not cancel in it."""
     wanted = {"author 0": 0.2, "author 1": 0.5, "author 2": 0.3}
-    job, workspace, feed = feed_of(changed(balance={"shares": wanted}))
+    job, _, feed = feed_of(changed(balance={"shares": wanted}))
     decoder = Decoder.of(load_model(tiny_model, dtype=torch.float32, device="cpu"))
     (whole,) = feed.sets
     counts = labels_by_author(finished)
     sizes = {"num_valid": whole.targets.manifest.vocab_size, "chunk_positions": 64}
     for author, share in wanted.items():
         own = replace(whole, targets=replace(whole.targets, where=RowFilter(group=(author,))))
-        data = replace(feed, sets=(own,)).dataset(workspace, alpha=0.5, optimizer=job.train.optimizer)
+        data = replace(feed, sets=(own,)).dataset(job.train, alpha=0.5, optimizer=job.train.optimizer, seed=job.seed)
         batch = next(iter(data))
         ones = torch.ones_like(batch.position_weights)
         plain = replace(batch, targets=replace(batch.targets, position_weights=ones, counted=None))
@@ -323,7 +324,8 @@ def test_retention_text_whose_tokens_are_learnt_counts_for_its_authors(changed, 
 
 
 def test_retention_text_whose_tokens_are_not_learnt_does_not_count(changed, finished):
-    text = read_corpus_manifest(LocalStore(finished / "retention"))
+    store = LocalStore(finished / "retention")
+    text = StoredCorpus(store=store, manifest=read_corpus_manifest(store))
     _, workspace, feed = feed_of(changed())
     alone = check_author_cap(workspace, feed, None)
     for objective, weight, same in (("kl", 1.0, True), ("ce", 0.0, True), ("ce", 1.0, False)):

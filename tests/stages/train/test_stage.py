@@ -18,6 +18,7 @@ from softshard.shard.manifest import Receipt, read_manifest
 from softshard.shard.read import read_rows
 from softshard.stages.job import run_job
 from softshard.stages.train.data import open_training_data
+from softshard.stages.train.student import make_student
 from softshard.stages.train.trainings import training_specs
 from softshard.storage import LocalStore
 from softshard.telemetry import SilentReporter
@@ -65,8 +66,8 @@ def fed(path, *, alpha=0.5):
     """Batches of one epoch as the train stage gets them."""
     job = load_job(path)
     workspace = open_workspace(job)
-    feed = open_training_data(workspace, read_manifest(workspace.targets))
-    return list(feed.dataset(workspace, alpha=alpha, optimizer=job.train.optimizer))
+    data = open_training_data(workspace, read_manifest(workspace.targets))
+    return list(data.dataset(job.train, alpha=alpha, optimizer=job.train.optimizer, seed=job.seed))
 
 
 def trained(path):
@@ -135,8 +136,8 @@ def test_the_weights_of_a_mix_change_along_their_steps(changed, other):
     path = changed(targets=weights)
     job = load_job(path)
     workspace = open_workspace(job)
-    feed = open_training_data(workspace, read_manifest(workspace.targets))
-    turns = feed.dataset(workspace, alpha=0.5, optimizer=job.train.optimizer).turns(0)
+    data = open_training_data(workspace, read_manifest(workspace.targets))
+    turns = data.dataset(job.train, alpha=0.5, optimizer=job.train.optimizer, seed=job.seed).turns(0)
     assert [turn.source for turn in turns] == [0, 0, 0] + [1] * (len(turns) - 3)
 
 
@@ -186,8 +187,11 @@ def test_settings_that_mean_nothing_are_refused_with_their_line(changed, capsys,
 
 def ids(path, manifest=None):
     workspace = open_workspace(load_job(path))
-    feed = open_training_data(workspace, manifest or read_manifest(workspace.targets))
-    return [plan.training_id for plan in training_specs(workspace, feed, None)[0]]
+    data = open_training_data(workspace, manifest or read_manifest(workspace.targets))
+    specs, _ = training_specs(
+        workspace.job.train, data, make_student(workspace), retention_digest=None, seed=workspace.job.seed
+    )
+    return [spec.training_id for spec in specs]
 
 
 def test_another_hold_out_gives_another_training_even_where_the_jobs_own_targets_are_left_out(changed, other):

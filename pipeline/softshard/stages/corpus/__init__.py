@@ -1,1 +1,1 @@
-"""The corpus stage: sources to tokenised sequences."""
+"""The corpus stage: reads, screens and tokenises the documents."""

@@ -1,7 +1,7 @@
-"""The corpus's texts, tokenised on a cluster: batches of texts in, their ids out, in the order of the batches.
+"""Tokenising the corpus's texts on a cluster: batches of texts in, their ids out, in the order of the batches.
 
-Reading, screening and cutting stay with the client, which has to see the documents in their order. Tokenising is most
-of the work on a corpus, and the ids of a text depend on nothing else, so where they are made changes no byte.
+Reading, screening and cutting stay with the client, which has to see the documents in order. Tokenising is most of the
+work on a corpus, and the ids of a text depend on nothing else, so the place where they are made changes no byte.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from softshard.sources.read import list_source
 __all__ = ["encode_on", "is_worth_a_cluster"]
 
 _LEAST_BYTES = 64 * 2**20
-"""What one process reads and tokenises in about the time that a local cluster takes to start."""
+"""One process reads and tokenises this much in about the time that a local cluster takes to start."""
 
 
 def is_worth_a_cluster(settings: CorpusSettings, cluster: ClusterSettings) -> bool:
-    """Whether there are several workers, and text enough for them; what files do not tell counts as little.
+    """Whether there are several workers and enough text for them; a file of unknown size counts as empty.
 
     Raises:
         SourceUnreadable: a source cannot be listed.
@@ -38,18 +38,18 @@ def is_worth_a_cluster(settings: CorpusSettings, cluster: ClusterSettings) -> bo
 
 
 def encode_on(cluster: Callable[[], Cluster], *, model: Path, fingerprint: str, out: str) -> Encode:
-    """How `build_corpus` is to tokenise.
+    """A function that `build_corpus` calls to tokenise.
 
     Args:
-        cluster: opens the cluster; called when there is a text.
-        model: folder with the tokenizer, on the workers too.
-        fingerprint: of the tokenizer; a worker that finds another one there refuses.
-        out: the corpus folder, for the error of a batch that fails.
+        cluster: opens the cluster; called at the first text.
+        model: folder with the tokenizer, also on the workers.
+        fingerprint: of the tokenizer; a worker that finds another one there raises an error.
+        out: the corpus folder, for errors.
     """
 
     def encode(batches: Iterable[list[str]]) -> Iterator[list[NDArray[np.int32]]]:
-        encode_there = partial(_encode, folder=model, fingerprint=fingerprint)
-        return cluster().map_in_order(encode_there, batches, name="corpus", out=out)
+        encode_batch = partial(_encode, folder=model, fingerprint=fingerprint)
+        return cluster().map_in_order(encode_batch, batches, name="corpus", out=out)
 
     return encode
 
@@ -62,7 +62,7 @@ def _encode(texts: list[str], *, folder: Path, fingerprint: str) -> list[NDArray
 def _tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     if tokenizer.fingerprint != fingerprint:
-        # A worker may outlive the folder's content that it has read once.
+        # A worker caches a tokenizer, and the folder may have changed since.
         load_tokenizer.cache_clear()
         tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, model=str(folder), data="the corpus", data_fingerprint=fingerprint)

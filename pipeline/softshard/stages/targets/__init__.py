@@ -1,1 +1,1 @@
-"""The targets stage: sequences and the style teacher to parts and their manifest."""
+"""The targets stage: scores the corpus and writes the parts."""

@@ -1,7 +1,6 @@
-"""The parts of a run: which are missing, computed on a cluster, and the receipts of all of them in the corpus's order.
+"""The parts of a run: finding those that are missing, computing them on a cluster, and reading all receipts in order.
 
-In: what the parts share, and the slices of the corpus. Guaranteed: one slice, and what is in flight, is held at a time;
-a bit a part remembers which are missing.
+One slice of the corpus and the tasks in flight are held at a time; which parts are missing takes one byte per part.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from softshard.telemetry import Reporter
 __all__ = ["Missing", "committed", "find_missing", "score_parts"]
 
 _READERS, _READ_AHEAD = 16, 256
-"""Receipts are small, and in an object store each is a request: many at a time, in order all the same."""
+"""Receipts are small, and reading one from an object store is a request, so many are read at a time, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,55 +32,57 @@ class Missing:
     """Parts of a run that are not committed."""
 
     slices: Sequence[CorpusSlice]
-    """All of the corpus, in its order."""
+    """All slices of the corpus, in its order."""
     flags: bytearray
     """1 for each slice whose part is missing."""
     num_parts: int
     num_labels: int
     first_path: str
-    """Where the first of them will be; empty where none is missing."""
+    """Path of the first missing part; empty where none is missing."""
 
-    def tasks(self, run: ScoringSpec) -> Iterator[ScoreTask]:
-        """The missing parts, fold after fold so that a worker keeps its engine, in the corpus's order within each."""
-        for fold in sorted(run.teachers):
+    def tasks(self, spec: ScoringSpec) -> Iterator[ScoreTask]:
+        """The missing parts, fold by fold so that workers keep their engine, in the corpus's order within a fold."""
+        for fold in sorted(spec.teachers):
             for index, part in enumerate(self.slices):
                 if self.flags[index] and part.fold == fold:
-                    yield ScoreTask(index=index, part_id=run.plan(index, part).part_id, slice=part)
+                    yield ScoreTask(index=index, part_id=spec.part_spec(index, part).part_id, slice=part)
 
 
-def find_missing(store: Store, run: ScoringSpec, slices: Sequence[CorpusSlice]) -> Missing:
-    """Which parts have no receipt, or one whose file is gone. Two listings, and a receipt only where it may say that
-    the part lies elsewhere than a run of today would put it."""
+def find_missing(store: Store, spec: ScoringSpec, slices: Sequence[CorpusSlice]) -> Missing:
+    """The parts that have no receipt, or whose file is missing.
+
+    Lists two folders, and reads a receipt only where the part is not at the path that this run would give it.
+    """
     receipts, files = set(store.list("receipts")), set(store.list("data"))
     flags = bytearray(len(slices))
     num_labels, first_path = 0, ""
     for index, part in enumerate(slices):
-        plan = run.plan(index, part)
-        receipt = receipt_path(plan.part_id)
-        if receipt in receipts and (plan.path in files or read_receipt(store, receipt).path in files):
+        expected = spec.part_spec(index, part)
+        receipt = receipt_path(expected.part_id)
+        if receipt in receipts and (expected.path in files or read_receipt(store, receipt).path in files):
             continue
         flags[index] = 1
         num_labels += part.num_labels
-        first_path = first_path or plan.path
+        first_path = first_path or expected.path
     return Missing(slices=slices, flags=flags, num_parts=sum(flags), num_labels=num_labels, first_path=first_path)
 
 
 def score_parts(
     cluster: Cluster,
-    run: ScoringSpec,
+    spec: ScoringSpec,
     missing: Missing,
     reporter: Reporter,
     *,
     score: Callable[..., Receipt] = score_part,
 ) -> None:
-    """Compute what is missing.
+    """Compute the missing parts on a cluster.
 
     Args:
-        cluster: where.
-        run: what the parts share.
-        missing: which parts.
-        reporter: is told of every part that is committed, tried again or set aside.
-        score: called on a worker with a `ScoreTask` and `run`; commits the part.
+        cluster: executes the tasks.
+        spec: what all parts of the run share.
+        missing: the parts to compute.
+        reporter: gets an event for every part that is committed, tried again or set aside.
+        score: called on a worker with a `ScoreTask` and `spec`; commits the part.
 
     Raises:
         PartsFailed: some parts were set aside; the others are committed.
@@ -106,8 +107,8 @@ def score_parts(
             progress(done, note=f"{num_done}/{missing.num_parts} parts")
 
         failures = cluster.map_tasks(
-            partial(score, run=run),
-            missing.tasks(run),
+            partial(score, spec=spec),
+            missing.tasks(spec),
             name=lambda task: f"part-{task.part_id}",
             on_result=on_result,
             on_retry=lambda task, attempt, reason: reporter.event(
@@ -118,24 +119,24 @@ def score_parts(
             ),
         )
     if failures:
-        raise PartsFailed(failures=failures, out=run.targets)
+        raise PartsFailed(failures=failures, out=spec.targets)
 
 
-def committed(store: Store, run: ScoringSpec, slices: Iterable[CorpusSlice]) -> Iterator[Receipt]:
+def committed(store: Store, spec: ScoringSpec, slices: Iterable[CorpusSlice]) -> Iterator[Receipt]:
     """Receipts of all parts, in the corpus's order.
 
     Raises:
-        PartCorrupt: a receipt cannot be read, or its part is gone or has another size than it names.
+        PartCorrupt: a receipt cannot be read, or its part is missing or has another size than it names.
     """
 
-    def receipt_of(place: tuple[int, CorpusSlice]) -> Receipt:
-        plan = run.plan(*place)
-        receipt = find_receipt(store, plan.part_id)
+    def read(place: tuple[int, CorpusSlice]) -> Receipt:
+        part = spec.part_spec(*place)
+        receipt = find_receipt(store, part.part_id)
         if receipt is None:
-            raise PartCorrupt(uri=f"{store.uri}/{plan.path}", problem="was committed, and is gone")
+            raise PartCorrupt(uri=f"{store.uri}/{part.path}", problem="was committed, and is missing")
         return receipt
 
     places = enumerate(slices)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="softshard-receipts") as readers:
         while ahead := list(itertools.islice(places, _READ_AHEAD)):
-            yield from readers.map(receipt_of, ahead)
+            yield from readers.map(read, ahead)

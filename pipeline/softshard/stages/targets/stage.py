@@ -1,7 +1,7 @@
-"""The targets stage: a corpus and its style teacher in, the parts and their manifest out.
+"""The targets stage: scores the corpus with its style teacher and writes the parts and their manifest.
 
-It looks for what it would make and makes only what is missing. With `compute=False` it refuses instead, with
-the command to run first.
+Only missing parts are computed. With `compute=False` nothing is made: a missing part is an error that names the command
+to run first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from softshard.cluster.cluster import OpenCluster
-from softshard.config import SketchSettings
 from softshard.corpus.manifest import CorpusManifest
 from softshard.errors import ManifestMissing
 from softshard.output.workspace import Workspace
@@ -29,10 +28,19 @@ __all__ = ["ensure_targets", "make_scoring_spec"]
 
 
 def make_scoring_spec(workspace: Workspace, corpus: CorpusManifest, teacher: StyleTeacher) -> ScoringSpec:
-    """What all parts of the run share, with the job's own target."""
+    """What all parts of a run share, with the job's own sketch settings."""
     job, model = workspace.job, workspace.teacher_model
+
+    def identity(fold: int) -> TeacherIdentity:
+        return teacher_identity(
+            job.teacher,
+            context_tokens=job.corpus.context_tokens,
+            weights=model.weights,
+            adapters=[receipt.digest for receipt in teacher.of_fold(fold)],
+        )
+
     teachers = {
-        fold: FoldTeacher(identity=_identity(workspace, teacher, fold), adapters=teacher.of_fold(fold))
+        fold: FoldTeacher(identity=identity(fold), adapters=teacher.of_fold(fold))
         for fold in {part.fold for part in corpus.slices}
     }
     return ScoringSpec(
@@ -49,16 +57,6 @@ def make_scoring_spec(workspace: Workspace, corpus: CorpusManifest, teacher: Sty
     )
 
 
-def _identity(workspace: Workspace, teacher: StyleTeacher, fold: int) -> TeacherIdentity:
-    adapters = [receipt.digest for receipt in teacher.of_fold(fold)]
-    return teacher_identity(
-        workspace.job.teacher,
-        context_tokens=workspace.job.corpus.context_tokens,
-        weights=workspace.teacher_model.weights,
-        adapters=adapters,
-    )
-
-
 def ensure_targets(
     workspace: Workspace,
     corpus: CorpusManifest,
@@ -68,54 +66,51 @@ def ensure_targets(
     *,
     compute: bool,
 ) -> Manifest:
-    """The targets of the whole corpus: parts computed where they are missing, then the manifest and the card.
+    """The targets of the whole corpus: computes missing parts, then writes the manifest and the card.
 
     Raises:
         JobInvalid: the target has a budget that no tau keeps.
         PartsFailed: some parts were set aside; no manifest was written.
         PartCorrupt: a committed part is not what its receipt names.
+        ManifestMissing: a part is missing and `compute` is false.
     """
     store = workspace.targets
-    asked = make_scoring_spec(workspace, corpus, teacher)
-    sketch = ensure_tau(asked, corpus, reporter, cluster, job=workspace.job.name, compute=compute)
-    run = replace(asked, sketch=sketch)
-    missing = find_missing(store, run, corpus.slices)
+    spec = make_scoring_spec(workspace, corpus, teacher)
+    sketch = ensure_tau(spec, corpus, reporter, cluster, job=workspace.job.name, compute=compute)
+    spec = replace(spec, sketch=sketch)
+    missing = find_missing(store, spec, corpus.slices)
     if missing.num_parts and not compute:
         raise ManifestMissing(uri=f"{store.uri}/{missing.first_path}", stage="targets")
     if missing.num_parts:
-        score_parts(cluster(), run, missing, reporter)
-    manifest = _manifest(workspace, corpus, teacher, sketch, Spool(Receipt, committed(store, run, corpus.slices)))
+        score_parts(cluster(), spec, missing, reporter)
+    identity = run_teacher_identity(
+        workspace.job.teacher,
+        context_tokens=workspace.job.corpus.context_tokens,
+        weights=workspace.teacher_model.weights,
+        adapters=[receipt.digest for receipt in teacher.adapters],
+    )
+    receipts = Spool(Receipt, committed(store, spec, corpus.slices))
+    manifest = _make_manifest(spec, corpus, receipts, job=workspace.job.name, teacher=identity)
     write_manifest(store, manifest)
     write_card(store, manifest)
     return manifest
 
 
-def _manifest(
-    workspace: Workspace,
-    corpus: CorpusManifest,
-    teacher: StyleTeacher,
-    sketch: SketchSettings,
-    receipts: Spool[Receipt],
+def _make_manifest(
+    spec: ScoringSpec, corpus: CorpusManifest, receipts: Spool[Receipt], *, job: str, teacher: TeacherIdentity
 ) -> Manifest:
-    job = workspace.job
-    identity = run_teacher_identity(
-        job.teacher,
-        context_tokens=job.corpus.context_tokens,
-        weights=workspace.teacher_model.weights,
-        adapters=[receipt.digest for receipt in teacher.adapters],
-    )
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        job=job.name,
+        job=job,
         corpus=corpus.digest,
         sources=corpus.sources,
         tokenizer_fingerprint=corpus.tokenizer_fingerprint,
         vocab_size=corpus.vocab_size,
         context_tokens=corpus.context_tokens,
         overlap_tokens=corpus.overlap_tokens,
-        target=sketch.model_dump(mode="json"),
-        seed=job.seed,
-        teacher=dict(identity),
+        target=spec.sketch.model_dump(mode="json"),
+        seed=spec.seed,
+        teacher=dict(teacher),
         fidelity=mean_fidelity(receipts),
         bytes_per_position=bytes_per_position(receipts),
         parts=receipts,

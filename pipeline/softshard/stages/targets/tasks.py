@@ -1,6 +1,6 @@
-"""What runs on a worker to make targets: one part, scored and committed.
+"""The targets stage's work on a worker: scoring one slice of the corpus and committing it as a part.
 
-A worker keeps the engine that it used last, so parts of one fold that follow each other load it once.
+A worker keeps its last engine, so consecutive parts of one fold load it once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["FoldTeacher", "ScoreTask", "ScoringSpec", "load_teacher", "score_par
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldTeacher:
-    """Who scores one fold."""
+    """The teacher that scores one fold."""
 
     identity: TeacherIdentity
     adapters: tuple[AdapterReceipt, ...]
@@ -35,7 +35,7 @@ class FoldTeacher:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringSpec:
-    """What all parts of a run share; a worker is sent it with each."""
+    """What all parts of a run share; it is sent to a worker with each task."""
 
     corpus: str
     """The `corpus/` folder."""
@@ -48,11 +48,11 @@ class ScoringSpec:
     tokenizer_fingerprint: str
     vocab_size: int
     teachers: dict[int, FoldTeacher]
-    """By fold; -1: of the hold-out."""
+    """By fold; -1 is the hold-out."""
     sketch: SketchSettings
     seed: int
 
-    def plan(self, index: int, part: CorpusSlice) -> PartSpec:
+    def part_spec(self, index: int, part: CorpusSlice) -> PartSpec:
         """The part that a slice becomes; `index` is the slice's place in the corpus."""
         return PartSpec(
             index=index,
@@ -80,16 +80,21 @@ class ScoreTask:
 _engine: tuple[str, Teacher] | None = None
 
 
-def score_part(task: ScoreTask, *, run: ScoringSpec) -> Receipt:
-    """Score a slice of the corpus and commit the part, unless that has been done."""
-    targets = open_store(run.targets)
+def score_part(task: ScoreTask, *, spec: ScoringSpec) -> Receipt:
+    """Score a slice of the corpus and commit the part; returns the receipt of a part that is committed already.
+
+    Raises:
+        EngineFailed: the engine failed or ran out of memory.
+        EngineDiffers: the engine is not of the version that the spec names.
+    """
+    targets = open_store(spec.targets)
     receipt = find_receipt(targets, task.part_id)
     if receipt is not None:
         return receipt
-    plan = run.plan(task.index, task.slice)
-    sequences = read_slice(open_store(run.corpus), task.slice)
+    part = spec.part_spec(task.index, task.slice)
+    sequences = read_slice(open_store(spec.corpus), task.slice)
     try:
-        scored, fidelity = load_teacher(run, fold=plan.fold).score(sequences, sketch=plan.sketch, seed=plan.seed)
+        scored, fidelity = load_teacher(spec, fold=part.fold).score(sequences, sketch=part.sketch, seed=part.seed)
     except EngineFailed:
         _forget_teacher()
         raise
@@ -99,27 +104,27 @@ def score_part(task: ScoreTask, *, run: ScoringSpec) -> Receipt:
         traceback.clear_frames(error.__traceback__)
         _forget_teacher()
         problem = f"memory ran out ({error}), give the worker more, or lower teacher.batch_tokens"
-        raise EngineFailed(engine=str(plan.teacher["engine"]), problem=problem) from error
-    content, receipt = build_part(plan, list(zip(sequences, scored, strict=True)), fidelity)
+        raise EngineFailed(engine=str(part.teacher["engine"]), problem=problem) from error
+    content, receipt = build_part(part, list(zip(sequences, scored, strict=True)), fidelity)
     return commit_part(targets, content, receipt)
 
 
-def load_teacher(run: ScoringSpec, *, fold: int) -> Teacher:
-    """The engine of a fold; that of the last part where it is the same. Raises EngineDiffers."""
+def load_teacher(spec: ScoringSpec, *, fold: int) -> Teacher:
+    """The engine of a fold, loaded unless it is the last one that was used here. Raises EngineDiffers."""
     global _engine
-    scorer = run.teachers[fold]
-    key = canonical_digest([scorer.identity, str(run.model), run.teacher])
+    fold_teacher = spec.teachers[fold]
+    key = canonical_digest([fold_teacher.identity, str(spec.model), spec.teacher])
     if _engine is None or _engine[0] != key:
         from softshard.teacher.engines import open_teacher
 
         _forget_teacher()
-        store = open_store(run.teacher)
+        store = open_store(spec.teacher)
         teacher = open_teacher(
-            run.model,
-            adapters=[store.local_folder(receipt.folder, receipt.weight_files) for receipt in scorer.adapters],
-            identity=scorer.identity,
-            device=run.device,
-            vocab_size=run.vocab_size,
+            spec.model,
+            adapters=[store.local_folder(receipt.folder, receipt.weight_files) for receipt in fold_teacher.adapters],
+            identity=fold_teacher.identity,
+            device=spec.device,
+            vocab_size=spec.vocab_size,
         )
         _engine = (key, teacher)
     return _engine[1]

@@ -1,9 +1,9 @@
-"""The tau of a run whose target has a budget: found once, by a pilot on the cluster, and kept.
+"""The tau of a target that has a budget: found once, by a pilot on the cluster, and stored.
 
-In: a run as the job has it. Out: the sketch settings of its parts, with a tau. The pilot's table is kept in
-`targets/pilot/`, created exclusively under a digest of teacher, target, seed and sources and one of the corpus, so that
-every later run, and one that runs at the same time, goes by the same tau. A corpus that has changed keeps the tau of a
-pilot before it while that keeps the budget, so that its parts keep their names. A pilot that is stopped leaves nothing.
+The pilot's table is stored in `targets/pilot/`, created exclusively under two digests: one of teacher, target, seed and
+sources, and one of the corpus. So every later run, and one that runs at the same time, uses the same tau. A changed
+corpus keeps the tau of an earlier pilot as long as that keeps the budget, so that unchanged parts keep their ids. A
+pilot that is stopped leaves nothing.
 """
 
 from __future__ import annotations
@@ -29,29 +29,28 @@ from softshard.telemetry import Reporter, SilentReporter
 
 __all__ = ["PilotTask", "ensure_tau", "score_pilot"]
 
-
 _MOST_GROWTH = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PilotTask:
-    """A pilot to run on a worker."""
+    """A pilot to execute on a worker."""
 
-    run: ScoringSpec
-    plan: PartSpec
+    scoring: ScoringSpec
+    part: PartSpec
     """A part of the run, whose teacher is measured."""
     sequences: tuple[TokenSequence, ...]
     extent: Extent
 
 
 def score_pilot(task: PilotTask) -> Pilot:
-    """Run a pilot on a worker, which keeps the engine for the parts that follow."""
-    teacher = load_teacher(task.run, fold=task.plan.fold)
-    return run_pilot(teacher, task.sequences, spec=task.plan, extent=task.extent, reporter=SilentReporter())
+    """Execute a pilot on a worker, which keeps the engine for the parts that follow."""
+    teacher = load_teacher(task.scoring, fold=task.part.fold)
+    return run_pilot(teacher, task.sequences, spec=task.part, extent=task.extent, reporter=SilentReporter())
 
 
 def ensure_tau(
-    run: ScoringSpec,
+    spec: ScoringSpec,
     corpus: CorpusManifest,
     reporter: Reporter,
     cluster: Callable[[], Cluster],
@@ -59,52 +58,52 @@ def ensure_tau(
     job: str,
     compute: bool,
 ) -> SketchSettings:
-    """The sketch of a run's parts with a tau: as the job gives it, or as the pilot found, which runs where it has not.
+    """The sketch settings of a run's parts, with a tau: the job's own, or that of a pilot, which runs if missing.
 
     Args:
-        run: with the job's own sketch settings.
-        corpus: where the sequences are.
+        spec: with the job's own sketch settings.
+        corpus: the corpus that the pilot's sequences are from.
         reporter: where progress goes.
         cluster: opens the cluster.
-        job: name of the job, for the error.
-        compute: run what is missing.
+        job: name of the job, for errors.
+        compute: whether a missing pilot is executed.
 
     Raises:
-        ManifestMissing: the pilot has not run, and must not.
+        ManifestMissing: the pilot is missing and `compute` is false.
         JobInvalid: no tau keeps the budget.
         PartsFailed: the pilot was set aside.
     """
-    target, store = run.sketch, open_store(run.targets)
+    target, store = spec.sketch, open_store(spec.targets)
     if target.is_resolved:
         return target
     assert isinstance(target, ThresholdSketch)  # the only kind that a pilot resolves
-    plan = next(run.plan(index, part) for index, part in enumerate(corpus.slices) if part.split == "train")
+    part = next(spec.part_spec(index, part) for index, part in enumerate(corpus.slices) if part.split == "train")
     extent = Extent(num_parts=len(corpus.slices), num_labels=sum(part.num_labels for part in corpus.slices))
-    path = _path(plan, corpus)
+    path = _path(part, corpus)
     pilot = _read(store, path)
-    earlier = _earlier(store, _key(plan, corpus), target, extent) if pilot is None else None
+    earlier = _find_earlier(store, _key(part, corpus), target, extent) if pilot is None else None
     if earlier is not None:
         if compute:
-            # This corpus goes by that tau from now on, whatever becomes of the other pilots.
+            # From now on this corpus uses that tau, whatever happens to the other pilots.
             store.create_exclusive(path, canonical_json(earlier))
-        reporter.say(_line(earlier, target=target, extent=extent, job=job, kept=True))
+        reporter.say(_describe(earlier, target=target, extent=extent, job=job, is_earlier=True))
         return chosen_by(earlier, target=target, job=job)
     if pilot is None:
         if not compute:
             raise ManifestMissing(uri=f"{store.uri}/{path}", stage="targets")
-        reporter.say("pilot: a few sequences, to find the tau that the target asks for")
-        store.create_exclusive(path, canonical_json(_run_on(cluster(), run, plan, corpus, extent)))
+        reporter.say("pilot: scoring a few sequences to find the tau that keeps the target's budget")
+        store.create_exclusive(path, canonical_json(_run_pilot_on(cluster(), spec, part, corpus, extent)))
         pilot = _read(store, path)
         assert pilot is not None
-    reporter.say(_line(pilot, target=target, extent=extent, job=job, kept=False))
+    reporter.say(_describe(pilot, target=target, extent=extent, job=job, is_earlier=False))
     return chosen_by(pilot, target=target, job=job)
 
 
-def _line(pilot: Pilot, *, target: SketchSettings, extent: Extent, job: str, kept: bool) -> str:
+def _describe(pilot: Pilot, *, target: SketchSettings, extent: Extent, job: str, is_earlier: bool) -> str:
     row = _chosen_row(pilot, chosen_by(pilot, target=target, job=job))
     return (
-        f"pilot: tau {row.sketch.setting}{' of an earlier corpus kept' if kept else ''},"
-        f" {row.bytes_per_position_at(extent):.1f} bytes a position,"
+        f"pilot: tau {row.sketch.setting}{' of an earlier corpus kept' if is_earlier else ''},"
+        f" {row.bytes_per_position_at(extent):.1f} bytes per position,"
         f" gradient angle {row.gradient_angle_degrees:.1f} degrees on {pilot.num_sequences} sequences"
     )
 
@@ -114,34 +113,34 @@ def _chosen_row(pilot: Pilot, sketch: SketchSettings) -> Measured:
     return row
 
 
-def _earlier(store: Store, key: str, target: ThresholdSketch, extent: Extent) -> Pilot | None:
-    """Of the pilots of other corpora whose tau keeps the budget, one of the largest tau: the last that was found.
+def _find_earlier(store: Store, key: str, target: ThresholdSketch, extent: Extent) -> Pilot | None:
+    """The pilot of another corpus with the largest tau among those that keep the budget; None where there is none.
 
-    A pilot speaks for a corpus of the same sources with half to twice its labels. One is made where none before it
-    keeps the budget, and a budget of bytes is then kept by a larger tau. An angle is taken to be kept.
+    A pilot applies to a corpus of the same sources with half to twice its labels. Where none keeps a budget of bytes, a
+    new pilot finds a larger tau. A budget of angle is assumed to be kept.
     """
     keeping: list[tuple[float, Pilot]] = []
     for path in store.list("pilot"):
         if path.startswith(f"pilot/{key}-") and path.endswith(".json"):
             pilot = _read(store, path)
-            if pilot is not None and isinstance(pilot.chosen, ThresholdSketch) and _speaks_for(pilot, extent):
+            if pilot is not None and isinstance(pilot.chosen, ThresholdSketch) and _applies_to(pilot, extent):
                 needed = _chosen_row(pilot, pilot.chosen).bytes_per_position_at(extent)
                 if target.budget_bytes is None or needed <= target.budget_bytes:
                     keeping.append((pilot.chosen.tau, pilot))
     return max(keeping, key=lambda found: found[0])[1] if keeping else None
 
 
-def _speaks_for(pilot: Pilot, extent: Extent) -> bool:
+def _applies_to(pilot: Pilot, extent: Extent) -> bool:
     return pilot.num_run_labels / _MOST_GROWTH <= extent.num_labels <= pilot.num_run_labels * _MOST_GROWTH
 
 
-def _key(plan: PartSpec, corpus: CorpusManifest) -> str:
+def _key(part: PartSpec, corpus: CorpusManifest) -> str:
     sources = sorted((source.name, source.style) for source in corpus.sources)
-    return canonical_digest([plan.teacher, plan.sketch, plan.seed, NUM_SEQUENCES, sources])[:32]
+    return canonical_digest([part.teacher, part.sketch, part.seed, NUM_SEQUENCES, sources])[:32]
 
 
-def _path(plan: PartSpec, corpus: CorpusManifest) -> str:
-    return f"pilot/{_key(plan, corpus)}-{corpus.digest[:16]}.json"
+def _path(part: PartSpec, corpus: CorpusManifest) -> str:
+    return f"pilot/{_key(part, corpus)}-{corpus.digest[:16]}.json"
 
 
 def _read(store: Store, path: str) -> Pilot | None:
@@ -153,25 +152,21 @@ def _read(store: Store, path: str) -> Pilot | None:
         raise PartCorrupt(uri=f"{store.uri}/{path}", problem=f"is not a pilot: {error.errors()[0]['msg']}") from error
 
 
-def _run_on(cluster: Cluster, run: ScoringSpec, plan: PartSpec, corpus: CorpusManifest, extent: Extent) -> Pilot:
-    slices = [part for part in corpus.slices if (part.split, part.fold) == (plan.split, plan.fold)]
-    pilot = PilotTask(
-        run=run,
-        plan=plan,
-        sequences=tuple(_spread_over(open_store(run.corpus), slices)),
-        extent=extent,
-    )
+def _run_pilot_on(cluster: Cluster, spec: ScoringSpec, part: PartSpec, corpus: CorpusManifest, extent: Extent) -> Pilot:
+    slices = [each for each in corpus.slices if (each.split, each.fold) == (part.split, part.fold)]
+    sequences = tuple(_spread_over(open_store(spec.corpus), slices))
+    task = PilotTask(scoring=spec, part=part, sequences=sequences, extent=extent)
     done: list[Pilot] = []
     failures = cluster.map_tasks(
-        score_pilot, [pilot], name=lambda _: "pilot", on_result=lambda _, measured, __: done.append(measured)
+        score_pilot, [task], name=lambda _: "pilot", on_result=lambda _, pilot, __: done.append(pilot)
     )
     if failures:
-        raise PartsFailed(failures=failures, out=run.targets)
+        raise PartsFailed(failures=failures, out=spec.targets)
     return done[0]
 
 
 def _spread_over(store: Store, slices: Sequence[CorpusSlice]) -> list[TokenSequence]:
-    """Sequences of a pilot, at equal distances; only slices that hold one are read."""
+    """The sequences of a pilot, at equal distances over the slices; reads only slices that hold one."""
     wanted = spread(range(sum(part.num_sequences for part in slices)), num=NUM_SEQUENCES)
     found: list[TokenSequence] = []
     first = 0

@@ -1,1 +1,1 @@
-"""The teacher stage: a corpus to the adapters of the style teacher."""
+"""The teacher stage: trains the adapters of the style teacher on the corpus."""

@@ -1,4 +1,4 @@
-"""What runs on a worker to adapt the teacher: the adapter of one fold, trained and saved."""
+"""The teacher stage's work on a worker: training and saving the adapter of one fold."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["FoldTask", "train_adapter"]
 class FoldTask:
     """One adapter to train."""
 
-    plan: FoldSpec
+    spec: FoldSpec
     corpus: str
     """The `corpus/` folder."""
     teacher: str
@@ -33,44 +33,44 @@ class FoldTask:
     model: Path
     device: str
     as_listed: bool = False
-    """Train on the documents that the list in the adapter's folder names, and not on all outside the fold."""
+    """Train on the documents that the list in the adapter's folder names, instead of all outside the fold."""
 
 
 def train_adapter(task: FoldTask) -> AdapterReceipt:
-    """Train the adapter of a fold on the documents outside it, telling the client how far it is."""
+    """Train the adapter of a fold on the documents outside it; sends its progress to the client."""
     last = 0.0
 
-    def tell(step: Step) -> None:
+    def report_step(step: Step) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= 0.5 or step.step == step.total_steps:
             last = now
-            send_message({"fold": task.plan.fold, "step": step.step, "steps": step.total_steps, "loss": step.loss})
+            send_message({"fold": task.spec.fold, "step": step.step, "steps": step.total_steps, "loss": step.loss})
 
     sequences, documents = _listed(task) if task.as_listed else _outside(task)
-    if documents.digests(task.plan.other_folds) != task.plan.documents:
-        problem = f"is not the corpus that {task.plan.folder} is to be trained on, and was changed meanwhile"
+    if documents.digests(task.spec.other_folds) != task.spec.documents:
+        problem = f"has changed since the training of {task.spec.folder} was requested; run the job again"
         raise PartCorrupt(uri=f"{task.corpus}/manifest.json", problem=problem)
     receipt = train_fold(
-        task.plan,
+        task.spec,
         sequences,
-        documents=_list_of(task, documents),
+        documents=_document_list(task, documents),
         folder=task.model,
         device=task.device,
         store=open_store(task.teacher),
-        on_step=tell,
+        on_step=report_step,
     )
     release_memory(resolve_device(task.device))
     return receipt
 
 
-def _list_of(task: FoldTask, documents: TrainedDocuments) -> bytes:
-    """The list of the documents, as a file: that which is there where it names them, whatever Parquet wrote it."""
-    store, path = open_store(task.teacher), f"{task.plan.folder}/{DOCUMENTS_FILE}"
+def _document_list(task: FoldTask, documents: TrainedDocuments) -> bytes:
+    """The list of the documents as a file; the stored file where it names the same, as Parquet writers differ."""
+    store, path = open_store(task.teacher), f"{task.spec.folder}/{DOCUMENTS_FILE}"
     try:
         content = store.read(path)
         listed = decode_documents(content, uri=f"{store.uri}/{path}")
-        if listed.digests(task.plan.other_folds) == task.plan.documents:
+        if listed.digests(task.spec.other_folds) == task.spec.documents:
             return content
     except (FileNotFoundError, PartCorrupt):
         pass
@@ -78,13 +78,13 @@ def _list_of(task: FoldTask, documents: TrainedDocuments) -> bytes:
 
 
 def _outside(task: FoldTask) -> tuple[list[TokenSequence], TrainedDocuments]:
-    """Sequences of the train documents outside the fold, and these documents. Raises PartCorrupt."""
+    """The sequences of the train documents outside the fold, and these documents. Raises PartCorrupt."""
     store = open_store(task.corpus)
     manifest = read_corpus_manifest(store)
     sequences: list[TokenSequence] = []
     ids: dict[int, bytearray] = {}
     for part in manifest.slices if manifest else ():
-        if part.split == "train" and part.fold != task.plan.fold:
+        if part.split == "train" and part.fold != task.spec.fold:
             found = read_slice(store, part)
             sequences += found
             firsts = (sequence.document_id for sequence in found if sequence.start == 0)
@@ -93,17 +93,17 @@ def _outside(task: FoldTask) -> tuple[list[TokenSequence], TrainedDocuments]:
 
 
 def _listed(task: FoldTask) -> tuple[list[TokenSequence], TrainedDocuments]:
-    """Sequences of the documents that the adapter's list names, in its order, and these documents.
+    """The sequences of the documents that the adapter's list names, in its order, and these documents.
 
     Raises:
-        PartCorrupt: the list cannot be read, or the corpus lacks one of them.
+        PartCorrupt: the list cannot be read, or the corpus lacks one of its documents.
     """
-    path = f"{task.plan.folder}/{DOCUMENTS_FILE}"
+    path = f"{task.spec.folder}/{DOCUMENTS_FILE}"
     store = open_store(task.teacher)
     documents = decode_documents(store.read(path), uri=f"{store.uri}/{path}")
     places = {document_id: place for place, document_id in enumerate(documents.in_order())}
-    there = [sequence for sequence in _outside(task)[0] if sequence.document_id in places]
-    if sum(sequence.start == 0 for sequence in there) != len(documents):
+    sequences = [sequence for sequence in _outside(task)[0] if sequence.document_id in places]
+    if sum(sequence.start == 0 for sequence in sequences) != len(documents):
         problem = "names documents that the corpus does not have outside the fold"
         raise PartCorrupt(uri=f"{store.uri}/{path}", problem=problem)
-    return sorted(there, key=lambda sequence: places[sequence.document_id]), documents
+    return sorted(sequences, key=lambda sequence: places[sequence.document_id]), documents

@@ -1,1 +1,1 @@
-"""The train stage: target sets to adapters, the baseline among them."""
+"""The train stage: trains the adapter and the baseline on the targets."""

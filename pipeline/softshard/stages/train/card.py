@@ -1,14 +1,14 @@
-"""What a finished training tells of itself in its adapter's card."""
+"""The card of a finished training's adapter: what it was trained on, by what right, and how."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
+from softshard.config import TrainSettings
 from softshard.data.authors import Credit
 from softshard.data.groups import Tally
 from softshard.finetune.card import AdapterCard, CardBalance, CardGroup
 from softshard.finetune.record import TrainingReceipt
-from softshard.output.workspace import Workspace
 from softshard.shard.manifest import SourceRights
 from softshard.stages.train.data import TrainingData, source_credits
 
@@ -16,34 +16,39 @@ __all__ = ["make_card"]
 
 
 def make_card(
-    workspace: Workspace,
-    fed: tuple[TrainingData, Tally],
     receipt: TrainingReceipt,
-    retention: tuple[SourceRights, ...],
+    data: TrainingData,
+    settings: TrainSettings,
     *,
+    job: str,
+    base_model: str,
+    author_shares: Tally,
+    retention_sources: tuple[SourceRights, ...],
     num_compared: int,
 ) -> AdapterCard:
-    """The card.
+    """The card of a training.
 
     Args:
-        workspace: of the job, as it is now.
-        fed: the feed, and the authors' shares of it.
         receipt: of the training.
-        retention: sources of the retention text that it took.
-        num_compared: trainings among which one like this is chosen.
+        data: what it trained on.
+        settings: the train section of the job, as it is now.
+        job: name of the job.
+        base_model: name of the student's model.
+        author_shares: largest share of each author, by name.
+        retention_sources: of the retention text that it trained on.
+        num_compared: number of trainings from which the adapter, or the baseline, is chosen.
     """
-    (feed, authors), settings = fed, workspace.job.train
     balance = None
-    if feed.balance is not None:
-        groups = tuple(CardGroup(**asdict(one)) for one in feed.balance.groups)
-        balance = CardBalance(column=feed.balance.column, clip=feed.balance.clip, groups=groups)
+    if data.balance is not None:
+        groups = tuple(CardGroup(**asdict(group)) for group in data.balance.groups)
+        balance = CardBalance(column=data.balance.column, clip=data.balance.clip, groups=groups)
     return AdapterCard(
-        job=workspace.job.name,
-        base_model=workspace.student_model.name,
+        job=job,
+        base_model=base_model,
         manifests=receipt.manifests,
-        sources=feed.sources,
-        retention_sources=retention,
-        consent=_consent(workspace, feed, bool(retention)),
+        sources=data.sources,
+        retention_sources=retention_sources,
+        consent=_consent(data, settings, with_retention=bool(retention_sources)),
         training={
             "training_id": receipt.training_id,
             "objective": receipt.objective,
@@ -55,22 +60,21 @@ def make_card(
         },
         settings=settings.model_dump(mode="json"),
         author_cap=settings.author_cap,
-        author_shares=authors,
+        author_shares=author_shares,
         balance=balance,
         holdout_nll_nats=receipt.holdout_nll_nats,
         num_compared=num_compared,
     )
 
 
-def _consent(workspace: Workspace, feed: TrainingData, with_retention: bool) -> dict[str, tuple[str, ...]]:
-    """Authors who agreed, by source; where sets have sources of one name, of all of them."""
-    retention = workspace.job.train.retention
-    known: list[dict[str, Credit]] = [one.credited for one in feed.sets]
-    if retention is not None and with_retention:
-        known.append(source_credits(retention.sources))
-    agreed: dict[str, set[str]] = {}
-    for credited in known:
-        for source, credit in credited.items():
+def _consent(data: TrainingData, settings: TrainSettings, *, with_retention: bool) -> dict[str, tuple[str, ...]]:
+    """Authors who gave consent, by source; sources of one name in several sets are taken together."""
+    known: list[dict[str, Credit]] = [target_set.credited for target_set in data.sets]
+    if settings.retention is not None and with_retention:
+        known.append(source_credits(settings.retention.sources))
+    consenting: dict[str, set[str]] = {}
+    for by_source in known:
+        for source, credit in by_source.items():
             if credit.consent:
-                agreed.setdefault(source, set()).update(credit.consent)
-    return {source: tuple(sorted(names)) for source, names in sorted(agreed.items())}
+                consenting.setdefault(source, set()).update(credit.consent)
+    return {source: tuple(sorted(names)) for source, names in sorted(consenting.items())}

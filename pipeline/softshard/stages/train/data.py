@@ -1,9 +1,8 @@
-"""What the trainings of a job are fed: its own targets and other jobs', filtered and weighed.
+"""The training data of a job: its own targets and those of other jobs, filtered and weighted.
 
-In: the job and its manifest. Out: target sets of one tokenizer with the weight of each group, and the data set of a
-training. Authors and groups are columns of the targets themselves, so that a set whose corpus is gone will do; who
-names authors and who gave consent stands in the `job.yaml` of each output. Where there is none, every group is taken
-for an author, and nobody has agreed.
+The sets share one tokenizer. Authors and groups are columns of the targets themselves, so another job's corpus need not
+exist any more. Which sources name their authors, and who gave consent, is read from the `job.yaml` of each output;
+where there is none, every group counts as an author, and nobody has given consent.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from softshard.config import (
     LabelWeightSettings,
     OptimizerSettings,
     SourceSettings,
+    TrainSettings,
     WeightOverSteps,
     WhereSettings,
     weight_at,
@@ -31,7 +31,7 @@ from softshard.data.target_set import TargetSet
 from softshard.errors import BlendInvalid, JobInvalid, TargetsUnsuitable
 from softshard.models import check_tokenizer
 from softshard.output.status import job_values
-from softshard.output.workspace import Workspace
+from softshard.output.workspace import Model, Workspace
 from softshard.records.digest import canonical_digest
 from softshard.shard.manifest import Manifest, SourceRights, read_manifest
 from softshard.storage import open_store
@@ -49,66 +49,65 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightedTargets:
-    """One target set of a feed."""
+    """One set of targets, with its weight in the training data."""
 
     targets: TargetSet
     weight: WeightOverSteps
-    """Of a feed's sets, the largest is 1 at some step."""
+    """Scaled so that the largest weight of all sets and steps is 1."""
     credited: dict[str, Credit]
-    """What is known of who wrote it, by source."""
+    """Who wrote it, as far as the job says, by source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """What every training of a job is fed."""
+    """What every training of a job is trained on."""
 
     sets: tuple[WeightedTargets, ...]
     how: str
-    """`mix` or `blend`; of one set, `mix`."""
+    """`mix` or `blend`; `mix` for a single set."""
     balance: Balance | None
     holdout: str
-    """Digest of the job's own hold-out, which every training is measured on."""
+    """Digest of the job's own hold-out, on which every training is measured."""
 
     @property
     def temperature(self) -> float:
-        """At capture, of all sets."""
+        """The temperature at which the targets of all sets were made."""
         return self.sets[0].targets.manifest.sketch.temperature
 
     @property
     def leaves_ghost(self) -> bool:
         """Whether the targets of some set leave out tokens, of which only the total mass is stored."""
-        return any(one.targets.manifest.sketch.leaves_ghost for one in self.sets)
+        return any(each.targets.manifest.sketch.leaves_ghost for each in self.sets)
 
     @property
     def sources(self) -> tuple[SourceRights, ...]:
-        """Where the text came from, of all sets, each once."""
-        return tuple(dict.fromkeys(source for one in self.sets for source in one.targets.manifest.sources))
+        """Sources of all sets, each once."""
+        return tuple(dict.fromkeys(source for each in self.sets for source in each.targets.manifest.sources))
 
     @property
     def steps(self) -> list[int]:
-        """Steps at which a weight turns, the first one included."""
-        points = (one.weight for one in self.sets if isinstance(one.weight, tuple))
+        """Steps at which a weight changes, and step 0."""
+        points = (each.weight for each in self.sets if isinstance(each.weight, tuple))
         return sorted({0, *(step for weight in points for step, _ in weight)})
 
     def weights(self, step: int) -> tuple[float, ...]:
-        """Of the sets at a step."""
-        return tuple(weight_at(one.weight, step) for one in self.sets)
+        """Weights of the sets at a step."""
+        return tuple(weight_at(each.weight, step) for each in self.sets)
 
     def digest_parts(self) -> list[Any]:
-        """All that can change a batch or what a training is measured on, as plain values."""
-        sets = [[one.targets.manifest.digest, one.targets.where.conditions, one.weight] for one in self.sets]
+        """Everything that can change a batch or the measurements, as plain values; part of every training's id."""
+        sets = [[each.targets.manifest.digest, each.targets.where.conditions, each.weight] for each in self.sets]
         groups = None if self.balance is None else self.balance.weights.digest_parts()
         return [self.how, sets, groups, self.holdout]
 
-    def dataset(self, workspace: Workspace, *, alpha: float, optimizer: OptimizerSettings) -> Any:
-        """The batches of one training, from their beginning.
+    def dataset(self, settings: TrainSettings, *, alpha: float, optimizer: OptimizerSettings, seed: int) -> Any:
+        """The dataset of one training, at its first batch.
 
         Raises:
-            BlendInvalid, BlendIncomplete, TargetsUnsuitable: the sets do not fit together, or not the settings.
+            BlendInvalid, BlendIncomplete, TargetsUnsuitable: the sets do not fit together or do not fit the settings.
         """
-        settings = workspace.job.train
         common: dict[str, Any] = {
-            "seed": workspace.job.seed,
+            "seed": seed,
             "batch_tokens": optimizer.batch_tokens,
             "shuffle_buffer": settings.shuffle_buffer,
             "alpha": alpha,
@@ -119,22 +118,22 @@ class TrainingData:
             "rank": 0,
             "world_size": 1,
         }
-        sets = tuple(one.targets for one in self.sets)
+        sets = tuple(each.targets for each in self.sets)
         if len(sets) == 1:
             return SoftLabelDataset(sets[0], **common)
         if self.how == "blend":
             return SoftLabelDataset(Blend(sets=sets, weights=self.weights(0)), **common)
-        datasets = [SoftLabelDataset(one, **{**common, "prefetch": 0}) for one in sets]
+        datasets = [SoftLabelDataset(targets, **{**common, "prefetch": 0}) for targets in sets]
         points = tuple((step, self.weights(step)) for step in self.steps)
         return SoftLabelMix(datasets, MixWeights(points=points), rank=0, world_size=1)
 
 
 def open_training_data(workspace: Workspace, manifest: Manifest) -> TrainingData:
-    """The feed of a job's trainings.
+    """The training data of a job.
 
     Raises:
-        ManifestMissing, JobInvalid: another job's targets are not there.
-        TokenizerMismatch, BlendInvalid, TargetsUnsuitable: another set does not fit the student, or the job.
+        ManifestMissing, JobInvalid: another job's targets are missing.
+        TokenizerMismatch, BlendInvalid, TargetsUnsuitable: another set does not fit the student or the job.
         BalanceImpossible: its groups cannot have their shares.
         FilterMatchesNothing: no row of a set is left.
     """
@@ -145,36 +144,36 @@ def open_training_data(workspace: Workspace, manifest: Manifest) -> TrainingData
         credited=source_credits(workspace.job.corpus.sources),
     )
     more = settings.targets
-    sets = [own, *other_sets(workspace)]
-    _refuse_unfit(workspace, sets[1:], vocab_size=manifest.vocab_size)
+    sets = [own, *other_sets(settings)]
+    _refuse_unfit(settings, workspace.student_model, sets[1:], vocab_size=manifest.vocab_size)
     _refuse_holdout(own, sets[1:])
     if more is not None and more.how == "blend" and own.weight == 0:
         first = replace(sets[1].targets, where=own.targets.where)
         sets[1] = replace(sets[1], targets=first)
-    used = _scaled([one for one in sets if one.weight != 0])
+    used = _scaled([each for each in sets if each.weight != 0])
     how = more.how if more is not None and len(used) > 1 else "mix"
     holdout = canonical_digest([receipt.sha256 for receipt in manifest.of_split("test")])
-    feed = TrainingData(sets=used, how=how, balance=None, holdout=holdout)
+    data = TrainingData(sets=used, how=how, balance=None, holdout=holdout)
     if settings.balance is None:
-        return feed
-    asked = settings.balance
-    tally = _together(feed, [tally_groups(one.targets, asked.column) for one in feed.sets])
-    balance = balanced(tally, column=asked.column, shares=asked.shares, clip=asked.clip)
-    weighed = [replace(one, targets=replace(one.targets, groups=balance.weights)) for one in feed.sets]
-    return replace(feed, sets=tuple(weighed), balance=balance)
+        return data
+    wanted = settings.balance
+    tally = _combined_tally(data, [tally_groups(each.targets, wanted.column) for each in data.sets])
+    balance = balanced(tally, column=wanted.column, shares=wanted.shares, clip=wanted.clip)
+    weighted = [replace(each, targets=replace(each.targets, groups=balance.weights)) for each in data.sets]
+    return replace(data, sets=tuple(weighted), balance=balance)
 
 
 def _scaled(sets: Sequence[WeightedTargets]) -> tuple[WeightedTargets, ...]:
-    """The sets with weights over the largest of them, so that a common factor changes nothing, nor any id.
+    """The sets with their weights divided by the largest, so that a common factor changes neither batches nor ids.
 
-    One alone has the weight 1, whatever it was given.
+    A single set gets the weight 1.
     """
     if len(sets) == 1:
         return (replace(sets[0], weight=1.0),)
-    largest = max(value for one in sets for value in _values(one.weight))
+    largest = max(value for each in sets for value in _values(each.weight))
 
     def scaled(value: float) -> float:
-        # Thirds of .3 and of 3 must come out alike.
+        # Rounded so that the thirds of .3 and of 3 come out equal.
         return float(f"{value / largest:.12g}")
 
     def over(weight: WeightOverSteps) -> WeightOverSteps:
@@ -182,7 +181,7 @@ def _scaled(sets: Sequence[WeightedTargets]) -> tuple[WeightedTargets, ...]:
             return tuple((step, scaled(value)) for step, value in weight)
         return scaled(weight)
 
-    return tuple(replace(one, weight=over(one.weight)) for one in sets)
+    return tuple(replace(each, weight=over(each.weight)) for each in sets)
 
 
 def _values(weight: WeightOverSteps) -> Iterator[float]:
@@ -190,26 +189,26 @@ def _values(weight: WeightOverSteps) -> Iterator[float]:
 
 
 def _refuse_holdout(own: WeightedTargets, others: Sequence[WeightedTargets]) -> None:
-    """Refuse sets that would train on what the job measures on. Raises BlendInvalid."""
+    """Refuse sets that would train on documents of the job's hold-out. Raises BlendInvalid."""
     if not others or not own.targets.manifest.of_split("test"):
         return
     held = set(tally_groups(replace(own.targets, split="test", where=RowFilter()), "document_id"))
-    for one in others:
-        if known := held & set(tally_groups(one.targets, "document_id")):
+    for other in others:
+        if known := held & set(tally_groups(other.targets, "document_id")):
             problem = (
                 f"its train split has {len(known)} of the {len(held)} documents that this job holds out and is measured"
                 " on; give both jobs the same `seed` and `corpus.holdout_fraction`"
             )
-            raise BlendInvalid(uri=one.targets.store.uri, problem=problem)
+            raise BlendInvalid(uri=other.targets.store.uri, problem=problem)
 
 
-def other_sets(workspace: Workspace) -> list[WeightedTargets]:
-    """The targets of other jobs that the job names, each with the weight that the job gives it.
+def other_sets(settings: TrainSettings) -> list[WeightedTargets]:
+    """The targets of other jobs that the job trains on, each with the weight that the job gives it.
 
     Raises:
-        ManifestMissing, JobInvalid, PartCorrupt: they are not there, or not what they should be.
+        ManifestMissing, JobInvalid, PartCorrupt: they are missing or damaged.
     """
-    more = workspace.job.train.targets
+    more = settings.targets
     found = []
     for other in () if more is None else more.others:
         store = open_store(other.out).below("targets")
@@ -219,10 +218,11 @@ def other_sets(workspace: Workspace) -> list[WeightedTargets]:
     return found
 
 
-def _refuse_unfit(workspace: Workspace, others: Sequence[WeightedTargets], *, vocab_size: int) -> None:
-    settings, student = workspace.job.train, workspace.student_model
-    for one in others:
-        uri, manifest = one.targets.store.uri, one.targets.manifest
+def _refuse_unfit(
+    settings: TrainSettings, student: Model, others: Sequence[WeightedTargets], *, vocab_size: int
+) -> None:
+    for other in others:
+        uri, manifest = other.targets.store.uri, other.targets.manifest
         fingerprint = manifest.tokenizer_fingerprint
         check_tokenizer(student.tokenizer, model=student.name, data=uri, data_fingerprint=fingerprint)
         if manifest.vocab_size != vocab_size:
@@ -233,7 +233,7 @@ def _refuse_unfit(workspace: Workspace, others: Sequence[WeightedTargets], *, vo
 
 
 def source_credits(sources: Iterable[SourceSettings]) -> dict[str, Credit]:
-    """What a job says of who wrote its sources, by name."""
+    """Who wrote the sources of a job, as far as it says, by source name."""
     return {
         source.name: Credit(named=source.group_field is not None, consent=frozenset(source.consent))
         for source in sources
@@ -241,7 +241,7 @@ def source_credits(sources: Iterable[SourceSettings]) -> dict[str, Credit]:
 
 
 def _credits_in(out: str) -> dict[str, Credit]:
-    """The same of another job, as its own file says; nothing, where there is none."""
+    """The same for another job, from the `job.yaml` of its output; empty where there is none."""
     try:
         values = job_values(open_store(out))
         return {
@@ -254,22 +254,22 @@ def _credits_in(out: str) -> dict[str, Credit]:
         return {}
 
 
-def _together(feed: TrainingData, tallies: list[Tally]) -> Tally:
-    """Tallies of all sets as shares, each set's by its weight; a blend has one set of sequences, the first one's."""
-    if len(feed.sets) == 1 or feed.how == "blend":
+def _combined_tally(data: TrainingData, tallies: list[Tally]) -> Tally:
+    """The tallies of all sets as shares, weighted by set; a blend has the sequences of the first set only."""
+    if len(data.sets) == 1 or data.how == "blend":
         return tallies[0]
     shares: Tally = {}
-    for tally, weight in zip(tallies, feed.weights(0), strict=True):
+    for tally, weight in zip(tallies, data.weights(0), strict=True):
         for group, count in tally.items():
             shares[group] = shares.get(group, 0.0) + weight * count / sum(tally.values())
     return dict(sorted(shares.items()))
 
 
 def make_row_filter(where: WhereSettings) -> RowFilter:
-    """The filter that the job asks for."""
+    """The row filter of the job."""
     return RowFilter(**where.model_dump())
 
 
 def make_label_weights(settings: LabelWeightSettings) -> LabelWeights:
-    """The weights of labels that the job asks for."""
+    """The label weights of the job."""
     return LabelWeights(entropy=settings.entropy, label_logprob=settings.label_logprob)

@@ -1,89 +1,111 @@
-"""The train stage: the adapter on the stored targets, and the baseline on the same tokens.
+"""The train stage: the adapter, trained on the stored targets, and the baseline, trained on the same tokens.
 
-Every training is named by a digest of everything that it depends on; one that is complete is not run again, whatever
-it was for then. Its card is renewed whenever the stage runs.
+The id of a training is a digest of everything that it depends on; a complete training is never repeated, whatever job
+settings it was made for. Its card is rewritten whenever the stage runs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from softshard.config import TrainSettings
-from softshard.corpus.manifest import CorpusManifest
-from softshard.corpus.read import iter_sequences
+from softshard.data.groups import Tally
 from softshard.data.text import TextBatches
 from softshard.errors import AdapterMissing
-from softshard.evaluate.scoring import retention_nll, score_holdout
-from softshard.finetune.adapters.kinds import load_adapter, save_adapter
+from softshard.finetune.adapters.kinds import save_adapter
 from softshard.finetune.card import renew_card
 from softshard.finetune.checkpoint import Checkpoint
 from softshard.finetune.loop import FineTuned, Step, fine_tune
 from softshard.finetune.record import SweptTraining, Trained, TrainingReceipt, find_training, write_trained
 from softshard.finetune.retention import Retention
-from softshard.models import check_context, check_tokenizer, check_vocabulary, load_model, output_size, resolve_device
+from softshard.models import check_context, check_tokenizer, check_vocabulary, output_size
 from softshard.output.workspace import Workspace
 from softshard.records.canonical import canonical_json
 from softshard.records.digest import sha256_hex
 from softshard.shard.manifest import Manifest, SourceRights
-from softshard.shard.read import read_rows
+from softshard.stages.corpus.stage import StoredCorpus
+from softshard.stages.holdout import Holdout, make_holdout
 from softshard.stages.train.author_cap import check_author_cap
 from softshard.stages.train.card import make_card
 from softshard.stages.train.data import TrainingData, open_training_data
+from softshard.stages.train.student import Student, make_student
 from softshard.stages.train.trainings import TrainingSpec, training_specs
-from softshard.teacher.style import training_precision
+from softshard.storage import Store
 from softshard.telemetry import Reporter
 
-__all__ = ["ensure_trained", "set_training_threads"]
+__all__ = ["ensure_trained"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shared:
+    """What all trainings of a job share."""
+
+    job: str
+    """Name of the job."""
+    settings: TrainSettings
+    seed: int
+    data: TrainingData
+    author_shares: Tally
+    student: Student
+    holdout: Holdout
+    retention: StoredCorpus | None
+    store: Store
+    """The `adapter/` folder."""
+    reporter: Reporter
+
+    def retention_sources(self, spec: TrainingSpec) -> tuple[SourceRights, ...]:
+        """Sources of the retention text that a training uses."""
+        return () if self.retention is None or spec.retention is None else self.retention.manifest.sources
 
 
 def ensure_trained(
-    workspace: Workspace, manifest: Manifest, retention: CorpusManifest | None, reporter: Reporter, *, compute: bool
+    workspace: Workspace, manifest: Manifest, retention: StoredCorpus | None, reporter: Reporter, *, compute: bool
 ) -> Trained:
     """The adapter and the baseline of the job, trained where they are missing; of a sweep, the best.
 
     Raises:
-        AuthorDominates: one author's writing is more of what would be trained on than the job allows.
+        AdapterMissing: a training is missing and `compute` is false.
+        AuthorDominates: one author's writing is a larger share of the training data than the job allows.
         TokenizerMismatch: the student's tokenizer is not the one that the targets were made with.
         VocabularyMismatch: the student has no logit for some token of the targets.
     """
+    job, store = workspace.job, workspace.adapter
     _check_student(workspace, manifest)
-    store = workspace.adapter
-    feed = open_training_data(workspace, manifest)
-    grid, baselines = training_specs(workspace, feed, retention)
-    plans: dict[str, TrainingSpec] = {}
-    for plan in (*grid, *baselines):
-        plans.setdefault(plan.training_id, plan)
-    found = {key: _find(workspace, plan) for key, plan in plans.items()}
+    data, student = open_training_data(workspace, manifest), make_student(workspace)
+    retention_digest = None if retention is None else retention.manifest.digest
+    grid, baselines = training_specs(job.train, data, student, retention_digest=retention_digest, seed=job.seed)
+    specs: dict[str, TrainingSpec] = {}
+    for spec in (*grid, *baselines):
+        specs.setdefault(spec.training_id, spec)
+    found = {training_id: _find(store, spec) for training_id, spec in specs.items()}
     if not compute and None in found.values():
         raise AdapterMissing(uri=store.uri)
-    authors = check_author_cap(workspace, feed, retention)
-    receipts = {}
-    for key, plan in plans.items():
-        receipt = found[key]
-
-        def describe(one: TrainingReceipt, plan: TrainingSpec = plan) -> None:
-            rights = _rights(retention, plan)
-            num_compared = len(grid if plan in grid else baselines)
-            card = make_card(workspace, (feed, authors), one, rights, num_compared=num_compared)
-            renew_card(store, one.folder, card)
-
-        if receipt is None:
-            receipt = _train(workspace, manifest, feed, retention, plan, describe, reporter)
-        elif compute:
-            describe(receipt)
-        receipts[key] = receipt
-    swept, candidates = (tuple(receipts[plan.training_id] for plan in some) for some in (grid, baselines))
-    sweep = tuple(
-        SweptTraining(training=one, retention_nll_nats=_retention_cost(workspace, manifest, retention, one))
-        for one in swept
-        if workspace.job.train.sweep is not None
+    shared = _Shared(
+        job=job.name,
+        settings=job.train,
+        seed=job.seed,
+        data=data,
+        author_shares=check_author_cap(workspace, data, retention),
+        student=student,
+        holdout=make_holdout(workspace, manifest, retention),
+        retention=retention,
+        store=store,
+        reporter=reporter,
     )
-    best = min(candidates, key=lambda one: (one.holdout_nll_nats or 0.0, one.learning_rate)) if candidates else None
-    chosen = min(swept, key=lambda one: one.holdout_nll_nats or 0.0)
-    trained = Trained(adapter=chosen, baseline=best, candidates=candidates, sweep=sweep)
+    receipts = {}
+    for training_id, spec in specs.items():
+        num_compared, receipt = len(grid if spec in grid else baselines), found[training_id]
+        if receipt is None:
+            receipt = _train(shared, spec, num_compared=num_compared)
+        elif compute:
+            _write_card(shared, spec, receipt, num_compared=num_compared)
+        receipts[training_id] = receipt
+    trained = _choose(
+        shared,
+        [receipts[spec.training_id] for spec in grid],
+        [receipts[spec.training_id] for spec in baselines],
+    )
     write_trained(store, trained)
     return trained
 
@@ -96,164 +118,127 @@ def _check_student(workspace: Workspace, manifest: Manifest) -> None:
     check_vocabulary(model=student.name, model_size=size, data=data, data_size=manifest.vocab_size)
 
 
-def _find(workspace: Workspace, plan: TrainingSpec) -> TrainingReceipt | None:
-    """The receipt of a training that is complete, whatever it was for then. Raises PartCorrupt."""
-    receipts = (find_training(workspace.adapter, folder) for folder in plan.folders)
+def _find(store: Store, spec: TrainingSpec) -> TrainingReceipt | None:
+    """The receipt of a training that is complete, under any of its names. Raises PartCorrupt."""
+    receipts = (find_training(store, folder) for folder in spec.folders)
     return next((receipt for receipt in receipts if receipt is not None), None)
 
 
-def _rights(retention: CorpusManifest | None, plan: TrainingSpec) -> tuple[SourceRights, ...]:
-    """Of the retention text that a training takes."""
-    return () if retention is None or plan.retention is None else retention.sources
+def _choose(shared: _Shared, grid: list[TrainingReceipt], baselines: list[TrainingReceipt]) -> Trained:
+    """The trainings of the grid and of the baseline with the lowest NLL on the hold-out."""
+    sweep = tuple(
+        SweptTraining(training=receipt, retention_nll_nats=_retention_nll(shared, receipt))
+        for receipt in (grid if shared.settings.sweep is not None else ())
+    )
+    return Trained(
+        adapter=min(grid, key=lambda receipt: receipt.holdout_nll_nats or 0.0),
+        baseline=min(
+            baselines, key=lambda receipt: (receipt.holdout_nll_nats or 0.0, receipt.learning_rate), default=None
+        ),
+        candidates=tuple(baselines),
+        sweep=sweep,
+    )
 
 
-def _train(
-    workspace: Workspace,
-    manifest: Manifest,
-    feed: TrainingData,
-    retention: CorpusManifest | None,
-    plan: TrainingSpec,
-    describe: Callable[[TrainingReceipt], None],
-    reporter: Reporter,
-) -> TrainingReceipt:
-    """Run a training; `describe` writes its card, before the receipt makes it complete."""
-    import torch
+def _retention_nll(shared: _Shared, receipt: TrainingReceipt) -> float | None:
+    """Mean NLL of an adapter on the held-out retention text, in nats per token; None where the job has no such text.
 
-    settings, student, store = workspace.job.train, workspace.student_model, workspace.adapter
-    set_training_threads(settings)
-    dtype, _ = training_precision(settings.dtype, device=settings.device)
-    checkpoint = Checkpoint(store=store, path=f".checkpoints/{plan.folder}.pt")
-    stream = feed.dataset(workspace, alpha=plan.alpha, optimizer=plan.optimizer)
-    with reporter.progress(f"train {plan.label}", total=None, unit="steps") as progress:
-
-        def on_step(step: Step) -> None:
-            kept = "" if step.retention_loss is None else f", retention {step.retention_loss:.3f}"
-            progress(step.step, total=step.total_steps, note=f"loss {step.loss:.3f}{kept}")
-
-        device = resolve_device(settings.device)
-        tuned = fine_tune(
-            load_model(student.folder, dtype=getattr(torch, dtype), device=device),
-            stream,
-            lora=settings.lora,
-            adapter=settings.adapter,
-            objective=plan.objective,
-            optimizer=plan.optimizer,
-            retention=_retention(workspace, retention, plan),
-            seed=workspace.job.seed,
-            num_valid=manifest.vocab_size,
-            chunk_positions=settings.chunk_positions,
-            checkpoint=checkpoint,
-            identity=plan.training_id,
-            on_step=on_step,
-        )
-        progress(len(tuned.log), total=len(tuned.log), note="scoring the hold-out")
-        holdout_nll = _holdout_nll(workspace, manifest, tuned.model)
-    sources = (*feed.sources, *_rights(retention, plan))
-    receipt = _receipt(workspace, feed, sources, plan, tuned, holdout_nll)
-    describe(receipt)
-    store.put_once(f"{plan.folder}/receipt.json", canonical_json(receipt))
-    checkpoint.remove()
-    return receipt
-
-
-def _retention_cost(
-    workspace: Workspace, manifest: Manifest, retention: CorpusManifest | None, receipt: TrainingReceipt
-) -> float | None:
-    """Mean NLL of an adapter on the held-out retention text, in nats; None where the job has no such text.
-
-    It is kept beside the adapter, by the digest of the text, and not measured again.
+    It is stored beside the adapter under the digest of the text, and not measured again.
     """
-    if retention is None:
+    if shared.retention is None:
         return None
-    import torch
-
-    store, path = workspace.adapter, f"{receipt.folder}/retention-{retention.digest[:16]}.json"
+    store, digest = shared.store, shared.retention.manifest.digest
+    path = f"{receipt.folder}/retention-{digest[:16]}.json"
     if store.exists(path):
         return float(json.loads(store.read(path))["retention_nll_nats"])
-    settings = workspace.job.train
-    dtype, _ = training_precision(settings.dtype, device=settings.device)
-    device = resolve_device(settings.device)
-    model = load_model(workspace.student_model.folder, dtype=getattr(torch, dtype), device=device)
-    folder = store.local_folder(receipt.folder, receipt.files)
-    nll = retention_nll(
-        load_adapter(model, folder, device=device),
-        iter_sequences(workspace.retention, retention, split="test"),
-        num_valid=manifest.vocab_size,
-        batch_tokens=workspace.job.evaluate.batch_tokens,
-        on_progress=lambda done: None,
-    )
+    model = shared.student.load(store.local_folder(receipt.folder, receipt.files))
+    nll = shared.holdout.retention_nll(model)
     if nll is not None:
         store.put_once(path, (json.dumps({"retention_nll_nats": nll}) + "\n").encode())
     return nll
 
 
-def set_training_threads(settings: TrainSettings) -> None:
-    """Give torch the job's number of CPU threads, or all cores."""
-    import os
+def _train(shared: _Shared, spec: TrainingSpec, *, num_compared: int) -> TrainingReceipt:
+    """Run a training and store its adapter, log, card and, last, its receipt, which makes it complete."""
+    settings, store = shared.settings, shared.store
+    checkpoint = Checkpoint(store=store, path=f".checkpoints/{spec.folder}.pt")
+    with shared.reporter.progress(f"train {spec.label}", total=None, unit="steps") as progress:
 
-    import torch
+        def on_step(step: Step) -> None:
+            kept = "" if step.retention_loss is None else f", retention {step.retention_loss:.3f}"
+            progress(step.step, total=step.total_steps, note=f"loss {step.loss:.3f}{kept}")
 
-    torch.set_num_threads(settings.num_threads or len(os.sched_getaffinity(0)))
+        tuned = fine_tune(
+            shared.student.load(),
+            shared.data.dataset(settings, alpha=spec.alpha, optimizer=spec.optimizer, seed=shared.seed),
+            lora=settings.lora,
+            adapter=settings.adapter,
+            objective=spec.objective,
+            optimizer=spec.optimizer,
+            retention=_retention(shared, spec),
+            seed=shared.seed,
+            num_valid=shared.holdout.manifest.vocab_size,
+            chunk_positions=settings.chunk_positions,
+            checkpoint=checkpoint,
+            identity=spec.training_id,
+            on_step=on_step,
+        )
+        progress(len(tuned.log), total=len(tuned.log), note="scoring the hold-out")
+        holdout_nll = shared.holdout.score(tuned.model).human_nll_nats if shared.holdout.num_labels else None
+    receipt = _store_training(shared, spec, tuned, holdout_nll=holdout_nll)
+    _write_card(shared, spec, receipt, num_compared=num_compared)
+    store.put_once(f"{spec.folder}/receipt.json", canonical_json(receipt))
+    checkpoint.remove()
+    return receipt
 
 
-def _retention(workspace: Workspace, retention: CorpusManifest | None, plan: TrainingSpec) -> Retention | None:
-    if retention is None or plan.retention is None:
+def _retention(shared: _Shared, spec: TrainingSpec) -> Retention | None:
+    if shared.retention is None or spec.retention is None:
         return None
-    sequences = list(iter_sequences(workspace.retention, retention, split="train"))
     batches = TextBatches(
-        sequences, seed=workspace.job.seed, batch_tokens=plan.retention.batch_tokens, name="retention"
+        list(shared.retention.sequences("train")),
+        seed=shared.seed,
+        batch_tokens=spec.retention.batch_tokens,
+        name="retention",
     )
-    return Retention(batches=batches, weight=plan.retention_weight, objective=plan.retention.objective)
+    return Retention(batches=batches, weight=spec.retention_weight, objective=spec.retention.objective)
 
 
-def _holdout_nll(workspace: Workspace, manifest: Manifest, model: Any) -> float | None:
-    receipts = manifest.of_split("test")
-    if not receipts:
-        return None
-    scores = score_holdout(
-        model,
-        (row for receipt in receipts for row in read_rows(workspace.targets, receipt)),
-        tokenizer=workspace.student_model.tokenizer,
-        num_valid=manifest.vocab_size,
-        batch_tokens=workspace.job.evaluate.batch_tokens,
-        num_bins=workspace.job.evaluate.calibration_bins,
-        on_progress=lambda done: None,
-    )
-    return scores.human_nll_nats
-
-
-def _receipt(
-    workspace: Workspace,
-    feed: TrainingData,
-    sources: tuple[SourceRights, ...],
-    plan: TrainingSpec,
-    tuned: FineTuned,
-    holdout_nll: float | None,
+def _store_training(
+    shared: _Shared, spec: TrainingSpec, tuned: FineTuned, *, holdout_nll: float | None
 ) -> TrainingReceipt:
-    """Of a training whose files are written here."""
+    """Store the adapter and its log; returns the receipt, which is not stored yet."""
+    files = save_adapter(tuned.model, base_model=shared.student.model.name)
+    for name, content in files.items():
+        shared.store.put_once(f"{spec.folder}/{name}", content)
+    log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
+    shared.store.replace(f"{spec.folder}/log.jsonl", log.encode())
     return TrainingReceipt(
-        training_id=plan.training_id,
-        folder=plan.folder,
-        files=_save(workspace, plan, tuned),
-        manifests=tuple(one.targets.manifest.digest for one in feed.sets),
-        sources=sources,
-        settings=workspace.job.train.model_dump(mode="json"),
-        objective="ce" if plan.alpha == 1 else "kl",
-        alpha=plan.alpha,
-        learning_rate=plan.optimizer.learning_rate,
-        retention_weight=plan.retention_weight,
+        training_id=spec.training_id,
+        folder=spec.folder,
+        files={name: sha256_hex(content) for name, content in files.items()},
+        manifests=tuple(target_set.targets.manifest.digest for target_set in shared.data.sets),
+        sources=(*shared.data.sources, *shared.retention_sources(spec)),
+        settings=shared.settings.model_dump(mode="json"),
+        objective="ce" if spec.alpha == 1 else "kl",
+        alpha=spec.alpha,
+        learning_rate=spec.optimizer.learning_rate,
+        retention_weight=spec.retention_weight,
         num_steps=len(tuned.log),
         num_tokens=sum(step.tokens for step in tuned.log),
         holdout_nll_nats=holdout_nll,
     )
 
 
-def _save(workspace: Workspace, plan: TrainingSpec, tuned: FineTuned) -> dict[str, str]:
-    """Write the adapter and its log; name and SHA-256 of each of the adapter's files."""
-    store = workspace.adapter
-    files = save_adapter(tuned.model, base_model=workspace.student_model.name)
-    for name, content in files.items():
-        store.put_once(f"{plan.folder}/{name}", content)
-    log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
-    store.replace(f"{plan.folder}/log.jsonl", log.encode())
-    return {name: sha256_hex(content) for name, content in files.items()}
+def _write_card(shared: _Shared, spec: TrainingSpec, receipt: TrainingReceipt, *, num_compared: int) -> None:
+    card = make_card(
+        receipt,
+        shared.data,
+        shared.settings,
+        job=shared.job,
+        base_model=shared.student.model.name,
+        author_shares=shared.author_shares,
+        retention_sources=shared.retention_sources(spec),
+        num_compared=num_compared,
+    )
+    renew_card(shared.store, receipt.folder, card)

@@ -1,6 +1,6 @@
-"""The trainings of a job before they are run: the adapter's, or those of a sweep, and the baseline's.
+"""The trainings that a job asks for: one for the adapter, or those of a sweep, and those of the baseline.
 
-Each is named by a digest of everything that it depends on.
+The id of a training is a digest of everything that it depends on.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from softshard.config import OptimizerSettings, RetentionSettings, TrainSettings
-from softshard.corpus.manifest import CorpusManifest
 from softshard.finetune.objective import CROSS_ENTROPY, Objective
-from softshard.output.workspace import Workspace
 from softshard.records.digest import canonical_digest
 from softshard.stages.train.data import TrainingData
-from softshard.teacher.style import training_precision
+from softshard.stages.train.student import Student
 
 __all__ = ["TrainingSpec", "count_trainings", "training_specs"]
 
@@ -25,7 +23,7 @@ _NAMES = ("kl", "ce", "baseline")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSpec:
-    """One training before it is run."""
+    """A training to run."""
 
     name: str
     alpha: float
@@ -34,10 +32,11 @@ class TrainingSpec:
     retention: RetentionSettings | None
     retention_weight: float
     depends_on: dict[str, Any]
+    """Everything that can change the adapter, as plain values."""
 
     @property
     def training_id(self) -> str:
-        """128 bits, in hex, of a SHA-256 over everything that can change the adapter."""
+        """The first 128 bits, in hex, of a SHA-256 of `depends_on`."""
         return canonical_digest(self.depends_on)[:32]
 
     @property
@@ -47,19 +46,19 @@ class TrainingSpec:
 
     @property
     def folders(self) -> list[str]:
-        """Where the same training may lie under another name, after its own folder: a sweep may hold the baseline."""
+        """Folders that may hold this training, its own first: a sweep may include the baseline under another name."""
         return [self.folder, *(f"{name}-{self.training_id[:16]}" for name in _NAMES if name != self.name)]
 
     @property
     def label(self) -> str:
-        """A few words for the progress."""
+        """A short description, for the progress display."""
         kept = f", lambda {self.retention_weight:g}" if self.retention_weight else ""
         return f"{self.name} {self.optimizer.learning_rate:g}, alpha {self.alpha:g}{kept}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Setting:
-    """What differs between the trainings of a job."""
+    """The settings in which the trainings of a job differ."""
 
     name: str
     alpha: float
@@ -68,64 +67,76 @@ class _Setting:
 
 
 def training_specs(
-    workspace: Workspace, feed: TrainingData, retention: CorpusManifest | None
+    settings: TrainSettings,
+    data: TrainingData,
+    student: Student,
+    *,
+    retention_digest: str | None,
+    seed: int,
 ) -> tuple[list[TrainingSpec], list[TrainingSpec]]:
-    """The trainings of which one is the adapter, in the order of the grid; then those of the baseline."""
-    settings, shared = workspace.job.train, _shared(workspace, feed)
+    """The trainings from which the adapter is chosen, in the order of the grid; then those of the baseline.
 
-    def plan(own: _Setting) -> TrainingSpec:
-        used = settings.retention if own.retention_weight > 0 else None
-        text = retention.digest if retention is not None and used is not None else None
-        objective = CROSS_ENTROPY if own.alpha == 1 else _objective(settings, feed)
+    Args:
+        settings: the train section of the job.
+        data: what all of them train on.
+        student: the model that they adapt.
+        retention_digest: of the manifest of the retention text; None without such text.
+        seed: of the job.
+    """
+    shared = _shared_inputs(settings, data, student, seed=seed)
+
+    def make_spec(setting: _Setting) -> TrainingSpec:
+        used = settings.retention if setting.retention_weight > 0 else None
+        text = retention_digest if used is not None else None
+        objective = CROSS_ENTROPY if setting.alpha == 1 else _objective(settings, data)
         depends_on = {
             **shared,
-            "alpha": own.alpha,
+            "alpha": setting.alpha,
             "objective": asdict(objective),
-            "optimizer": own.optimizer.model_dump(exclude={"checkpoint_steps"}),
-            "retention_weight": own.retention_weight,
+            "optimizer": setting.optimizer.model_dump(exclude={"checkpoint_steps"}),
+            "retention_weight": setting.retention_weight,
             "retention": None if used is None else [text, used.objective, used.batch_tokens],
         }
         return TrainingSpec(
-            name=own.name,
-            alpha=own.alpha,
+            name=setting.name,
+            alpha=setting.alpha,
             objective=objective,
-            optimizer=own.optimizer,
+            optimizer=setting.optimizer,
             retention=used,
-            retention_weight=own.retention_weight,
+            retention_weight=setting.retention_weight,
             depends_on=depends_on,
         )
 
-    return [plan(one) for one in _grid(settings)], [plan(one) for one in _baselines(settings)]
+    return [make_spec(setting) for setting in _grid(settings)], [make_spec(setting) for setting in _baselines(settings)]
 
 
 def count_trainings(settings: TrainSettings) -> int:
-    """Trainings of a job: those of the grid and of the baseline, each once."""
+    """Number of different trainings of a job: those of the grid and those of the baseline."""
     return len(
         {
-            (one.alpha, one.optimizer.learning_rate, one.retention_weight)
-            for one in (*_grid(settings), *_baselines(settings))
+            (setting.alpha, setting.optimizer.learning_rate, setting.retention_weight)
+            for setting in (*_grid(settings), *_baselines(settings))
         }
     )
 
 
-def _shared(workspace: Workspace, feed: TrainingData) -> dict[str, Any]:
-    settings, student = workspace.job.train, workspace.student_model
-    dtype, device = training_precision(settings.dtype, device=settings.device)
+def _shared_inputs(settings: TrainSettings, data: TrainingData, student: Student, *, seed: int) -> dict[str, Any]:
+    """What all trainings of a job depend on. The keys are part of every training's id."""
     return {
-        "targets": feed.digest_parts(),
+        "targets": data.digest_parts(),
         "label_weights": settings.label_weights,
         "packing": settings.packing,
-        "weights": student.weights,
-        "dtype": dtype,
-        "device": device,
+        "weights": student.model.weights,
+        "dtype": student.dtype,
+        "device": student.device_kind,
         "num_threads": settings.num_threads,
         "adapter": settings.adapter,
         "lora": settings.lora,
-        "truncated": settings.truncated if feed.leaves_ghost else None,
+        "truncated": settings.truncated if data.leaves_ghost else None,
         "temperature": settings.temperature,
         "shuffle_buffer": settings.shuffle_buffer,
         "chunk_positions": settings.chunk_positions,
-        "seed": workspace.job.seed,
+        "seed": seed,
     }
 
 
@@ -146,6 +157,6 @@ def _baselines(settings: TrainSettings) -> Iterator[_Setting]:
         yield _Setting(name="baseline", alpha=1.0, optimizer=optimizer, retention_weight=weight)
 
 
-def _objective(settings: TrainSettings, feed: TrainingData) -> Objective:
-    temperature = settings.temperature * feed.temperature if settings.match_temperature else 1.0
+def _objective(settings: TrainSettings, data: TrainingData) -> Objective:
+    temperature = settings.temperature * data.temperature if settings.match_temperature else 1.0
     return Objective(divergence=settings.divergence, jsd_beta=settings.jsd_beta, temperature=temperature)
