@@ -9,6 +9,7 @@ from pydantic import Field
 from softshard.config.base import Settings
 
 __all__ = [
+    "DECODER_ADAPTERS",
     "AdapterKind",
     "DataType",
     "Device",
@@ -18,6 +19,9 @@ __all__ = [
 
 
 AdapterKind = Literal["lora", "lora_and_lm_head", "lm_head", "post_norm", "correction"]
+"""Each kind has one entry in `finetune/adapters`: in `lora.PLACEMENTS` or in `output.OUTPUT_ADAPTERS`."""
+DECODER_ADAPTERS: frozenset[AdapterKind] = frozenset(("lora", "lora_and_lm_head"))
+"""Kinds that adapt layers of the decoder, so that `target_modules` and `last_layers` apply."""
 DataType = Literal["auto", "float32", "bfloat16"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 

@@ -7,18 +7,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from softshard.config.adapter import AdapterKind, DataType, Device, LoraSettings, OptimizerSettings
+from softshard.config.adapter import (
+    DECODER_ADAPTERS,
+    AdapterKind,
+    DataType,
+    Device,
+    LoraSettings,
+    OptimizerSettings,
+)
 from softshard.config.base import KeyInvalid, Settings
 from softshard.config.corpus import SourceSettings, refuse_equal_names
 from softshard.config.data import BalanceSettings, LabelWeightSettings, MoreTargetsSettings, WhereSettings
 from softshard.config.sketch import SketchSettings
 
 __all__ = [
+    "LINEAR_DIVERGENCES",
     "BaselineSettings",
+    "Divergence",
     "RetentionSettings",
     "SweepSettings",
     "TrainSettings",
 ]
+
+
+Divergence = Literal["forward", "reverse", "jensen_shannon"]
+"""Each has one entry in `finetune.loss.divergences.DIVERGENCES`."""
+LINEAR_DIVERGENCES: frozenset[Divergence] = frozenset(("forward",))
+"""Divergences that are linear in the target, so unbiased for an unbiased sketch, and finite for a label alone."""
 
 
 class RetentionSettings(Settings):
@@ -92,7 +107,7 @@ class TrainSettings(Settings):
     match_temperature: bool = False
     """Divide the student's logits by the targets' temperature too (that of `target` times that of `train`), and take
     the loss times its square; only with alpha 0, for a label has no temperature."""
-    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
+    divergence: Divergence = "forward"
     """What is made small: `forward` KL(target || student), for every kind of target; `reverse` KL(student || target) or
     `jensen_shannon`, of the distributions with `full`, of the head's tokens and the mass of the rest with `topk` and
     `nucleus` and `truncated: ghost`. A `threshold` sketch would bias them."""
@@ -179,7 +194,7 @@ class TrainSettings(Settings):
                 f"{self.temperature:g} cannot be applied at load to targets of kind {sketch.kind};"
                 " set target.temperature, which is applied at capture",
             )
-        if self.divergence == "forward":
+        if self.divergence in LINEAR_DIVERGENCES:
             return None
         problem: str | None = None
         if max(self.alphas) == 1:
@@ -195,7 +210,7 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _adapter_has_its_settings(self) -> TrainSettings:
         given = self.lora.target_modules != "all-linear" or self.lora.last_layers is not None
-        if given and self.adapter not in ("lora", "lora_and_lm_head"):
+        if given and self.adapter not in DECODER_ADAPTERS:
             problem = f"`adapter: {self.adapter}` adapts no layer of the decoder"
             raise ValueError(f"{problem}, so leave `lora.target_modules` and `lora.last_layers` out")
         return self

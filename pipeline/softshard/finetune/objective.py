@@ -1,19 +1,19 @@
-"""The loss of a batch: a model's hidden states at the batch's positions, against the batch's targets.
+"""The loss of a batch: a model's hidden states at the batch's positions, compared with the batch's targets.
 
-In: a model as its two halves and a batch. Out: a mean loss a label, and no tensor of all logits.
+In: a model as its two halves, and a batch. Out: a mean loss per label, without a tensor of all logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 from torch import Tensor
 
+from softshard.config.train import LINEAR_DIVERGENCES, Divergence
 from softshard.data.batch import Batch
 from softshard.data.sparse_targets import SparseTargets
 from softshard.finetune.hidden_states import hidden_states
-from softshard.finetune.loss import sparse_divergence, sparse_kl
+from softshard.finetune.loss import sparse_divergence
 from softshard.models.decoder import Decoder, LowRank
 from softshard.sketch.codec import MASS_GRID
 
@@ -22,15 +22,15 @@ __all__ = ["CROSS_ENTROPY", "Objective"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """How a student is compared with a batch's targets. As it is by default: cross-entropy to them."""
+    """How a student is compared with a batch's targets; the default is cross-entropy to them."""
 
-    divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
-    """The last two are biased for a `threshold` sketch, and wrong for a head that was renormalised."""
+    divergence: Divergence = "forward"
+    """`reverse` and `jensen_shannon` are biased for a `threshold` sketch, and wrong for a renormalised head."""
     jsd_beta: float = 0.5
     """Beta of the Jensen-Shannon divergence."""
     temperature: float = 1.0
-    """T of the student: its logits are divided by it, and the loss is T^2 times as large. The batch's targets are taken
-    as they are, so they should have been captured, or loaded, with that temperature."""
+    """T of the student: its logits are divided by T, and the loss is multiplied by T^2. The batch's targets are used as
+    they are, so they should have been captured, or loaded, with that temperature."""
 
     def loss(
         self,
@@ -41,19 +41,19 @@ class Objective:
         chunk_positions: int,
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor:
-        """Mean loss over labels by their weights, in nats, 0 where all are 0; weights of groups count in the sum alone.
+        """Mean loss over labels by their weights, in nats; 0 where all weights are 0.
 
-        The forward one is the KL to the target plus the target's entropy, which no model can change, and so has the
-        KL's gradient; the others are the divergences themselves.
+        Weights of groups count in the sum but not in the divisor. The forward loss is the KL to the target plus the
+        target's entropy, which is a constant, so its gradient is the KL's; the others are the divergences themselves.
 
         Args:
             decoder: of the model.
             batch: on the model's device.
             num_valid: vocabulary of the data.
             chunk_positions: positions whose logits exist at one time.
-            num_items_in_batch: what the sum is divided by in place of this batch's own weights: the weights of all
-                batches of a step, over gradient accumulation and ranks, as transformers counts labels. Sum the
-                gradients over ranks; where they are averaged, multiply the loss by the number of ranks.
+            num_items_in_batch: divides the sum in place of this batch's own weights: the weights of all batches of a
+                step, over gradient accumulation and ranks, as transformers counts labels. Sum the gradients over ranks;
+                where they are averaged, multiply the loss by the number of ranks.
 
         Raises:
             ModelInvalid: the batch is packed, and the model mixes the sequences of a row.
@@ -84,26 +84,25 @@ class Objective:
 
         Of the decoder only the output layer is used, to whose product `low_rank` is added.
         """
-        options: dict[str, Any] = {
-            "bias": decoder.bias,
-            "transform": decoder.transform,
-            "temperature": self.temperature,
-            "low_rank": low_rank,
-            "num_valid": num_valid,
-            "chunk_positions": chunk_positions,
-        }
-        if self.divergence == "forward":
-            total = sparse_kl(hidden, decoder.weight, targets, **options)
-        else:
-            given = targets
-            if targets.tail_mass is not None:
-                # A stored mass of 0 may be anything up to half a step of the grid, and 0 itself would make the loss
-                # infinite: a quarter of a step, the middle of that range, is taken.
-                given = replace(targets, tail_mass=targets.tail_mass.clamp(min=MASS_GRID / 4))
-            kind, beta = self.divergence, self.jsd_beta
-            total = sparse_divergence(hidden, decoder.weight, given, divergence=kind, jsd_beta=beta, **options)
+        if self.divergence not in LINEAR_DIVERGENCES and targets.tail_mass is not None:
+            # A stored mass of 0 may be anything up to half a step of the grid, and 0 itself would make the loss
+            # infinite: a quarter of a step, the middle of that range, is used.
+            targets = replace(targets, tail_mass=targets.tail_mass.clamp(min=MASS_GRID / 4))
+        total = sparse_divergence(
+            hidden,
+            decoder.weight,
+            targets,
+            divergence=self.divergence,
+            jsd_beta=self.jsd_beta,
+            num_valid=num_valid,
+            chunk_positions=chunk_positions,
+            bias=decoder.bias,
+            transform=decoder.transform,
+            temperature=self.temperature,
+            low_rank=low_rank,
+        )
         return total / (targets.mean_divisor if num_items_in_batch is None else num_items_in_batch)
 
 
 CROSS_ENTROPY = Objective()
-"""Cross-entropy to the batch's targets, whatever they are."""
+"""Cross-entropy to the batch's targets."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ from torch import nn
 
 from fakes.students import adapted
 from fakes.targets import sequence
-from softshard.config import LoraSettings, OptimizerSettings, TrainSettings
+from softshard.config import AdapterKind, LoraSettings, OptimizerSettings, TrainSettings
+from softshard.config.adapter import DECODER_ADAPTERS
 from softshard.data.batch import collate_text
 from softshard.data.text import TextBatches
 from softshard.errors import AdapterMissing, AdapterNotMergeable, ModelInvalid
 from softshard.evaluate.labels import score_labels
 from softshard.finetune.adapters.kinds import attach_adapter, load_adapter, merge_adapter, save_adapter
+from softshard.finetune.adapters.lora import PLACEMENTS
+from softshard.finetune.adapters.output import OUTPUT_ADAPTERS
 from softshard.finetune.checkpoint import Checkpoint
 from softshard.finetune.loop import fine_tune
 from softshard.finetune.objective import CROSS_ENTROPY
@@ -222,3 +226,8 @@ def test_layers_are_refused_where_none_is_adapted(shape):
     assert TrainSettings(adapter="lora_and_lm_head", lora=LoraSettings(**shape)).adapter == "lora_and_lm_head"
     with pytest.raises(ValidationError, match="adapts no layer of the decoder"):
         TrainSettings(adapter="post_norm", lora=LoraSettings(**shape))
+
+
+def test_every_kind_has_one_implementation():
+    assert sorted([*PLACEMENTS, *OUTPUT_ADAPTERS]) == sorted(get_args(AdapterKind)) == sorted(KINDS)
+    assert {kind for kind, placement in PLACEMENTS.items() if placement.decoder} == DECODER_ADAPTERS

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from fakes.losses import (
     reference,
 )
 from fakes.targets import sparse_targets
-from softshard.finetune.loss import dense_kl, sparse_divergence, sparse_kl
+from softshard.config.train import LINEAR_DIVERGENCES, Divergence
+from softshard.finetune.loss import dense_kl, divergences, sparse_divergence, sparse_kl
 
 
 def compare(divergence, target, *, seed, dtype, with_bias, **options):
@@ -316,3 +318,8 @@ def test_a_ghost_without_mass_makes_the_reverse_kl_infinite_and_not_wrong():
     target = {**heads(15), "tail_mass": torch.zeros(NUM, dtype=DOUBLE)}
     assert loss_of("reverse", hidden, weight, target).item() == math.inf
     assert math.isfinite(loss_of("jensen_shannon", hidden, weight, target).item())
+
+
+def test_every_divergence_of_the_job_file_has_one_implementation():
+    assert sorted(divergences.DIVERGENCES) == sorted(get_args(Divergence)) == sorted(DIVERGENCES)
+    assert set(DIVERGENCES) > LINEAR_DIVERGENCES

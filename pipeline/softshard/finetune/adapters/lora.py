@@ -1,7 +1,8 @@
-"""Low-rank adapters on a frozen model: attached, saved to bytes, loaded, named by digest.
+"""Low-rank adapters (LoRA) on a frozen model: attached, saved to bytes, loaded, named by digest.
 
 In: a causal language model, or an adapter's folder. Out: a `PeftModel`, or the adapter's files in peft's own layout.
-An adapter is float32 whatever the base; the same seed gives the same weights, and the same weights the same bytes.
+An adapter is float32 whatever the base's type; the same seed gives the same weights, and the same weights the same
+bytes. `PLACEMENTS` lists the kinds.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from softshard.config import LoraSettings
+from softshard.config import AdapterKind, LoraSettings
 from softshard.errors import AdapterMissing, ModelInvalid
 from softshard.records.digest import canonical_digest, sha256_hex
 from softshard.records.seeds import keyed_seed
@@ -22,23 +23,45 @@ from softshard.records.seeds import keyed_seed
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "adapter_digest", "attach_lora", "load_adapter", "save_adapter"]
+__all__ = [
+    "CONFIG_FILE",
+    "PLACEMENTS",
+    "WEIGHTS_FILE",
+    "Placement",
+    "adapter_digest",
+    "attach_lora",
+    "load_adapter",
+    "save_adapter",
+]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def attach_lora(
-    model: Any, lora: LoraSettings, *, seed: int, output: Literal["frozen", "also", "alone"] = "frozen"
-) -> PeftModel:
+class Placement(NamedTuple):
+    """Which layers get an update."""
+
+    decoder: bool
+    """The linear layers of the decoder that the settings name."""
+    output: bool
+    """The output layer; a tied embedding stays as it is."""
+
+
+PLACEMENTS: dict[AdapterKind, Placement] = {
+    "lora": Placement(decoder=True, output=False),
+    "lora_and_lm_head": Placement(decoder=True, output=True),
+    "lm_head": Placement(decoder=False, output=True),
+}
+
+
+def attach_lora(model: Any, lora: LoraSettings, *, seed: int, placement: Placement = PLACEMENTS["lora"]) -> PeftModel:
     """Put a new adapter, which changes nothing yet, on a model in place; `unload()` of the result gives the model back.
 
-    `all-linear` is every linear layer of the decoder (Conv1D counts), the output layer left out. `last_layers` that
-    are more than there are mean all; they are layers of the decoder. `output` says whether the output layer is adapted,
-    which leaves a tied embedding as it is.
+    `all-linear` means every linear layer of the decoder (Conv1D counts), without the output layer. If `last_layers`
+    exceeds the number of decoder layers, all of them are adapted.
 
     Raises:
-        ModelInvalid: a module that `target_modules` names is not there.
+        ModelInvalid: a module that `target_modules` names does not exist.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -49,8 +72,8 @@ def attach_lora(
         raise ModelInvalid(model=str(model.name_or_path), problem=problem)
     num_layers = int(model.config.get_text_config().num_hidden_layers)
     last = None if lora.last_layers is None else list(range(max(0, num_layers - lora.last_layers), num_layers))
-    targets = [] if output == "alone" else names
-    if output != "frozen":
+    targets = names if placement.decoder else []
+    if placement.output:
         head = _output_name(model)
         # peft would look for the number of a layer in the output layer's name too.
         of_last = [] if last is None else _names_in_layers(model, set(targets), set(last))
@@ -61,7 +84,7 @@ def attach_lora(
         lora_dropout=lora.dropout,
         target_modules=targets,
         layers_to_transform=last,
-        fan_in_fan_out=output != "alone" and any(_is_conv1d(linear[name]) for name in names),
+        fan_in_fan_out=placement.decoder and any(_is_conv1d(linear[name]) for name in names),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,7 @@
-"""The softmax of a chunk of logits over cells: some tokens of each position alone, all its others together.
+"""The softmax of a chunk of logits over buckets: some tokens of each position in one bucket each, the others in one.
 
-In: logits [c, V] and the places of the tokens that stand alone. Out: the log-probability of every cell. From the slopes
-of a loss against the cells it makes those against the logits, in the logits' own memory.
+In: logits [c, V] and the indices of the tokens with a bucket of their own. Out: the log-probability of every bucket.
+From the slopes of a loss against the buckets it computes those against the logits, in the logits' own memory.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ __all__ = ["TokenBuckets"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBuckets:
-    """U tokens that stand alone, and c cells of what is left, one a position."""
+    """U tokens with a bucket of their own, and for each of c positions a bucket with the rest of the vocabulary."""
 
     places: Tensor
-    """[U] int64, of the tokens in the flattened logits; ascending, none twice."""
+    """[U] int64 indices of the tokens in the flattened logits; ascending, without duplicates."""
     rows: Tensor
-    """[U] int64, their positions."""
+    """[U] int64 index of each token's position."""
     inverse: Tensor
-    """[H] int64, which of the U each of the places that were given is."""
+    """[H] int64 index among the U of each of the places that were given."""
     logprobs: Tensor
     """[U]"""
     rest_logprobs: Tensor
@@ -31,16 +31,16 @@ class TokenBuckets:
     lse: Tensor
     """[c] log-sum-exp of all logits."""
     _exponentials: Tensor
-    """[c, V] those of the tokens left, up to a factor of each row; the logits' memory."""
+    """[c, V] exponentials of the logits of the rest, up to a factor per row; the logits' memory."""
     _rest_sums: Tensor
     """[c] their sums; 1 where no token is left."""
 
     @classmethod
     def of(cls, logits: Tensor, places: Tensor) -> TokenBuckets:
-        """TokenBuckets of `logits`, which are used up; a place that is named twice is the same as once.
+        """Buckets of `logits`, whose memory is reused. Duplicates in `places` count once.
 
-        The rest has a largest logit and a sum of its own, and is never 1 minus the others, so that it stays exact where
-        they take all the mass.
+        The rest has its own largest logit and its own sum, and is never computed as 1 minus the others, so it stays
+        exact where the others take all the mass.
         """
         places, inverse = torch.unique(places, return_inverse=True)
         rows = places // logits.shape[1]
@@ -65,10 +65,10 @@ class TokenBuckets:
         )
 
     def slopes_(self, alone: Tensor, rest: Tensor) -> Tensor:
-        """[c, V] slopes against the logits, from those against the cells' log-odds, in the memory of the logits.
+        """[c, V] slopes against the logits, in the memory of the logits.
 
-        `alone` [U] and `rest` [c] are dL/dz of a token that stands alone, and the sum of dL/dz over the tokens left,
-        among which it is shared by their probabilities.
+        `alone` [U] is dL/dz of each token with its own bucket; `rest` [c] is the sum of dL/dz over the other tokens of
+        a position, among which it is distributed by their probabilities.
         """
         slopes = self._exponentials.mul_((rest / self._rest_sums)[:, None])
         slopes.view(-1)[self.places] = alone

@@ -1,7 +1,7 @@
 """Forward KL over the whole vocabulary to a frozen base that shares the output layer.
 
-In: hidden states of the model and of its base, one output layer, and what an adapter adds to the model's. Out: the KL
-summed over positions, with the gradients of the model's hidden states and of the adapter's halves.
+In: hidden states of the model and of its base, their shared output layer, and what an adapter adds to the model's
+logits. Out: the KL summed over positions, with the gradients of the model's hidden states and of the adapter's halves.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def dense_kl(
 ) -> Tensor:
     """KL(base || model) over the whole vocabulary, summed over positions; gradients reach `hidden` and `low_rank`.
 
-    `base_hidden` [N, d] goes through the same output matrix, bias and transform, without `low_rank`, which is the
-    model's alone; other arguments as in `sparse_kl`.
+    `base_hidden` [N, d] is projected by the same output matrix, bias and transform, but without `low_rank`, which only
+    the model has. `position_weights` [N] are the weights of the positions; None: all 1. Other arguments as in
+    `sparse_kl`.
 
     Raises:
-        ValueError: sizes that do not fit together, or an output matrix that is trained, which the base does not share.
+        ValueError: sizes do not fit together, or the output matrix is trained, so that the base does not share it.
     """
     readout = Readout(weight, bias, transform, 1.0, num_valid, chunk_positions, low_rank)
     readout.check(hidden)
@@ -60,7 +61,7 @@ def dense_kl(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DenseTarget:
-    """Hidden states of the base, the output layer that it shares, and the loss of a chunk of positions."""
+    """Hidden states of the base, the shared output layer, and the loss of a chunk of positions."""
 
     hidden: Tensor
     readout: Readout
@@ -86,7 +87,7 @@ class _DenseTarget:
 
 
 def _log_softmax(logits: Tensor, probability: Tensor) -> None:
-    """Turn logits [c, V] into their log-softmax in place, and put the softmax into `probability`."""
+    """Turn logits [c, V] into their log-softmax in place, and write the softmax to `probability`."""
     logits.sub_(logits.amax(dim=1, keepdim=True))
     total = torch.exp(logits, out=probability).sum(dim=1, keepdim=True)
     logits.sub_(total.log())

@@ -1,15 +1,16 @@
 """Hidden states through an output layer to a loss and its gradients, chunk by chunk of positions.
 
-In: hidden states [N, d], an output matrix [V, d], what an adapter of low rank adds to their product, what the model
-does to it, and a function that turns the logits of a chunk into their loss and slopes. Out: the summed loss, whose
-gradients are computed with it. No [N, V] tensor outlives a chunk: autograd keeps the gradient of the hidden states, of
-the adapter's features [N, r] and factor [V, r], and of the output layer where it is trained.
+In: hidden states [N, d], an output matrix [V, d], what a low-rank adapter adds to their product, the model's transform
+of the product, and a function that turns the logits of a chunk into their loss and slopes. Out: the summed loss, whose
+gradients are computed with it. No [N, V] tensor outlives a chunk: autograd keeps the gradients of the hidden states, of
+the adapter's features [N, r] and factor [V, r], and of the output layer if it is trained.
 
-The gradients are stored and not computed anew on the way back, where the product with the output matrix would be taken
-once more. Measured (one core, V = 49,152), that is 1.52 times the time with a frozen matrix and 1.35 times with one
-that is trained; it saves nothing with the former, and 4% of the peak with the latter (242 MiB in place of 253).
+The gradients are computed and stored in the forward pass. Computing them in the backward pass would repeat the product
+with the output matrix. Measured (one core, V = 49,152), that takes 1.52 times as long with a frozen matrix and 1.35
+times with a trained one; it saves no memory with the former, and 4% of the peak with the latter (242 MiB instead of
+253).
 
-Products are taken in the matrix's type, all else in float32, or in float64 where the hidden states are.
+Products are taken in the matrix's type, everything else in float32, or in float64 if the hidden states are float64.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from softshard.models.decoder import LogitTransform, LowRank
 __all__ = ["ChunkLoss", "Readout", "accumulation", "positions_with_weight", "projected"]
 
 ChunkLoss = Callable[[Tensor, int, int], Tensor]
-"""Takes the logits [c, V] of the kept positions [start, stop), puts their slopes in their place, returns their loss."""
+"""Returns the loss of the kept positions [start, stop) from their logits [c, V], which it replaces by their slopes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """How logits are read off hidden states: z = transform(W h + b + B u) / temperature, for the first `num_valid`
-    tokens; u and B are the features and the factor of an adapter of low rank, if there is one."""
+    """From hidden states to logits: z = transform(W h + b + B u) / temperature, for the first `num_valid` tokens; u and
+    B are the features and the factor of a low-rank adapter, if there is one."""
 
     weight: Tensor
     """[V, d]"""
@@ -47,7 +48,7 @@ class Readout:
     """[N, r] features, [V, r] factor"""
 
     def check(self, hidden: Tensor) -> None:
-        """Refuse sizes that do not fit together. Raises ValueError."""
+        """Raise ValueError if sizes do not fit together."""
         if self.chunk_positions < 1:
             raise ValueError(f"chunk_positions is {self.chunk_positions}, it must be at least 1")
         if not self.temperature > 0:
@@ -65,7 +66,7 @@ class Readout:
             raise ValueError(f"{sizes}; they must be [{len(hidden)}, r] and [{len(self.weight)}, r]")
 
     def buffers(self, num_positions: int, kind: torch.dtype) -> Buffers:
-        """Memory for the chunks of so many positions."""
+        """Memory for the chunks of `num_positions` positions."""
         size = (min(self.chunk_positions, num_positions), self.num_valid)
         capped, narrow = self.transform.soft_cap is not None, self.weight.dtype != kind
         device = self.weight.device
@@ -76,7 +77,7 @@ class Readout:
         )
 
     def logits(self, hidden: Tensor, buffers: Buffers, features: Tensor | None = None) -> Tensor:
-        """[c, num_valid] logits of a chunk's hidden states, and features, in the buffer for them."""
+        """[c, num_valid] logits of a chunk's hidden states and features, in the buffer for logits."""
         logits, matrix = buffers.logits[: len(hidden)], self.weight[: self.num_valid].T
         hidden = hidden.to(self.weight.dtype)
         if buffers.product is None:
@@ -94,8 +95,8 @@ class Readout:
         return logits if self._factor == 1 else logits.mul_(self._factor)
 
     def to_product(self, slopes: Tensor, buffers: Buffers) -> Tensor:
-        """Slopes of the loss against the logits to those against the product, adapter included, in place; the logits
-        were made in the same buffers just before."""
+        """Turn slopes against the logits into slopes against the product (including the adapter's part), in place. The
+        logits must be the last ones that were computed in these buffers."""
         if buffers.tangents is not None:
             tangents = buffers.tangents[: len(slopes)]
             slopes.mul_(tangents.square_().neg_().add_(1))
@@ -108,12 +109,12 @@ class Readout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffers:
-    """Used again by every chunk: fresh memory of this size costs more than the arithmetic on it."""
+    """Memory that all chunks reuse: allocating it for each chunk costs more than the arithmetic."""
 
     logits: Tensor
     """[c, num_valid]"""
     product: Tensor | None
-    """[c, num_valid] of the matrix's type; None where that is the logits' own."""
+    """[c, num_valid] in the matrix's type; None if that is the type of the logits."""
     tangents: Tensor | None
     """[c, num_valid] tanh of the capped logits; None without a cap."""
 
@@ -121,8 +122,8 @@ class Buffers:
 def projected(hidden: Tensor, readout: Readout, loss: ChunkLoss, *, kept: Tensor | None) -> Tensor:
     """Summed loss of some positions, differentiable in hidden states, matrix, bias, and the adapter's two halves.
 
-    `kept` [M] int64 are the positions that count, ascending; None: all. No others are projected or looked at, and their
-    gradient is 0.
+    `kept` [M] int64 are the positions that count, ascending; None: all. The others are never read or projected, and
+    their gradient is 0.
     """
     inputs = (hidden, readout.weight, readout.bias, *(readout.low_rank or (None, None)))
     tracked = torch.is_grad_enabled()
@@ -133,7 +134,7 @@ def projected(hidden: Tensor, readout: Readout, loss: ChunkLoss, *, kept: Tensor
 
 
 def positions_with_weight(weights: Tensor) -> Tensor | None:
-    """[M] int64, those whose weight is not 0; None where that is all of them."""
+    """[M] int64 positions whose weight is not 0; None if that is all of them."""
     kept = weights.nonzero()[:, 0]
     return None if len(kept) == len(weights) else kept
 
@@ -179,18 +180,19 @@ class _Projected(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # A scalar tensor keeps its own precision beside a bfloat16 one; cast to it, 1/N would be off by up to .4%.
+        # The scalar keeps its own precision in a product with a bfloat16 tensor; as bfloat16, 1/N would be off by up to
+        # .4%.
         gradients = [None if saved is None else saved * grad_outputs[0] for saved in ctx.saved_tensors]
         return (*gradients, None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Gradients:
-    """Those that are wanted, as they add up over chunks."""
+    """The requested gradients, summed over chunks."""
 
     hidden: Tensor | None
     weight: Tensor | None
-    """Of the type that sums have: a chunk's share of a bfloat16 matrix may be below its last bit."""
+    """In the type of sums: what one chunk adds to a bfloat16 gradient may be below its last bit."""
     bias: Tensor | None
     features: Tensor | None
     factor: Tensor | None
@@ -210,7 +212,7 @@ class _Gradients:
         )
 
     def add_low_rank(self, slopes: Tensor, features: Tensor | None, rows: slice | Tensor) -> None:
-        """Add what a chunk gives to the adapter's halves; `slopes` are against its products, `rows` its positions."""
+        """Add a chunk's gradients of the adapter's halves; `slopes` are against its products, `rows` its positions."""
         num_valid = self.readout.num_valid
         if self.features is not None and self.readout.low_rank is not None:
             factor = self.readout.low_rank.factor[:num_valid].to(slopes.dtype)
@@ -219,7 +221,7 @@ class _Gradients:
             self.factor[:num_valid].addmm_(slopes.T, features.to(slopes.dtype))
 
     def add(self, slopes: Tensor, hidden: Tensor, rows: slice | Tensor, buffers: Buffers) -> None:
-        """Add what a chunk gives; `slopes` are against its products, `hidden` its hidden states."""
+        """Add a chunk's other gradients; `slopes` are against its products, `hidden` its hidden states."""
         matrix, num_valid = self.readout.weight, self.readout.num_valid
         if self.bias is not None:
             self.bias[:num_valid] += slopes.sum(dim=0)
@@ -233,7 +235,7 @@ class _Gradients:
             self.weight[:num_valid] += slopes.T @ hidden.to(matrix.dtype)
 
     def of_their_types(self) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states, matrix, bias, features and factor, each of its own's type."""
+        """Gradients of hidden states, matrix, bias, features and factor, each in the type of its tensor."""
         readout = self.readout
         factor = None if readout.low_rank is None else readout.low_rank.factor
         return (

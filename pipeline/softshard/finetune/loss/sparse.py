@@ -1,24 +1,20 @@
-"""Forward KL to a sparse target.
+"""Losses between sparse targets and a model's distributions, from hidden states and the output matrix.
 
-In: hidden states, an output layer, entries of each position. Out: the cross-entropy to the entries, summed over
-positions, with its gradients. Guaranteed: the loss is linear in the target, so that a sketch that is right in
-expectation gives a loss and gradients that are.
+In: hidden states, an output layer, sparse targets. Out: a divergence summed over positions, with its gradients.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
+from softshard.config.train import Divergence
 from softshard.data.sparse_targets import SparseTargets
-from softshard.finetune.loss.buckets import TokenBuckets
-from softshard.finetune.loss.entries import ChunkedTargets, ChunkEntries
+from softshard.finetune.loss.divergences import DIVERGENCES
+from softshard.finetune.loss.entries import ChunkedTargets
 from softshard.finetune.loss.projection import Readout, projected
 from softshard.models.decoder import PLAIN_LOGITS, LogitTransform, LowRank
 
-__all__ = ["sparse_kl"]
+__all__ = ["sparse_divergence", "sparse_kl"]
 
 
 def sparse_kl(
@@ -60,36 +56,56 @@ def sparse_kl(
     Raises:
         ValueError: sizes do not fit together, or an id is not below `num_valid`.
     """
+    return sparse_divergence(
+        hidden,
+        weight,
+        targets,
+        divergence="forward",
+        num_valid=num_valid,
+        chunk_positions=chunk_positions,
+        bias=bias,
+        transform=transform,
+        temperature=temperature,
+        low_rank=low_rank,
+    )
+
+
+def sparse_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: SparseTargets,
+    *,
+    divergence: Divergence,
+    jsd_beta: float = 0.5,
+    num_valid: int,
+    chunk_positions: int,
+    bias: Tensor | None = None,
+    transform: LogitTransform = PLAIN_LOGITS,
+    temperature: float = 1.0,
+    low_rank: LowRank | None = None,
+) -> Tensor:
+    """A divergence between target and model, summed over positions.
+
+    `forward` is `sparse_kl`. The other two are taken over buckets: each token of a position's head, and all other
+    tokens together. With P the target's mass in a bucket, Q the model's, and M = beta * P + (1 - beta) * Q:
+
+        reverse         KL(Q || P) = sum Q ln(Q / P)
+        jensen_shannon  beta * KL(P || M) + (1 - beta) * KL(Q || M)      (generalised: Agarwal et al., 2306.13649)
+
+    An entry outside the head (`targets.entry_in_head`), such as the label's own share, is added to the bucket of its
+    token: that of the head if the token is in it, else the last. Weights need not sum to 1. The reverse KL is infinite
+    where the target has no mass in a bucket and the model has some, and so where a ghost's mass was rounded to 0; a
+    head token's mass is raised to at least float32's smallest normal number. With a temperature T, Q comes from
+    softmax(z / T) and the result is multiplied by T^2.
+
+    Args:
+        divergence: a key of `DIVERGENCES`.
+        jsd_beta: beta, above 0 and below 1; only `jensen_shannon` uses it.
+        hidden, weight, targets, num_valid, chunk_positions, bias, transform, temperature, low_rank: as in `sparse_kl`.
+
+    Raises:
+        ValueError: as in `sparse_kl`, or beta is out of its range.
+    """
     readout = Readout(weight, bias, transform, temperature, num_valid, chunk_positions, low_rank)
     chunked = ChunkedTargets.of(targets, hidden=hidden, readout=readout)
-    return projected(hidden, readout, _ForwardKL(chunked).loss, kept=chunked.kept)
-
-
-@dataclass(frozen=True, slots=True)
-class _ForwardKL:
-    chunked: ChunkedTargets
-
-    def loss(self, logits: Tensor, start: int, stop: int) -> Tensor:
-        """Summed loss of positions [start, stop); their logits become the slopes."""
-        entries = self.chunked.chunk(start, stop, num_valid=logits.shape[1])
-        given = entries.weights * entries.scale[entries.rows]
-        mass = torch.zeros_like(entries.scale).index_add_(0, entries.rows, given)
-        chosen = logits.view(-1)[entries.places]
-        if self.chunked.targets.tail_mass is not None:
-            return _with_ghost(logits, entries, given, mass, chosen)
-        top = logits.amax(dim=1, keepdim=True)
-        total = logits.sub_(top).exp_().sum(dim=1)
-        lse = top[:, 0] + total.log()
-        logits.mul_((mass / total)[:, None])
-        logits.view(-1).index_add_(0, entries.places, given, alpha=-1)
-        return (given * (lse[entries.rows] - chosen)).sum()
-
-
-def _with_ghost(logits: Tensor, entries: ChunkEntries, given: Tensor, mass: Tensor, chosen: Tensor) -> Tensor:
-    cells = TokenBuckets.of(logits, entries.places[entries.in_head])
-    ghost = torch.where(torch.isfinite(cells.rest_logprobs), entries.scale * entries.ghost, 0.0)
-    mass = mass + ghost
-    slopes = cells.slopes_(mass[cells.rows] * cells.logprobs.exp(), mass * cells.rest_logprobs.exp() - ghost)
-    slopes.view(-1).index_add_(0, entries.places, given, alpha=-1)
-    missed = torch.where(ghost > 0, ghost * cells.rest_logprobs, 0.0).sum()
-    return (given * (cells.lse[entries.rows] - chosen)).sum() - missed
+    return projected(hidden, readout, DIVERGENCES[divergence](chunked, jsd_beta), kept=chunked.kept)
