@@ -29,6 +29,7 @@ from courses import MODEL, Course, Size, open_course
 from harness import Options, Result, require, run, say, say_table
 from rivals import OfLogits
 from softshard.data.batch import Batch, collate
+from softshard.data.mixing import Mixing
 from softshard.finetune.adapters.lora import load_adapter
 from softshard.finetune.hidden_states import hidden_states, mixed_precision
 from softshard.finetune.objective import Objective
@@ -127,7 +128,7 @@ def _check(course: Course, teachers: FoldTeachers) -> None:
         rows = list(read_rows(targets.store, receipt))[:4]
         scored = torch.from_numpy(np.concatenate([stored.label_logprob for (_, stored), _ in rows])).double()
         metadata = rows[0][1]
-        batch = collate([row for row, _ in rows], metadata=metadata, alpha=0.0, truncated="ghost")
+        batch = collate([row for row, _ in rows], metadata=metadata, mixing=Mixing(alpha=0.0, truncated="ghost"))
         live = teachers.distributions(batch, metadata.vocab_size)
         logprobs = live[torch.arange(len(live)), batch.labels].double().log()
         off = float((logprobs - scored).abs().mean())

@@ -17,6 +17,7 @@ from harness import Positions, positions
 from losses import CHUNK, chunked_cross_entropy
 from softshard.config import LoraSettings, ThresholdSketch
 from softshard.data.batch import collate, collate_text
+from softshard.data.mixing import Mixing
 from softshard.finetune.adapters.lora import attach_lora
 from softshard.finetune.hidden_states import hidden_states
 from softshard.finetune.objective import CROSS_ENTROPY
@@ -56,7 +57,7 @@ class Trainer:
         return mean.item()
 
     def from_targets(self, *, alpha: float = 0.5) -> Tensor:
-        batch = collate(self._rows, metadata=self._metadata, alpha=alpha, truncated="ghost")
+        batch = collate(self._rows, metadata=self._metadata, mixing=Mixing(alpha=alpha, truncated="ghost"))
         return CROSS_ENTROPY.loss(self._decoder, batch, num_valid=self._metadata.vocab_size, chunk_positions=CHUNK)
 
     def cross_entropy(self) -> Tensor:

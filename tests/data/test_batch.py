@@ -8,6 +8,7 @@ import torch
 
 from fakes.targets import VOCAB, metadata, random_distributions, row, sequence, sketch
 from softshard.data.batch import collate, collate_text
+from softshard.data.mixing import Mixing
 
 
 def rows_of(kind, *, first_label=1):
@@ -53,7 +54,7 @@ def dense_of(batch):
 @pytest.mark.parametrize("first_label", [1, 3])
 def test_each_position_is_the_one_before_its_label(first_label):
     rows = rows_of("threshold", first_label=first_label)
-    batch = collate(rows, metadata=metadata(), alpha=0.5, truncated="ghost")
+    batch = collate(rows, metadata=metadata(), mixing=Mixing(alpha=0.5, truncated="ghost"))
     assert batch.input_ids.shape == (3, 9)
     flat = batch.input_ids.flatten()
     assert torch.equal(flat[batch.positions + 1], batch.labels)
@@ -73,7 +74,7 @@ def test_padding_is_on_the_right_and_masked():
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_targets_are_the_label_and_the_sketch_mixed(kind, truncated, alpha):
     rows = rows_of(kind)
-    batch = collate(rows, metadata=metadata(kind), alpha=alpha, truncated=truncated)
+    batch = collate(rows, metadata=metadata(kind), mixing=Mixing(alpha=alpha, truncated=truncated))
     dense, ghost = expected_targets(rows, alpha=alpha, kind=kind, truncated=truncated)
     np.testing.assert_allclose(dense_of(batch), dense, rtol=1e-5, atol=1e-6)
     if truncated == "ghost" and kind in ("topk", "nucleus"):
@@ -91,21 +92,21 @@ def test_temperature_at_load_is_that_of_the_logits_for_a_full_target():
     tokens = sequence("a", rng.integers(VOCAB, size=9))
     distributions = random_distributions(rng, tokens.num_labels)
     rows = [(tokens, sketch(distributions, tokens.labels, kind="full", rng=rng))]
-    batch = collate(rows, metadata=metadata("full"), alpha=0.0, truncated="ghost", temperature=2.5)
+    batch = collate(rows, metadata=metadata("full"), mixing=Mixing(alpha=0.0, truncated="ghost", temperature=2.5))
     softer = distributions ** (1 / 2.5)
     np.testing.assert_allclose(dense_of(batch), softer / softer.sum(1, keepdims=True), rtol=1e-5)
 
 
 def test_a_threshold_sketch_keeps_its_own_mass():
     rows = rows_of("threshold")
-    masses = dense_of(collate(rows, metadata=metadata(), alpha=0, truncated="renormalise")).sum(axis=1)
+    masses = dense_of(collate(rows, metadata=metadata(), mixing=Mixing(alpha=0, truncated="renormalise"))).sum(axis=1)
     assert (np.abs(masses - 1) > 1e-3).any()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_the_ghost_stands_for_all_but_the_stored_head(alpha):
     rows = rows_of("topk")
-    batch = collate(rows, metadata=metadata("topk"), alpha=alpha, truncated="ghost")
+    batch = collate(rows, metadata=metadata("topk"), mixing=Mixing(alpha=alpha, truncated="ghost"))
     in_head = batch.entry_ids[batch.targets.entry_in_head].tolist()
     assert in_head == [token for _, targets in rows for token in targets.head_ids.tolist()]
     assert batch.entry_ids[~batch.targets.entry_in_head].tolist() == (batch.labels.tolist() if alpha else [])
@@ -113,7 +114,7 @@ def test_the_ghost_stands_for_all_but_the_stored_head(alpha):
 
 def test_alpha_one_is_the_corpus_token_alone():
     rows = rows_of("topk")
-    batch = collate(rows, metadata=metadata("topk"), alpha=1, truncated="ghost")
+    batch = collate(rows, metadata=metadata("topk"), mixing=Mixing(alpha=1, truncated="ghost"))
     plain = collate_text([tokens for tokens, _ in rows])
     assert batch.targets.tail_mass is None
     np.testing.assert_array_equal(dense_of(batch), np.eye(VOCAB)[batch.labels.numpy()])

@@ -158,7 +158,7 @@ def test_an_error_ahead_comes_at_its_place(targets, tmp_path):
     store, manifest = write_targets(tmp_path, numbered_parts(np.random.default_rng(0), (4, 4)))
     data = dataset(TargetSet(store=store, manifest=manifest), prefetch=4, shuffle_buffer=1, batch_tokens=1)
     assert len(list(data)) == 8
-    second = data.plan(1).arrivals[1][0]
+    second = data.epoch_order(1).row_groups[1][0]
     store.local_path(manifest.parts[second].path).write_bytes(b"PAR1")
     given = iter(data)
     assert len(list(itertools.islice(given, 4))) == 4

@@ -74,7 +74,7 @@ def test_batches_of_a_set_come_in_its_own_order_and_all_come_before_any_comes_ag
 
 def test_an_epoch_has_as_many_tokens_as_the_sets_together(two_sets):
     data = mix(two_sets, MixWeights.constant(0.3, 0.7))
-    whole = sum(int(SoftLabelDataset(one, **SETTINGS, **ALONE).plan(0).tokens.sum()) for one in two_sets)
+    whole = sum(int(SoftLabelDataset(one, **SETTINGS, **ALONE).epoch_order(0).tokens.sum()) for one in two_sets)
     for epoch in (0, 1, 2):
         _, given = tokens_by_set(data, epoch)
         assert whole <= sum(given) < whole + SETTINGS["batch_tokens"]

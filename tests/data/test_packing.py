@@ -11,6 +11,7 @@ from fakes.targets import VOCAB, metadata, numbered_parts, numbers_in, row, sequ
 from softshard.config import LoraSettings, OptimizerSettings
 from softshard.data.batch import collate, collate_text
 from softshard.data.dataset import SoftLabelDataset
+from softshard.data.mixing import Mixing
 from softshard.data.shuffle import batch_bounds
 from softshard.data.target_set import TargetSet
 from softshard.data.text import TextBatches
@@ -58,7 +59,7 @@ def test_a_change_in_one_sequence_leaves_the_next_as_it_was(body):
 def test_packed_and_padded_batches_hold_the_same_targets(kind):
     rng = np.random.default_rng(2)
     made = [row(f"{n}", length, rng, kind=kind) for n, length in enumerate((7, 4, 9))]
-    settings = {"metadata": metadata(kind), "alpha": 0.3, "truncated": "ghost"}
+    settings = {"metadata": metadata(kind), "mixing": Mixing(alpha=0.3, truncated="ghost")}
     padded, packed = collate(made, **settings), collate(made, **settings, packing=True)
     for name in ("labels", "entry_ids", "entry_weights", "entry_offsets", "position_weights"):
         assert torch.equal(getattr(padded, name), getattr(packed, name)), name

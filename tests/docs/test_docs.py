@@ -79,7 +79,7 @@ def test_lines_on_reading_targets_run(finished, monkeypatch, tmp_path):
         exec(code, scope)
     assert scope["again"].state_dict() == scope["data"].state_after(scope["first"])
     assert (scope["state"]["epoch"], scope["state"]["consumed"]) == (1, 0), "the end of an epoch"
-    assert sorted(scope["packed"].plan(0).order.tolist()) == sorted(scope["data"].plan(1).order.tolist())
+    assert sorted(scope["packed"].epoch_order(0).rows.tolist()) == sorted(scope["data"].epoch_order(1).rows.tolist())
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_lines_on_integrations_run_in_one_process(desk, tiny_model, monkeypatch)
     for code in (shared, *others):
         exec(code, scope)
     assert scope["loss"].requires_grad
-    assert scope["rows"].num_rows == len(scope["data"].plan(0).order)
+    assert scope["rows"].num_rows == len(scope["data"].epoch_order(0).rows)
     assert pl.read_parquet("rows.parquet").height == 5
     assert list(Path("trained").glob("checkpoint-*/softshard.json"))
     assert scope["trainer"].state.global_step == 2

@@ -31,6 +31,7 @@ from softshard.config import Job, LoraSettings
 from softshard.config.job_file import load_job
 from softshard.data.batch import collate, collate_text
 from softshard.data.dataset import SoftLabelDataset
+from softshard.data.mixing import Mixing
 from softshard.data.target_set import TargetSet
 from softshard.errors import ModelInvalid
 from softshard.finetune.adapters.lora import attach_lora
@@ -170,7 +171,7 @@ def test_num_items_in_batch_normalises_as_transformers_does(decoder, tiny_model)
 def full_batch(kind="full", *, alpha=0.0):
     rng = np.random.default_rng(5)
     rows = [row(name, 9, rng, kind=kind) for name in "ab"]
-    return collate(rows, metadata=metadata(kind), alpha=alpha, truncated="ghost")
+    return collate(rows, metadata=metadata(kind), mixing=Mixing(alpha=alpha, truncated="ghost"))
 
 
 def dense_reference(decoder, batch, temperature):

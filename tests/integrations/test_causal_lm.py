@@ -289,9 +289,9 @@ def test_trainer_and_sft_trainer_train_alike_on_rows_and_evaluate_them(targets, 
 def test_rows_in_any_order_collate_to_what_the_data_set_gives(targets, packing):
     data = stream(targets, packing=packing, prefetch=0)
     columns = Dataset.from_generator(target_rows, gen_kwargs={"targets": targets, "alpha": 0.5, "weights": WEIGHTS})
-    plan = data.plan(0)
+    order = data.epoch_order(0)
     for number, batch in enumerate(data):
-        taken = [columns[row] for row in plan.rows_of([number])]
+        taken = [columns[row] for row in order.rows_in([number])]
         features, expected = SoftLabelCollator(packing=packing)(taken), batch.features()
         assert features.keys() == expected.keys()
         for name, item in expected.items():
@@ -302,7 +302,7 @@ def test_rows_in_any_order_collate_to_what_the_data_set_gives(targets, packing):
 def test_rows_keep_a_ghost_token_and_what_it_stands_for(heads, alpha):
     data = stream(heads, alpha=alpha, weights=None, prefetch=0)
     columns = list(target_rows(heads, alpha=alpha))
-    features = SoftLabelCollator()([columns[row] for row in data.plan(0).rows_of([0])])
+    features = SoftLabelCollator()([columns[row] for row in data.epoch_order(0).rows_in([0])])
     expected = next(iter(data)).features()
     assert torch.equal(features["tail_mass"], expected["tail_mass"])
     assert torch.equal(features["entry_in_head"], expected["entry_in_head"])

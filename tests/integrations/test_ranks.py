@@ -240,7 +240,7 @@ def rows_with_trainer(rank, folder, out, accumulation):
         torch.save((steps, trained(model)), out / f"{accumulation}.pt")
 
 
-def test_trainer_deals_rows_to_two_processes_as_it_accumulates_them_on_one(folder, tmp_path):
+def test_trainer_shards_rows_over_two_processes_as_it_accumulates_them_on_one(folder, tmp_path):
     on_ranks(rows_with_trainer, 2, folder, tmp_path, 1)
     rows_with_trainer(0, folder, tmp_path, 2)
     (together, model), (alone, expected) = (torch.load(tmp_path / f"{number}.pt") for number in (1, 2))
@@ -350,21 +350,21 @@ def made_before(rank, data, out, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_set_that_was_made_before_the_process_group_is_dealt_to_its_ranks(folder, tmp_path, workers):
+def test_a_data_set_that_was_made_before_the_process_group_is_sharded_over_its_ranks(folder, tmp_path, workers):
     on_ranks(made_before, 2, stream(folder, SMALL), tmp_path, workers)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1])
     assert sorted(number for batches in ranks for batch in batches for number in batch) == list(range(33))
 
 
-def dealt_to_one(rank, folder):
+def sharded_over_one(rank, folder):
     arguments = settings_of(folder / "run", max_steps=1, ddp_backend="gloo")
-    with pytest.raises(ValueError, match="dealt to 1 processes, there are 2"):
+    with pytest.raises(ValueError, match="sharded over 1 processes, there are 2"):
         SoftLabelTrainer(student(), arguments, train_dataset=stream(folder, rank=0, world_size=1), vocab_size=VOCAB)
 
 
-def test_trainer_refuses_a_stream_that_is_dealt_to_another_number_of_processes(folder):
-    on_ranks(dealt_to_one, 2, folder)
+def test_trainer_refuses_a_stream_that_is_sharded_over_another_number_of_processes(folder):
+    on_ranks(sharded_over_one, 2, folder)
 
 
 def evaluated(rank, folder, out, packing):

@@ -1,8 +1,8 @@
-"""Authors of what is trained on: how much of the text is each one's, and how much of the loss.
+"""Each author's share of the training text, and of the loss.
 
-In: target sets, or counts of a corpus that has no targets yet, and what is known of who wrote each source. Out: shares
-by author. They are two, and the cap holds for both: text of little weight can still be learnt by heart, and weights can
-make little text the most of what is learnt.
+In: target sets, or counts of a corpus that has no targets yet, and what is known about the authors of each source. Out:
+two shares by author. The cap applies to both: text of low weight can still be memorised, and weights can make a little
+text most of what is learnt.
 """
 
 from __future__ import annotations
@@ -34,56 +34,58 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """What is known of who wrote the text of one source. Of a source of which nothing is known, every group counts."""
+    """What is known about the authors of one source. By default every group counts as an author."""
 
     named: bool = True
-    """Whether its groups are authors; else all of it has the source's name, and nobody is counted."""
+    """Whether its groups are authors; if not, its text counts for nobody."""
     consent: frozenset[str] = frozenset()
-    """Authors who agreed."""
+    """Authors who gave consent."""
 
     def author(self, group: str) -> str | None:
-        """Who is counted for the writing of a group; None: nobody."""
+        """The author that a group's text counts for; None: nobody."""
         return group if self.named and group not in self.consent else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthorShares:
-    """Shares of one set's labels by author; under None those that count as nobody's."""
+    """Shares of one set's labels by author; the key None has the labels that count for nobody."""
 
     text: dict[str | None, float]
-    """Each label once; they sum to 1."""
+    """Of the number of labels; sums to 1."""
     loss: dict[str | None, float]
-    """Each label by its weight, over the sum of these weights without those of groups: by that a step is divided."""
+    """Sum of the weights of the author's labels, divided by the sum of all weights without the factors of groups, which
+    is what the loss of a step is divided by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtraText:
-    """Text of its own that every step takes beside the sets."""
+    """Text that every step trains on besides the target sets: the retention text."""
 
     shares: AuthorShares
     text: float
-    """Its tokens over those of the sets."""
+    """Its tokens, divided by those of the sets."""
     loss: float
-    """Weight of its loss; that of the sets is 1."""
+    """Weight of its loss, where that of the sets is 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LargestShare:
-    """The most that one author has, and of what."""
+    """The largest share that one author has."""
 
     share: float
     of: str
+    """What it is a share of, for messages."""
 
 
 def author_shares_from_rows(rows: Iterable[tuple[str | None, float, float, float]]) -> AuthorShares:
-    """Shares from rows of (author, labels, their weights, their weights times that of the group); at least one label.
+    """Shares from rows of (author, labels, sum of their weights, the same times the factor of the group).
 
-    Where no label has a weight there is no loss, and nobody's share of it.
+    There is at least one label. Where all weights are 0 there is no loss, and all shares of it are 0.
     """
     text, loss, plain = defaultdict[str | None, float](float), defaultdict[str | None, float](float), 0.0
-    for author, labels, weights, weighed in rows:
+    for author, labels, weights, scaled_weights in rows:
         text[author] += labels
-        loss[author] += weighed
+        loss[author] += scaled_weights
         plain += weights
     total = sum(text.values())
     return AuthorShares(
@@ -95,17 +97,17 @@ def author_shares_from_rows(rows: Iterable[tuple[str | None, float, float, float
 def author_shares(
     sets: Sequence[TargetSet], shares: Sequence[float], *, credited: Mapping[str, Credit], weights: LabelWeights
 ) -> AuthorShares:
-    """Shares of the rows of a set that pass its filter; of several that are blended, of the first one's.
+    """Shares of the rows of a set that pass its filter; for a blend, of the first set's rows.
 
     Args:
-        sets: one, or those of a blend, whose weights of labels are averaged.
+        sets: one set, or those of a blend, whose label weights are averaged.
         shares: of each set in the blend.
-        credited: of the first one's sources, by name.
+        credited: of the first set's sources, by name.
         weights: of labels in the loss.
 
     Raises:
-        FilterMatchesNothing: no row does.
-        BalanceImpossible: a row is of a group without a weight.
+        FilterMatchesNothing: no row passes the filter.
+        BalanceImpossible: a row has a group without a weight.
         PartCorrupt: a part is missing or unreadable.
     """
     first, *others = sets
@@ -130,18 +132,19 @@ class _Rows:
     """Rows of a target set that pass its filter."""
 
     writers: list[tuple[str, str]]
-    """Group and source of each."""
+    """[R] group and source of each row."""
     labels: NDArray[np.int64]
+    """[R] number of its labels."""
     weights: NDArray[np.float64]
-    """Of its labels, summed."""
+    """[R] sum of the weights of its labels."""
     factors: NDArray[np.float32]
-    """Of its group."""
+    """[R] factor of its group."""
     names: NDArray[np.bytes_]
-    """Sequence ids, where they were asked for; else empty."""
+    """[R] sequence ids if requested; else empty."""
 
 
 def _whole(targets: TargetSet) -> TargetSet:
-    """The set as a blend takes it when it is not the first."""
+    """The set without its filter and groups: a blend uses those of its first set."""
     return TargetSet(store=targets.store, manifest=targets.manifest, split=targets.split, where=RowFilter())
 
 
@@ -180,35 +183,36 @@ def _summed(table: pa.Table, labels: NDArray[np.int64], weights: LabelWeights) -
 def largest_shares(
     sets: Sequence[AuthorShares], weights: Iterable[Sequence[float]], *, asides: Sequence[ExtraText] = ()
 ) -> dict[str, LargestShare]:
-    """The most of any mixture that each author has, by name.
+    """The largest share of each author in any mixture, by name.
 
     Args:
-        sets: that are mixed.
-        weights: of the sets, at every step that could be the worst.
-        asides: what the trainings take beside them, each of them one; the mixture alone counts too.
+        sets: the target sets that are mixed.
+        weights: of the sets, at every step where a share could be largest.
+        asides: extra text of the trainings, one value for each training that has some; the mixture without any also
+            counts.
     """
     most: dict[str, LargestShare] = {}
 
-    def see(shares: Mapping[str | None, float], of: str) -> None:
+    def note(shares: Mapping[str | None, float], of: str) -> None:
         for author, share in shares.items():
             if author is not None and (author not in most or share > most[author].share):
                 most[author] = LargestShare(share=share, of=of)
 
     for at in weights:
-        text, loss = _mean([one.text for one in sets], at), _mean([one.loss for one in sets], at)
-        see(text, "the train tokens")
-        see(loss, "their weight in the loss")
+        text, loss = _mean([shares.text for shares in sets], at), _mean([shares.loss for shares in sets], at)
+        note(text, "the train tokens")
+        note(loss, "their weight in the loss")
         for aside in asides:
-            see(_mean([text, aside.shares.text], (1, aside.text)), "the train tokens, retention text included,")
-            see(_mean([loss, aside.shares.loss], (1, aside.loss)), "the loss, that on retention text included,")
+            note(_mean([text, aside.shares.text], (1, aside.text)), "the train tokens, retention text included,")
+            note(_mean([loss, aside.shares.loss], (1, aside.loss)), "the loss, that on retention text included,")
     return dict(sorted(most.items()))
 
 
 def _mean(shares: Sequence[Mapping[str | None, float]], weights: Sequence[float]) -> dict[str | None, float]:
     """Their weighted sum, scaled to sum to 1."""
     summed: dict[str | None, float] = {}
-    for one, weight in zip(shares, weights, strict=True):
-        for author, share in one.items():
+    for by_author, weight in zip(shares, weights, strict=True):
+        for author, share in by_author.items():
             summed[author] = summed.get(author, 0.0) + weight * share
     total = sum(summed.values())
     return {author: share / total for author, share in summed.items()} if total else {}

@@ -1,22 +1,22 @@
 """Rows of parts, or plain sequences, to the tensors of a training step.
 
-In: sequences with their stored targets, or sequences alone. Out: a `Batch`, in which the label's own token is mixed
-into the stored target, padded or packed. Packed, the sequences are one row, `position_ids` begin again with each, and
-`cu_seq_lens` says where: no attention and no target crosses from one to the next.
+In: sequences with their stored targets, or sequences alone. Out: a `Batch`, padded or packed, in which each label's own
+token is mixed into the stored target. When packed, the sequences form one row, `position_ids` restart with each of
+them, and `cu_seq_lens` has the boundaries: no attention and no target crosses from one sequence to the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softshard.data.mixing import LabelWeights, MixedRow, Mixing, mixed_rows, text_row
+from softshard.data.mixing import MixedRow, Mixing, mixed_rows, text_row
 from softshard.data.sparse_targets import SparseTargets
 from softshard.shard.decode import Block
 from softshard.shard.read import Row
@@ -121,22 +121,16 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Row],
-    *,
-    metadata: PartMetadata,
-    alpha: float,
-    truncated: Literal["ghost", "renormalise"],
-    draw: int = 0,
-    temperature: float = 1.0,
-    weights: LabelWeights | None = None,
-    packing: bool = False,
+    rows: Sequence[Row], *, metadata: PartMetadata, mixing: Mixing, draw: int = 0, packing: bool = False
 ) -> Batch:
-    """Sequences with the targets alpha * delta(label) + (1 - alpha) * sketch.
+    """Stored sequences with their targets, mixed with their labels.
 
-    `metadata` is that of any part of the rows' manifest. Where the kind leaves tokens out (`topk`, `nucleus`),
-    `ghost` keeps the weights and gives (1 - alpha) of the stored tail mass to a ghost token, and `renormalise`
-    scales the weights of a label to 1 before mixing. A `threshold` sketch is never scaled: its sum is random, and
-    scaling it would bias it. `draw` and `temperature` are as in `entries_of`; without `weights` each label's is 1.
+    Args:
+        rows: sequences and their stored targets.
+        metadata: of any part of the rows' manifest.
+        mixing: how targets are mixed with labels.
+        draw: which of the independent tails, as in `entries_of`.
+        packing: one row of tokens, without padding.
     """
     sequences = [sequence for sequence, _ in rows]
     block = Block(
@@ -145,9 +139,8 @@ def collate(
         first_labels=np.array([stored_first_label(sequence) for sequence in sequences]),
         targets=concatenate([targets.of_draw(draw) for _, targets in rows]),
     )
-    mixing = Mixing(alpha=alpha, truncated=truncated, temperature=temperature, weights=weights or LabelWeights())
     mixed = mixed_rows(block, range(len(rows)), metadata=metadata, mixing=mixing)
-    return collate_mixed([row for _, row in mixed], packing=packing, own_token=alpha > 0)
+    return collate_mixed([row for _, row in mixed], packing=packing, own_token=mixing.alpha > 0)
 
 
 def collate_text(sequences: Sequence[TokenSequence], *, packing: bool = False) -> Batch:
@@ -156,10 +149,15 @@ def collate_text(sequences: Sequence[TokenSequence], *, packing: bool = False) -
 
 
 def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token: bool | Sequence[bool] = True) -> Batch:
-    """The batch of some rows. `own_token`: the first entry of each label is its own token, mixed in; of all or of each.
+    """The batch of some rows.
+
+    Args:
+        rows: with their targets.
+        packing: one row of tokens, without padding.
+        own_token: whether the first entry of each label is its own token; for all rows, or for each.
 
     Raises:
-        ValueError: some rows have a ghost token and others none, which divergences tell apart by the batch.
+        ValueError: some rows have a ghost token and others none; a batch has it for all labels or for none.
     """
     lengths = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
     firsts = np.array([row.first_label for row in rows], dtype=np.int64)
@@ -203,7 +201,7 @@ def _targets(rows: Sequence[MixedRow], *, own_token: NDArray[np.bool_]) -> Spars
 
 
 def _in_head(offsets: NDArray[np.int64], own_token: NDArray[np.bool_]) -> Tensor:
-    """Of entries, by whether the first of each label is its own token."""
+    """[E] False for the first entry of each label in `own_token`, which is the label itself."""
     in_head = torch.ones(int(offsets[-1]), dtype=torch.bool)
     in_head[offsets[:-1][own_token]] = False
     return in_head
@@ -212,13 +210,13 @@ def _in_head(offsets: NDArray[np.int64], own_token: NDArray[np.bool_]) -> Tensor
 def _of_labels(
     rows: Sequence[MixedRow], values: Sequence[NDArray[np.float32] | None], *, missing: float | None = None
 ) -> Tensor | None:
-    """[N] what rows have for their labels, `missing` for a row without; None where no row has."""
+    """[N] values of all labels, `missing` for rows without values; None if no row has values."""
     if all(value is None for value in values):
         return None
     if missing is None and any(value is None for value in values):
         raise ValueError(
             'some rows of a batch have a ghost token (topk or nucleus, `truncated="ghost"`, alpha below 1) and others'
-            ' none; batch them apart, or make rows of topk and nucleus with `truncated="renormalise"`'
+            ' none; put them in separate batches, or make rows of topk and nucleus with `truncated="renormalise"`'
         )
     whole = [
         np.full(len(row.counts), missing, dtype=np.float32) if value is None else value

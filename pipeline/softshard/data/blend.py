@@ -1,8 +1,8 @@
-"""The same sequences under several style teachers, joined by sequence id and combined at load.
+"""The same sequences under several style teachers, joined by sequence id and combined when loaded.
 
-In: target sets of the same sequences and a weight for each. Out: rows whose entries are those of all sets, each weighed
-with its set's share: the expectation is the weighted mean of the teachers' distributions. An id that several teachers
-name stands there once for each of them, and adds up in the loss.
+In: target sets of the same sequences and a weight for each. Out: rows with the entries of all sets, each multiplied by
+its set's share: their expectation is the weighted mean of the teachers' distributions. An id that several teachers have
+occurs once for each of them, and its weights add up in the loss.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softshard.data.filters import RowFilter
-from softshard.data.mixing import MixedRow, Mixing, weighed
+from softshard.data.mixing import MixedRow, Mixing, scale_weights
 from softshard.data.row_index import RowIndex
-from softshard.data.target_set import Arrival, EpochOrder, SetReader, TargetSet, in_order
+from softshard.data.target_set import EpochOrder, RowGroupRows, SetReader, TargetSet, reorder
 from softshard.errors import BlendIncomplete, BlendInvalid
 from softshard.records.digest import canonical_digest
 from softshard.shard.schema import PartMetadata
@@ -31,7 +31,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blend:
-    """Target sets of the same sequences. The first one's filter and groups say which take part, and what they count."""
+    """Target sets of the same sequences. The first set's filter selects them, and its groups give their weights."""
 
     sets: tuple[TargetSet, ...]
     weights: tuple[float, ...]
@@ -51,9 +51,9 @@ class BlendReader:
     """Rows of a blend, with the interface of a `SetReader`.
 
     Raises:
-        BlendInvalid: when rows are first looked at: the sets are of different tokenizers or temperatures, or some
-            tokens are left to a ghost, of which there is one a teacher.
-        BlendIncomplete: the same: they do not hold the same sequences.
+        BlendInvalid: when rows are first needed: the sets have different tokenizers or temperatures, or have ghost
+            tokens, which differ from teacher to teacher.
+        BlendIncomplete: when rows are first needed: the sets do not hold the same sequences.
     """
 
     def __init__(self, blend: Blend, mixing: Mixing) -> None:
@@ -78,12 +78,12 @@ class BlendReader:
 
     @property
     def index(self) -> RowIndex:
-        """Of the first set's rows; all sets are known to hold them."""
+        """Of the first set's rows, which all sets are known to hold."""
         return self._joined[0]
 
     @cached_property
     def _joined(self) -> tuple[RowIndex, list[NDArray[np.int64]]]:
-        """The first set's index, and for each other set the number that it gives to each of the first one's rows."""
+        """The first set's index, and for each other set its numbers of the first set's rows."""
         uris = [target_set.store.uri for target_set in self._blend.sets]
         if self._mixing.alpha < 1:
             self._check_temperatures()
@@ -108,47 +108,56 @@ class BlendReader:
         return indices[0], numbers
 
     def _check_temperatures(self) -> None:
-        first, *others = ((one.store.uri, one.manifest.sketch.temperature) for one in self._blend.sets)
+        first, *others = ((s.store.uri, s.manifest.sketch.temperature) for s in self._blend.sets)
         for uri, own in others:
             if own != first[1]:
                 problem = f"has targets of temperature {own:g}, the first set of temperature {first[1]:g}"
                 raise BlendInvalid(uri=uri, problem=f"{problem}; the mean of both is the target of neither")
 
-    def rows(self, plan: EpochOrder, batches: Sequence[int], *, draw: int) -> Iterator[MixedRow]:
+    def rows(self, epoch: EpochOrder, batches: Sequence[int], *, draw: int) -> Iterator[MixedRow]:
         """Rows of some batches, in order. Reading is cheapest where the sets are cut into the same parts."""
-        order = plan.rows_of(batches)
-        return weighed(self._combined(plan, order, draw=draw), order, factors=self.index.factors)
+        wanted = epoch.rows_in(batches)
+        return scale_weights(self._combined(epoch, wanted, draw=draw), wanted, factors=self.index.factors)
 
-    def _combined(self, plan: EpochOrder, order: Sequence[int], *, draw: int) -> Iterator[MixedRow]:
+    def _combined(self, epoch: EpochOrder, wanted: Sequence[int], *, draw: int) -> Iterator[MixedRow]:
         _, numbers = self._joined
         first, *others = self._readers
-        streams = [in_order(order, first.arriving(first.arrivals(plan, order), draw=draw))]
+        streams = [reorder(first.read_row_groups(first.row_groups_with(wanted, epoch), draw=draw), wanted)]
         if self._mixing.alpha == 1 and not self._mixing.with_scores:
             yield from streams[0]
             return
         for reader, mapped in zip(others, numbers, strict=True):
-            arrivals = _follow(first.arrivals(plan, order), mapped, reader.index)
-            streams.append(in_order(mapped[order].tolist(), reader.arriving(arrivals, draw=draw)))
+            row_groups = _row_groups_of_other(first.row_groups_with(wanted, epoch), mapped, reader.index)
+            streams.append(reorder(reader.read_row_groups(row_groups, draw=draw), mapped[wanted].tolist()))
         for together in zip(*streams, strict=True):
             yield combine_rows(together, shares=self._blend.shares, alpha=self._mixing.alpha)
 
 
-def _follow(arrivals: Iterator[Arrival], mapped: NDArray[np.int64], index: RowIndex) -> Iterator[Arrival]:
-    """Row groups of another set in which the rows of the first one's row groups lie, as those arrive."""
-    places = [(part, group) for part, groups in enumerate(index.groups) for group in range(len(groups))]
+def _row_groups_of_other(
+    row_groups: Iterator[RowGroupRows], mapped: NDArray[np.int64], index: RowIndex
+) -> Iterator[RowGroupRows]:
+    """Row groups of another set that hold the rows of the first set's row groups, in the same order.
+
+    Args:
+        row_groups: of the first set.
+        mapped: number in the other set of each row of the first.
+        index: of the other set.
+    """
+    row_groups_of_index = [(part, group) for part, groups in enumerate(index.groups) for group in range(len(groups))]
     stops = np.array([stop for groups in index.groups for _, stop in groups])
-    for _, _, rows in arrivals:
+    for _, _, rows in row_groups:
         wanted = np.sort(mapped[rows])
         holders = np.searchsorted(stops, wanted, side="right")
         for holder in np.unique(holders).tolist():
-            yield (*places[holder], wanted[holders == holder])
+            part, group = row_groups_of_index[holder]
+            yield RowGroupRows(part, group, wanted[holders == holder])
 
 
 def combine_rows(rows: Sequence[MixedRow], *, shares: Sequence[float], alpha: float) -> MixedRow:
-    """alpha * delta(label) + (1 - alpha) * the weighted mean of rows of one sequence, none of which has the label in.
+    """alpha * delta(label) + (1 - alpha) * the weighted mean of rows of one sequence, without the label mixed in yet.
 
-    Weights of positions are the weighted mean of what the sets give. With alpha 1 the rows are their labels alone, and
-    the first one's stand for all.
+    Weights of positions are the weighted mean of those of the sets. With alpha 1 every row holds its labels alone, so
+    the entries of the first row are used.
     """
     first = rows[0]
     given = [row.position_weights for row in rows if row.position_weights is not None]
@@ -177,7 +186,5 @@ def _check_alike(uri: str, metadata: PartMetadata, first: PartMetadata, mixing: 
             problem = f"has {name.replace('_', ' ')} {own}, the first set has {other}; a blend needs one tokenizer"
             raise BlendInvalid(uri=uri, problem=problem)
     if metadata.sketch_class.leaves_ghost and mixing.truncated == "ghost" and mixing.alpha < 1:
-        problem = (
-            f"its {metadata.kind} targets leave tokens to a ghost, and those of several teachers are not one ghost"
-        )
+        problem = f"its {metadata.kind} targets have ghost tokens, which cannot be combined over several teachers"
         raise BlendInvalid(uri=uri, problem=f"{problem}; set `truncated: renormalise`, or store threshold targets")

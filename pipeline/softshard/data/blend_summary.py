@@ -1,4 +1,4 @@
-"""What several runs' targets would make together: interleaved (mix), or combined sequence by sequence (blend).
+"""What several runs' targets would give together: interleaved (mix), or combined sequence by sequence (blend).
 
 In: output folders and weights. Out: how many tokens of each style would be trained on, and whether the targets hold the
 same sequences. Only footers and small columns of the parts are read.
@@ -19,13 +19,13 @@ from softshard.storage import Store, open_store
 
 __all__ = ["BlendSummary", "SetShare", "summarize_blend"]
 
-_GHOSTS = "`truncated: renormalise`, or alpha 1: heads leave their rest to a ghost, and two teachers' are not one"
+_GHOSTS = "`truncated: renormalise`, or alpha 1: the ghost tokens of two teachers cannot be combined"
 _COLUMNS = ["sequence_id", "style", "first_label", "mean_entropy", "mean_label_logprob", "entropy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetShare:
-    """The train split of one run, and its place in a mix and in a blend."""
+    """The train split of one run, and its part in a mix and in a blend."""
 
     uri: str
     kind: str
@@ -33,7 +33,7 @@ class SetShare:
     num_sequences: int
     num_tokens: int
     times_seen: float
-    """How often each of its sequences is seen, in the mean, in one epoch of the mix."""
+    """How often each of its sequences is seen on average in one epoch of the mix."""
     num_missing: int
     """Sequences of the other sets that it lacks; a blend needs 0."""
     mean_entropy_nats: float
@@ -44,33 +44,33 @@ class SetShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlendSummary:
-    """What several target sets make together."""
+    """What several target sets give together."""
 
     sets: tuple[SetShare, ...]
     num_tokens: int
-    """Tokens of all sets, which is an epoch of their mix."""
+    """Tokens of all sets, which make up an epoch of their mix."""
     tokens_by_style: dict[str, int]
     """Of an epoch of the mix."""
     num_common: int
     """Sequences that all sets hold."""
     can_mix: bool
-    """Whether their targets have one temperature, which a mix and a blend need."""
+    """Whether their targets have the same temperature, as a mix and a blend need."""
     can_blend: bool
-    """Whether they can be blended as `needs` says."""
+    """Whether they can be blended, under the condition in `needs`."""
     needs: str | None
-    """What a blend needs; None: nothing."""
+    """Condition for a blend; None: no condition."""
     blend_entropy_nats: float | None
-    """Mean of the sets' mean entropies by share, which the entropy of their blend is at least; None without a blend."""
+    """Mean of the sets' mean entropies by share, a lower bound of their blend's entropy; None if there is no blend."""
 
 
 def summarize_blend(outs: Sequence[str], *, weights: Sequence[float] | None = None) -> BlendSummary:
-    """What the train splits of some outputs make together; without `weights` all weigh the same.
+    """What the train splits of some outputs give together; without `weights` all have the same weight.
 
     Raises:
-        JobInvalid: not one weight above 0 for each output.
+        JobInvalid: the weights are not one number above 0 for each output.
         ManifestMissing: an output's targets are not complete.
-        BlendInvalid: they are of different tokenizers.
-        CorpusEmpty: one has no train split.
+        BlendInvalid: they have different tokenizers.
+        CorpusEmpty: an output has no train split.
         PartCorrupt: a part is missing or unreadable.
     """
     given = [1.0] * len(outs) if weights is None else list(weights)
@@ -112,9 +112,9 @@ def _blending(
         )
     )
     styles: dict[str, float] = {}
-    for one, table, own in zip(sets, tables, tokens, strict=True):
+    for target_set, table, own in zip(sets, tables, tokens, strict=True):
         for style, count in zip(table["style"].to_pylist(), own.tolist(), strict=True):
-            styles[style] = styles.get(style, 0.0) + count * one.times_seen
+            styles[style] = styles.get(style, 0.0) + count * target_set.times_seen
     common = int((holders == len(tables)).sum())
     can_mix = len({manifest.sketch.temperature for manifest in manifests}) == 1
     can_blend = common == len(everyone) and len(sets) > 1 and can_mix
@@ -127,12 +127,12 @@ def _blending(
         can_mix=can_mix,
         can_blend=can_blend,
         needs=_GHOSTS if ghosts and can_blend else None,
-        blend_entropy_nats=sum(one.share * one.mean_entropy_nats for one in sets) if can_blend else None,
+        blend_entropy_nats=sum(s.share * s.mean_entropy_nats for s in sets) if can_blend else None,
     )
 
 
 def _train_rows(store: Store, manifest: Manifest) -> pa.Table:
-    """A row a sequence: its plain columns, its tokens and its labels."""
+    """A row per sequence: its plain columns, and its numbers of tokens and labels."""
     receipts = manifest.of_split("train")
     if not receipts:
         raise CorpusEmpty(counts={"sequences": 0}, split="train")

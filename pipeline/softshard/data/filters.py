@@ -1,6 +1,6 @@
-"""Which sequences of a split take part, and how much each counts, by columns that a part holds once a sequence.
+"""Which sequences of a split to train on, and their factors in the loss, by the columns with one value per sequence.
 
-In: a row group's statistics, or its small columns. Out: whether any row can pass, which rows do, and their factors.
+In: a row group's statistics, or its small columns. Out: whether any row can pass, which rows pass, and their factors.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _Range = tuple[float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowFilter:
-    """Conditions that all must hold; None: no condition."""
+    """Conditions that must all hold; None: no condition."""
 
     source: tuple[str, ...] | None = None
     style: tuple[str, ...] | None = None
     group: tuple[str, ...] | None = None
     fold: tuple[int, ...] | None = None
     mean_entropy: _Range | None = None
-    """Least and most, in nats, both allowed."""
+    """Minimum and maximum, in nats, inclusive."""
     mean_label_logprob: _Range | None = None
-    """Least and most, in nats, both allowed."""
+    """Minimum and maximum, in nats, inclusive."""
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """The conditions that there are, by column."""
+        """The conditions that are set, by column."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def may_pass(self, group: Any) -> bool:
-        """Whether the statistics of a row group, as pyarrow's metadata has it, leave room for a row that passes."""
+        """Whether a row of a row group can pass, by the statistics in pyarrow's metadata of it."""
         columns = (group.column(index) for index in range(group.num_columns))
         statistics = {column.path_in_schema: column.statistics for column in columns}
         return all(
@@ -49,7 +49,7 @@ class RowFilter:
         )
 
     def passes(self, table: pa.Table) -> NDArray[np.bool_]:
-        """[R] which rows of a table, which has the columns of all conditions, pass."""
+        """[R] which rows of a table pass; it must have the columns of all conditions."""
         passing = np.ones(table.num_rows, dtype=np.bool_)
         for name, wanted in self.conditions.items():
             column = table[name]
@@ -66,17 +66,17 @@ class RowFilter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupWeights:
-    """A factor for the weight of every label of a sequence, by the value of one plain column."""
+    """A factor for the weights of a sequence's labels, by the value of one plain column."""
 
     column: str
     weights: dict[str, float]
-    """By the column's value as text; every value that comes up has one."""
+    """By the column's value as text; every value that occurs must have one."""
 
     def of(self, table: pa.Table, *, uri: str) -> NDArray[np.float32]:
         """[R] factors of a table's rows.
 
         Raises:
-            BalanceImpossible: a row is of a group without a weight.
+            BalanceImpossible: a row has a group without a weight.
         """
         column = table[self.column].combine_chunks().dictionary_encode()
         values = [str(value) for value in column.dictionary.to_pylist()]
@@ -87,7 +87,7 @@ class GroupWeights:
         return factors
 
     def digest_parts(self) -> dict[str, Any]:
-        """All of it, as plain values."""
+        """The settings as plain values, for a digest."""
         return asdict(self)
 
 

@@ -1,7 +1,8 @@
-"""Groups of a target set's sequences: how much of the text each has, and weights that change their shares of the loss.
+"""Groups of a target set's sequences: their shares of the text, and weights that change their shares of the loss.
 
-In: a target set and one of its plain columns (author, source, style, ...). Out: labels of each group, and a weight for
-each that brings its share of the loss to a given one, as far as the clipping lets it. Small columns alone are read.
+In: a target set and one of its plain columns (author, source, style, ...). Out: the labels of each group, and a weight
+for each group that brings its share of the loss to a given value, as far as the clipping allows. Only small columns are
+read.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ __all__ = ["Balance", "GroupShare", "Tally", "balanced", "passing_tables", "tall
 _NAMED = 5
 
 Tally = dict[str, float]
-"""Labels of each group, or its share of them."""
+"""Number of labels of each group, or its share of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupShare:
-    """One group before and after it is weighed."""
+    """One group before and after weighting."""
 
     group: str
     share_before: float
-    """Of the labels."""
+    """Of the number of labels."""
     share_wanted: float
     weight: float
     clipped: bool
-    """Whether the weight that the wanted share needs lies outside the range."""
+    """Whether the weight that gives the wanted share is outside the clipping range."""
     share_after: float
-    """Of the summed weights of labels."""
+    """Of the sum of the weights of labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """Weights of groups towards given shares, and how near they come."""
+    """Weights of groups for given shares of the loss, and the shares that they give."""
 
     column: str
     clip: tuple[float, float]
@@ -52,16 +53,16 @@ class Balance:
 
     @property
     def weights(self) -> GroupWeights:
-        """What a target set takes: the weights over their mean, so that they leave the size of the loss as it is."""
-        mean = sum(one.weight * one.share_before for one in self.groups)
-        return GroupWeights(column=self.column, weights={one.group: one.weight / mean for one in self.groups})
+        """For a target set: the weights divided by their mean, which leaves the size of the loss unchanged."""
+        mean = sum(share.weight * share.share_before for share in self.groups)
+        return GroupWeights(column=self.column, weights={share.group: share.weight / mean for share in self.groups})
 
 
 def tally_groups(targets: TargetSet, column: str) -> Tally:
-    """Labels of each group among the sequences that pass the set's filter, by name.
+    """Number of labels of each group among the sequences that pass the set's filter, by name.
 
     Raises:
-        FilterMatchesNothing: there is none.
+        FilterMatchesNothing: no sequence passes.
         PartCorrupt: a part is missing or unreadable.
     """
     counts: Counter[str] = Counter()
@@ -75,7 +76,7 @@ def tally_groups(targets: TargetSet, column: str) -> Tally:
 
 
 def passing_tables(targets: TargetSet, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
-    """Of each part: where it lies, and some columns of the rows that pass the set's filter. Raises PartCorrupt."""
+    """The URI of each part, and some columns of its rows that pass the set's filter. Raises PartCorrupt."""
     where = targets.where
     names = list(dict.fromkeys([*columns, *where.conditions]))
     for receipt in targets.manifest.of_split(targets.split):
@@ -86,12 +87,12 @@ def passing_tables(targets: TargetSet, columns: list[str]) -> Iterator[tuple[str
 def balanced(
     tally: Tally, *, column: str, shares: Mapping[str, float] | Literal["equal"], clip: tuple[float, float]
 ) -> Balance:
-    """The weight wanted share / share of each group, clipped.
+    """The weight of each group, wanted share / share of the labels, clipped.
 
-    Groups that `shares` does not name have what it leaves, each in proportion to its labels.
+    Groups that `shares` does not name get the rest, in proportion to their labels.
 
     Raises:
-        BalanceImpossible: a named group has no label, or the shares leave nothing, or something, for no group.
+        BalanceImpossible: a named group has no label, or the shares do not sum to 1 and no other group is left.
     """
     total = sum(tally.values())
     wanted = _wanted(tally, column, dict.fromkeys(tally, 1 / len(tally)) if shares == "equal" else shares)

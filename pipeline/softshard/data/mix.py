@@ -1,7 +1,7 @@
 """Several data sets as one: their batches in turn, by shares of tokens that may change from step to step.
 
 In: data sets, each with its own order, and weights. Out: batches of all of them in one global order, which is a
-function of theirs and the weights, dealt to ranks as one data set's are.
+function of their orders and the weights, and is sharded over ranks like that of one data set.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["MixWeights", "SoftLabelMix", "Turn"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixWeights:
-    """Weights of data sets over the batches of a training, all ranks' counted: straight lines between breakpoints.
+    """Weights of data sets over the batches of a training, counted over all ranks: straight lines between breakpoints.
 
-    Before the first breakpoint and after the last one they stay as they are there.
+    Before the first breakpoint and after the last one the weights are constant.
     """
 
     points: tuple[tuple[int, tuple[float, ...]], ...]
-    """(number of a batch, a weight for each data set), by rising number; weights are not negative, nor all 0."""
+    """(number of a batch, a weight for each data set), by ascending number; weights are not negative, nor all 0."""
 
     def __post_init__(self) -> None:
         numbers = [number for number, _ in self.points]
@@ -70,12 +70,12 @@ class Turn(NamedTuple):
 class SoftLabelMix(ShardedBatches):
     """Batches of several data sets, interleaved so that each has had its share of the tokens at any time.
 
-    An epoch is as many tokens as all sets together hold. A set of small share is then not seen whole, and goes on in
-    the next epoch where it was left; one of large share begins anew. Ranks and workers are this data set's: those of
-    the sets are not looked at.
+    An epoch has as many tokens as all sets together. A set with a small share is then not seen whole, and continues in
+    the next epoch; a set with a large share starts over. Rank and world size are this data set's; those of the sets are
+    ignored.
 
     Raises:
-        BlendInvalid: when the data is first looked at: the sets are of different tokenizers or temperatures.
+        BlendInvalid: when the data is first needed: the sets have different tokenizers or temperatures.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class SoftLabelMix(ShardedBatches):
         self.sets, self._weights = tuple(sets), weights
         """Those that batches come from, in the order of the weights."""
         shares = asdict(weights)["points"]
-        order = {"sets": [one.order for one in sets], "weights": [[at, list(values)] for at, values in shares]}
+        order = {"sets": [data.order for data in sets], "weights": [[at, list(values)] for at, values in shares]}
         super().__init__(
             order=order,
-            content=canonical_digest([[one.digest for one in sets], shares]),
+            content=canonical_digest([[data.digest for data in sets], shares]),
             rank=rank,
             world_size=world_size,
             prefetch=prefetch,
@@ -108,7 +108,7 @@ class SoftLabelMix(ShardedBatches):
         return len(self.turns(epoch))
 
     def turns(self, epoch: int) -> list[Turn]:
-        """The global order of an epoch; the orders of all epochs before it are made to know where it begins."""
+        """The global order of an epoch. It depends on the orders of all epochs before it, which are computed first."""
         self._check_tokenizers()
         if epoch not in self._turns:
             del self._starts[epoch + 1 :]
@@ -117,7 +117,7 @@ class SoftLabelMix(ShardedBatches):
         return self._turns[epoch]
 
     def read(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
-        """Some batches of an epoch, by rising number."""
+        """Some batches of an epoch, by ascending number."""
         turns = self.turns(epoch)
         mine = [turns[number] for number in numbers]
         streams = [self._read_set(source, [turn for turn in mine if turn.source == source]) for source in self._range]
@@ -133,18 +133,18 @@ class SoftLabelMix(ShardedBatches):
         return range(len(self.sets))
 
     def _next_epoch(self) -> list[Turn]:
-        """Turns of the first epoch that has none, which tell where the one after it begins.
+        """Turns of the first epoch that has none yet; also records where the epoch after it begins.
 
-        The next turn is that of the set whose tokens are furthest behind its share; of equal ones, the first.
+        The next turn belongs to the set whose tokens are furthest behind its share; among equals, to the first.
         """
         first_number, places = self._starts[-1]
         places, credit, turns = list(places), np.zeros(len(self.sets)), list[Turn]()
-        left = sum(int(one.plan(0).tokens.sum()) for one in self.sets)
+        left = sum(int(data.epoch_order(0).tokens.sum()) for data in self.sets)
         while left > 0:
             shares = np.array(self._weights.shares(first_number + len(turns)))
             source = int(np.argmax(np.where(shares > 0, credit + shares, -np.inf)))
             epoch, number = places[source]
-            tokens = self.sets[source].plan(epoch).tokens
+            tokens = self.sets[source].epoch_order(epoch).tokens
             turns.append(Turn(source, epoch, number))
             credit += shares * tokens[number]
             credit[source] -= tokens[number]
@@ -154,12 +154,12 @@ class SoftLabelMix(ShardedBatches):
         return turns
 
     def _check_tokenizers(self) -> None:
-        for one, other in pairwise(self.sets):
+        for first, other in pairwise(self.sets):
             for name in ("tokenizer_fingerprint", "vocab_size"):
-                own, wanted = getattr(other.metadata, name), getattr(one.metadata, name)
+                own, wanted = getattr(other.metadata, name), getattr(first.metadata, name)
                 if own != wanted:
                     problem = f"its {name.replace('_', ' ')} is {own}, another set's is {wanted}"
                     raise BlendInvalid(uri=other.uri, problem=f"{problem}; a mix needs one tokenizer")
-            if one.temperature is not None and other.temperature is not None and one.temperature != other.temperature:
-                problem = f"its targets have temperature {other.temperature:g}, another set's {one.temperature:g}"
+            if None not in (first.temperature, other.temperature) and first.temperature != other.temperature:
+                problem = f"its targets have temperature {other.temperature:g}, another set's {first.temperature:g}"
                 raise BlendInvalid(uri=other.uri, problem=f"{problem}; a mix needs one")

@@ -1,7 +1,7 @@
-"""Decoded rows to rows as a batch takes them: the label's own token mixed in, weights of positions worked out.
+"""Decoded rows to the rows of a batch: the label's own token is mixed in, and label weights are computed.
 
-In: blocks of a part. Out: rows with arrays of their own, so that none keeps its neighbours in memory. Nothing is
-recomputed for another alpha: P_hat = alpha * delta(label) + (1 - alpha) * sketch, and alpha = 1 is cross-entropy.
+In: blocks of a part. Out: rows with arrays of their own, so that no row keeps its neighbours in memory. Another alpha
+needs nothing recomputed: P_hat = alpha * delta(label) + (1 - alpha) * sketch, and alpha = 1 is cross-entropy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from softshard.sketch.codec import counts_to_offsets
 from softshard.sketch.entries import Entries, entries_of
 from softshard.sketch.types import TokenSequence
 
-__all__ = ["LabelWeights", "MixedRow", "Mixing", "mixed_rows", "text_row", "weighed"]
+__all__ = ["LabelWeights", "MixedRow", "Mixing", "mixed_rows", "scale_weights", "text_row"]
 
 
 class MixedRow(NamedTuple):
@@ -40,7 +40,7 @@ class MixedRow(NamedTuple):
     position_weights: NDArray[np.float32] | None
     """[P]; None: all 1."""
     counted: NDArray[np.float32] | None = None
-    """[P] the same without the weight of the sequence's group; None: as they are."""
+    """[P] `position_weights` without the factor of the sequence's group; None: there is no such factor."""
 
 
 _Points = tuple[tuple[float, float], ...]
@@ -48,11 +48,11 @@ _Points = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelWeights:
-    """The weight of a label in the loss, from what its part says of it: the product of two functions.
+    """The weight of a label in the loss: the product of two functions of values that its part stores.
 
-    Each is given as points (value, weight) by rising value, with straight lines between them, and flat before the first
-    and after the last; none: 1. `((-9, 0.0), (-6, 1.0))` for the label's log-probability fades out what the teacher
-    finds all but impossible, such as a misprint.
+    Each function is given as points (value, weight) by ascending value, with straight lines between them and constant
+    before the first and after the last; without points it is 1. `((-9, 0.0), (-6, 1.0))` for the label's
+    log-probability fades out tokens that the teacher finds nearly impossible, such as misprints.
     """
 
     entropy: _Points = ()
@@ -82,12 +82,14 @@ class LabelWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
-    """What is made of a stored target."""
+    """How a stored target is turned into the target of a batch: alpha * delta(label) + (1 - alpha) * sketch."""
 
     alpha: float
     """Weight of the label's own token."""
     truncated: Literal["ghost", "renormalise"]
-    """Of `topk` and `nucleus`: a ghost token for what they leave out, or nothing; the head then sums to 1."""
+    """For kinds that leave tokens out (`topk`, `nucleus`): `ghost` keeps the weights and gives (1 - alpha) of the
+    stored tail mass to a ghost token; `renormalise` scales the weights of a label to 1 before mixing. A `threshold`
+    sketch is never scaled: its sum is random, and scaling would bias it."""
     temperature: float = 1.0
     """As in `entries_of`."""
     weights: LabelWeights = field(default_factory=LabelWeights)
@@ -101,7 +103,7 @@ class Mixing:
             raise ValueError(f"truncated is {self.truncated!r}, it must be 'ghost' or 'renormalise'")
 
     def problem_with(self, sketch: SketchSettings) -> str | None:
-        """Why targets that are stored as `sketch` cannot be loaded with these values; None where they can."""
+        """Why targets that are stored as `sketch` cannot be loaded with these settings; None where they can."""
         renormalised = self.truncated == "renormalise"
         if self.temperature == 1 or self.alpha == 1 or sketch.takes_temperature(renormalised=renormalised):
             return None
@@ -109,18 +111,18 @@ class Mixing:
 
     @property
     def with_scores(self) -> bool:
-        """Whether weights are worked out from entropies and log-probabilities of labels."""
+        """Whether label weights depend on the stored entropies and log-probabilities."""
         return self.weights.are_given
 
     def digest_parts(self) -> list[Any]:
-        """All of it, as plain values."""
+        """The settings as plain values, for a digest."""
         return list(asdict(self).values())
 
 
 def mixed_rows(
     block: Block, wanted: Iterable[int], *, metadata: PartMetadata, mixing: Mixing
 ) -> Iterator[tuple[int, MixedRow]]:
-    """Some rows of a block, by their place in it, with arrays of their own."""
+    """Some rows of a block, with their indices in it and arrays of their own."""
     entries, tail = _entries(block, metadata, mixing)
     targets = block.targets
     weights = mixing.weights(entropy=targets.entropy, label_logprob=targets.label_logprob)
@@ -166,10 +168,10 @@ def _own_tokens(labels: NDArray[np.int32]) -> Entries:
     return Entries(ids=labels, weights=np.ones(len(labels), dtype=np.float32), offsets=offsets)
 
 
-def weighed(
+def scale_weights(
     rows: Iterator[MixedRow], numbers: Sequence[int], *, factors: NDArray[np.float32] | None
 ) -> Iterator[MixedRow]:
-    """Rows with the weights of their labels times the factor of the row's number; None: as they are."""
+    """Rows whose label weights are multiplied by factors[number]; unchanged if `factors` is None."""
     if factors is None:
         yield from rows
         return

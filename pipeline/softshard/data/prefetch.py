@@ -1,4 +1,4 @@
-"""Work ahead of whoever takes its results, in a thread.
+"""A thread that makes the items of an iterator ahead of their use.
 
 In: an iterator. Out: the same items in the same order, or the same error at the same place.
 """
@@ -18,10 +18,10 @@ _Item = TypeVar("_Item")
 
 
 def prefetched(items: Iterator[_Item], *, ahead: int) -> Generator[_Item]:
-    """The items, of which at most `ahead` are made before they are asked for; 0: none, and no thread.
+    """The items, at most `ahead` of them made before they are requested; 0: none, and no thread.
 
-    Closing the generator ends the thread once the item in hand is made. That is waited for, but only for a second: a
-    Ctrl-C must not hang on a store that does not answer.
+    Closing the generator ends the thread once the current item is made, and waits for that for at most a second: Ctrl-C
+    must not hang on a store that does not respond.
     """
     if not ahead:
         yield from items
@@ -37,8 +37,8 @@ def prefetched(items: Iterator[_Item], *, ahead: int) -> Generator[_Item]:
                 if closed.is_set():
                     return
             made.put((None, StopIteration()))
-        # This thread's failure is recorded here, of whatever kind: SystemExit too would end the thread alone, and
-        # whoever takes the items would wait for ever. It is raised again where the next item is taken.
+        # Any failure of this thread is recorded here, and raised again where the next item is taken. Otherwise even
+        # SystemExit would end this thread alone, and the consumer would wait forever.
         except BaseException as error:  # noqa: BLE001
             made.put((None, error))
 
@@ -53,7 +53,7 @@ def prefetched(items: Iterator[_Item], *, ahead: int) -> Generator[_Item]:
             if error is not None:
                 raise error
             room.release()
-            yield item  # type: ignore[misc]  # an item without an error is one
+            yield item  # type: ignore[misc]  # without an error there is an item
     finally:
         closed.set()
         room.release()

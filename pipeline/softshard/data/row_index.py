@@ -1,8 +1,8 @@
-"""The rows of a split's parts: how many, how long, in which row group, and which of them pass a filter.
+"""The rows of a split's parts: their number, lengths and row groups, and which of them pass a filter.
 
-In: receipts and the store that their parts lie in. Out: what an order is made of, read from the small columns of each
-part; row groups whose statistics rule out every row are not read. Sizes are checked against the receipts here, hashes
-whenever rows are read.
+In: receipts and the store with their parts. Out: the index from which an epoch's order is computed. It is read from the
+small columns of each part; row groups whose statistics rule out every row are not read. Sizes are checked against the
+receipts here, hashes whenever rows are read.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _SETTINGS = ("kind", "tau", "draws", "k", "nucleus_mass", "step", "temperature",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowIndex:
-    """Rows of several parts, numbered through all of them in their order."""
+    """Rows of several parts, numbered consecutively in the order of the parts."""
 
     lengths: NDArray[np.int64]
     """[R] tokens of each row; 0 where its row group was not read."""
     passing: NDArray[np.bool_]
     """[R] rows that pass the filter."""
     groups: list[list[tuple[int, int]]]
-    """Numbers of the first row and past the last one, by part and row group."""
+    """First row number and one past the last, by part and row group."""
     names: NDArray[np.bytes_] | None
-    """[R] sequence ids, where they were asked for; then no row group is left out."""
+    """[R] sequence ids if requested, in which case every row group is read; else None."""
     factors: NDArray[np.float32] | None
-    """[R] factors of the weights of each row's labels; None: all are 1."""
+    """[R] factors for the weights of each row's labels; None: all are 1."""
     metadata: PartMetadata
     """Of the first part; the others have the same sketch settings."""
 
@@ -56,9 +56,9 @@ def index_rows(
     """Number the rows of some parts.
 
     Raises:
-        PartCorrupt: a part is missing or unreadable, has not the size or the sequences that its receipt names, or has
-            other sketch settings than the first.
-        BalanceImpossible: a row is of a group without a factor.
+        PartCorrupt: a part is missing or unreadable, differs from its receipt in size or number of sequences, or has
+            other sketch settings than the first part.
+        BalanceImpossible: a row has a group without a weight.
     """
     where = where or RowFilter()
     parts = [_part_index(store, receipt, where, groups, with_names) for receipt in receipts]
@@ -87,7 +87,7 @@ def index_rows(
 def _part_index(
     store: Store, receipt: Receipt, where: RowFilter, weights: GroupWeights | None, with_names: bool
 ) -> RowIndex:
-    """The index of one part alone; of the file, only its footer and small columns are read."""
+    """The index of one part; only the footer and small columns of the file are read."""
     uri = f"{store.uri}/{receipt.path}"
     with open_committed(store, receipt) as (file, metadata):
         index = _indexed(file, metadata, where, weights, with_names, uri=uri)

@@ -1,8 +1,8 @@
-"""Batches in one global order, dealt to ranks and to the workers of their loaders.
+"""Batches in one global order, sharded over ranks and over the workers of their loaders.
 
-In: batches by their number in an epoch. Out: this rank's, for torch's DataLoader or a plain loop. All ranks get the
-same number of them, whatever the number of ranks and workers, and a state that was saved with one number of either is
-taken up with any other. What is dealt here must not be dealt again: under accelerate's wrappers that is an error.
+In: batches by their number in an epoch. Out: this rank's batches, for torch's DataLoader or a plain loop. All ranks get
+the same number of batches, whatever the number of ranks and workers, and a state saved with one number of either can be
+loaded with any other. These batches must not be sharded a second time: under accelerate's wrappers that is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from softshard.data.batch import Batch
 from softshard.data.prefetch import prefetched
-from softshard.data.text import StreamState, check_order, standing
+from softshard.data.text import StreamState, check_state, stream_position
 from softshard.errors import ResumeMismatch, ShardedTwice
 
 __all__ = ["ShardedBatches"]
@@ -31,20 +31,21 @@ _WRAPPERS = {"IterableDatasetShard", "DataLoaderDispatcher", "prepare_data_loade
 
 
 class ShardedBatches(IterableDataset[Batch]):
-    """One epoch of this rank's batches after another: each `iter` gives what is left of the current epoch.
+    """One epoch of this rank's batches after another: each `iter` gives the rest of the current epoch.
 
-    Batch i of a round goes to rank i, and in the last round a rank without one gets a copy of the epoch's last batch
-    with weight zero. With a DataLoader (`batch_size=None`, any number of workers) batches come in the same order; the
-    epochs then are told by `set_epoch`, and `state_after(batch)` is the state, for the workers' own copies of this data
-    set are the ones that move; workers that live on hear of it between two epochs. torchdata's StatefulDataLoader keeps
-    the states of its workers by itself.
+    Batch i of a round goes to rank i. In the last round, a rank for which no batch is left gets a copy of the epoch's
+    last batch with weight zero. With a DataLoader (`batch_size=None`, any number of workers) batches come in the same
+    order. The copies of this data set in the workers are then the ones that advance, so set the epoch with `set_epoch`
+    and take the state from `state_after(batch)`; persistent workers read the new position when the next pass begins.
+    torchdata's StatefulDataLoader keeps the states of its workers by itself.
 
-    Where rank and world size are not given they are asked for with each epoch: a process group may be joined later.
+    Where rank and world size are not given, they are looked up at the start of each epoch: a process group may be
+    joined after this data set is made.
 
     Args:
-        order: plain values that the order hangs on, by name; they are part of the state.
-        content: digest of all that batches hold.
-        rank: of this process; None: torch.distributed's, or the environment's that torchrun sets, or 0.
+        order: plain values that determine the order, by name; they are part of the state.
+        content: digest of everything that batches hold.
+        rank: of this process; None: torch.distributed's, or the environment's as set by torchrun, or 0.
         world_size: number of ranks; None as above, or 1.
         prefetch: batches that a thread makes ahead; 0: none.
     """
@@ -53,27 +54,27 @@ class ShardedBatches(IterableDataset[Batch]):
         self, *, order: StreamState, content: str, rank: int | None, world_size: int | None, prefetch: int
     ) -> None:
         super().__init__()
-        self._given_place = None if rank is None and world_size is None else _checked_place(rank, world_size)
+        self._given_rank = None if rank is None and world_size is None else _checked_rank(rank, world_size)
         if prefetch < 0:
             raise ValueError(f"prefetch is {prefetch}, it must not be negative")
         self.order = order
-        """What the order hangs on, by name."""
+        """Plain values that determine the order, by name."""
         self._content, self._prefetch = content, prefetch
         self._epoch = self._consumed = self._given = 0
         self._worker: list[int] | None = None
-        # Shared with the workers of a loader, which may live on: how often the loop set the place, and to which.
-        self._told, self._heard = _shared(torch.zeros(3, dtype=torch.int64)), 0
-        self._broken_off: tuple[int, int, int] | None = None
+        # Memory shared with persistent workers: how often the training loop has set the position, epoch, consumed.
+        self._published, self._seen_version = _shared(torch.zeros(3, dtype=torch.int64)), 0
+        self._unfinished_pass: tuple[int, int, int] | None = None
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of the data and of what is made of it: all that batches hold, whatever their order."""
+        """SHA-256, in hex, of the data and how it is loaded: everything that batches hold, whatever their order."""
         return self._content
 
     @property
     def generator(self) -> None:
-        """None: no generator of torch moves the order. accelerate looks here when it is about to deal a data set."""
-        _refuse_second_deal()
+        """None: no generator of torch changes the order. accelerate reads this before it shards a data set."""
+        _refuse_second_sharding()
 
     @abstractmethod
     def num_batches(self, epoch: int) -> int:
@@ -81,26 +82,31 @@ class ShardedBatches(IterableDataset[Batch]):
 
     @abstractmethod
     def read(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
-        """Some batches of an epoch, by rising number."""
+        """Some batches of an epoch, by ascending number."""
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Rank and number of ranks that batches are dealt to."""
-        return self._given_place or _own_place()
+    def rank_and_world_size(self) -> tuple[int, int]:
+        """This rank, and the number of ranks that batches are sharded over."""
+        return self._given_rank or _own_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that batches are sharded over."""
+        return self.rank_and_world_size[1]
 
     def batches_per_epoch(self, epoch: int) -> int:
-        """Batches that each rank gets in an epoch, those of weight zero counted."""
-        return -(-self.num_batches(epoch) // self.place[1])
+        """Batches that each rank gets in an epoch, including those of weight zero."""
+        return -(-self.num_batches(epoch) // self.world_size)
 
     def batches_until(self, end: float) -> int:
-        """Batches that each rank gets from the current place to the end of `end` epochs, of the last a part if need be.
+        """Batches that each rank gets from the current position to the end of `end` epochs, which may be a fraction.
 
-        A part of an epoch is as many batches of all ranks together, rounded up.
+        A fraction of an epoch is that fraction of its batches of all ranks together, rounded up.
         """
         (epoch, consumed), count = (self._epoch, self._consumed), 0
         while epoch < end:
             batches = math.ceil(min(1.0, end - epoch) * self.num_batches(epoch))
-            count += max(0, -(-(batches - consumed) // self.place[1]))
+            count += max(0, -(-(batches - consumed) // self.world_size))
             epoch, consumed = epoch + 1, 0
         return count
 
@@ -109,12 +115,12 @@ class ShardedBatches(IterableDataset[Batch]):
         return self.batches_per_epoch(self._epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """What is left of the current epoch; when it is over, the state is that of the next."""
-        _refuse_second_deal()
-        self._hear()
+        """The rest of the current epoch; at its end, the state is the beginning of the next one."""
+        _refuse_second_sharding()
+        self._sync_worker()
         if self._consumed >= self.num_batches(self._epoch):
             self.set_epoch(self._epoch + 1)
-        epoch, total, (rank, world) = self._epoch, self.num_batches(self._epoch), self.place
+        epoch, total, (rank, world) = self._epoch, self.num_batches(self._epoch), self.rank_and_world_size
         rounds = self._rounds(total)
         numbers = [min(start + rank, total - 1) for start in rounds]
         with contextlib.closing(prefetched(self.read(epoch, numbers), ahead=self._prefetch)) as batches:
@@ -125,94 +131,95 @@ class ShardedBatches(IterableDataset[Batch]):
                 else:
                     self._given += 1
                 own = batch if number == start + rank else batch.without_weight()
-                yield replace(own, cursor=standing(epoch, consumed, num_batches=total))
-        self._broken_off = None
+                yield replace(own, cursor=stream_position(epoch, consumed, num_batches=total))
+        self._unfinished_pass = None
         self.set_epoch(epoch + 1)
 
-    def _hear(self) -> None:
-        """In a worker that lives on: take up what the loop has said since, or begin again what it has broken off."""
+    def _sync_worker(self) -> None:
+        """In a persistent worker, read the position that the training loop has set, or restart an unfinished pass."""
         if get_worker_info() is None:
             return
-        times, epoch, consumed = self._told.tolist()
-        if times != self._heard:
-            self._heard, self._epoch, self._consumed, self._given = times, epoch, consumed, 0
-        elif self._broken_off is not None:
-            self._epoch, self._consumed, self._given = self._broken_off
-        self._broken_off = self._epoch, self._consumed, self._given
+        version, epoch, consumed = self._published.tolist()
+        if version != self._seen_version:
+            self._seen_version, self._epoch, self._consumed, self._given = version, epoch, consumed, 0
+        elif self._unfinished_pass is not None:
+            self._epoch, self._consumed, self._given = self._unfinished_pass
+        self._unfinished_pass = self._epoch, self._consumed, self._given
 
-    def _tell(self) -> None:
+    def _publish_position(self) -> None:
+        """In the training loop's process, let persistent workers know the position."""
         if get_worker_info() is None:
-            self._heard += 1
-            self._told.copy_(torch.tensor([self._heard, self._epoch, self._consumed]))
+            self._seen_version += 1
+            self._published.copy_(torch.tensor([self._seen_version, self._epoch, self._consumed]))
 
     def _rounds(self, total: int) -> Sequence[int]:
-        """First batches of the rounds that are left, of those that the worker has to read if this is one."""
-        info, world = get_worker_info(), self.place[1]
-        place = None if info is None else [info.id, info.num_workers, world]
-        if self._given and self._worker != place:
-            raise ResumeMismatch(saved=str(self._worker), current=str(place), what="worker, workers and ranks")
-        self._worker = place
+        """First batches of the remaining rounds; in a loader's worker, of those that it has to read."""
+        info, world = get_worker_info(), self.world_size
+        worker = None if info is None else [info.id, info.num_workers, world]
+        if self._given and self._worker != worker:
+            raise ResumeMismatch(saved=str(self._worker), current=str(worker), what="worker, workers and ranks")
+        self._worker = worker
         rounds = range(self._consumed, total, world)
         return rounds if info is None else rounds[info.id :: info.num_workers][self._given :]
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch; nothing, if it is the current one."""
+        """Go to the beginning of an epoch; does nothing if it is the current one."""
         if epoch != self._epoch:
             self._epoch, self._consumed, self._given = epoch, 0, 0
-        self._tell()
+        self._publish_position()
 
     def state_dict(self) -> StreamState:
-        """What the order hangs on, the epoch, and how many of its batches all ranks together had.
+        """The values that determine the order, the epoch, and how many of its batches all ranks together have had.
 
-        A loader's worker adds its own place, and its state is for the same worker of as many again.
+        In a loader's worker it also has the worker's number; that state is for the same worker of the same number.
         """
-        epoch, consumed = standing(self._epoch, self._consumed, num_batches=self.num_batches(self._epoch))
+        epoch, consumed = stream_position(self._epoch, self._consumed, num_batches=self.num_batches(self._epoch))
         state = {**self.order, "epoch": epoch, "consumed": consumed}
         return state if self._worker is None else {**state, "worker": self._worker, "given": self._given}
 
     def state_after(self, batch: Batch) -> StreamState:
-        """State after a batch of this data set was trained on, however many the loader has made ahead."""
+        """State after training on a batch of this data set, however many batches the loader has made ahead."""
         assert batch.cursor is not None, "a batch of a data set has a cursor"
         epoch, consumed = batch.cursor
         return {**self.order, "epoch": epoch, "consumed": consumed}
 
     def load_state_dict(self, state: StreamState) -> None:
-        """Take up a state, saved with any number of ranks; iterators that run already do not see it.
+        """Continue from a state, saved with any number of ranks; running iterators are not affected.
 
         Raises:
-            ResumeMismatch: it belongs to other data, or to another order of the same.
+            ResumeMismatch: it belongs to other data, or to another order of the same data.
         """
-        check_order(state, self.order)
+        check_state(state, self.order)
         self._epoch, self._consumed = state["epoch"], state["consumed"]
         self._worker, self._given = state.get("worker"), state.get("given", 0)
-        self._broken_off = None
-        self._tell()
+        self._unfinished_pass = None
+        self._publish_position()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker that is spawned gets a pickled copy, and no longer sees who wraps its loader.
-        # Nor is it in the process group of its parent.
-        _refuse_second_deal()
+        # A spawned worker gets a pickled copy: it cannot see what wraps its loader, nor is it in the process group of
+        # its parent.
+        _refuse_second_sharding()
         state = self.__dict__.copy()
-        return {**state, "_given_place": self.place} if _in_group() else state
+        return {**state, "_given_rank": self.rank_and_world_size} if _in_group() else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._told = _shared(self._told)
+        self._published = _shared(self._published)
 
 
-def _checked_place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def _checked_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None or world_size is None:
         raise ValueError("give both rank and world_size, or neither")
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, it must be from 0 to below world_size {world_size}")
+        raise ValueError(f"rank is {rank}, it must be at least 0 and below world_size {world_size}")
     return rank, world_size
 
 
-def _own_place() -> tuple[int, int]:
+def _own_rank() -> tuple[int, int]:
     """Rank and world size of this process: torch.distributed's, or the environment's."""
     if _in_group():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return _checked_place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    return _checked_rank(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _in_group() -> bool:
@@ -220,23 +227,23 @@ def _in_group() -> bool:
 
 
 def _shared(tensor: Any) -> torch.Tensor:
-    """A tensor whose memory workers share; itself, where they do already."""
+    """The tensor in memory shared with workers; the same tensor if it is there already."""
     shared: torch.Tensor = tensor.share_memory_()
     return shared
 
 
-def _refuse_second_deal() -> None:
-    """Raise ShardedTwice where accelerate is about to deal this data set's batches to its processes.
+def _refuse_second_sharding() -> None:
+    """Raise ShardedTwice where accelerate is about to shard this data set's batches over its processes.
 
-    Its wrappers tell what they wrap nothing, but they are on the stack of whoever takes a batch from them, and a worker
-    that is forked keeps the stack of its parent.
+    accelerate's wrappers do not announce themselves to what they wrap, but they are on the stack when a batch is taken
+    through them, and a forked worker keeps its parent's stack.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         wrapper = frame.f_code.co_qualname.partition(".")[0]
         if wrapper in _WRAPPERS and frame.f_globals.get("__name__") == "accelerate.data_loader":
             owner = frame.f_locals.get("self")
-            # Asked of the wrapper itself: a PartialState that is not there yet would join a process group.
+            # Read from the wrapper itself: to create a PartialState would join a process group.
             state = frame.f_locals if owner is None else {**vars(owner.__dict__.get("state", owner)), **vars(owner)}
             if (num_processes := state["num_processes"]) > 1:
                 raise ShardedTwice(wrapper=wrapper, num_processes=num_processes)

@@ -1,7 +1,7 @@
 """The order of training data: seeded permutations, a bounded shuffle, and batches of a token budget.
 
 In: a digest of the data, a seed, an epoch, the lengths of the sequences. Out: row numbers in the order of training, and
-where its batches begin. Everything is a function of its arguments alone; ranks are dealt their batches afterwards.
+where its batches begin. Everything is a function of the arguments alone; batches are sharded over ranks afterwards.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ __all__ = ["batch_bounds", "through_buffer"]
 def through_buffer(rows: NDArray[np.int64], *, size: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """`rows` in the order in which they leave a shuffle buffer of `size` rows.
 
-    A full buffer gives a random row for each that arrives, so output k is among the first k + size of `rows`: whoever
-    reads the rows as they arrive holds at most `size` of them. What is left at the end leaves in random order.
+    Once full, the buffer emits a random row for each row that enters, so output k is among the first k + size of
+    `rows`: a reader of the rows in their original order holds at most `size` of them. At the end the buffer is emptied
+    in random order.
     """
     buffer = rows[:size].tolist()
     late = rows[size:].tolist()
@@ -31,8 +32,8 @@ def through_buffer(rows: NDArray[np.int64], *, size: int, generator: np.random.G
 def batch_bounds(lengths: NDArray[np.int64], *, batch_tokens: int, packing: bool = False) -> NDArray[np.int64]:
     """[num_batches + 1] bounds of batches of consecutive sequences: batch i is bounds[i]:bounds[i + 1].
 
-    A batch takes sequences while its size is at most `batch_tokens`: packed, the sum of their lengths, else their
-    number times the longest of them. A longer sequence is a batch of its own.
+    A batch is extended while its size stays at most `batch_tokens`: the sum of the lengths if packed, else the number
+    of sequences times the longest of them. A longer sequence is a batch of its own.
     """
     bounds, start, longest, total = [0], 0, 0, 0
     for index, length in enumerate(lengths.tolist()):

@@ -1,7 +1,7 @@
 """The card of an adapter: `card.json` and a README.md with the metadata header of the Hugging Face hub.
 
-In: what it was trained on, with which settings, and what it measured. Out: two files, a function of that. They speak of
-rights, consent and what else was tried too, which can change when the adapter does not, so that no receipt names them.
+In: the data, the settings and the measurements of a training. Out: two files, a function of these. They also describe
+rights, consent and other trainings, which can change without the adapter, so no receipt names these files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Record(BaseModel):
 
 
 class CardGroup(_Record):
-    """One group before and after it was weighed."""
+    """One group before and after weighting."""
 
     group: str
     share_before: float
@@ -34,7 +34,7 @@ class CardGroup(_Record):
 
 
 class CardBalance(_Record):
-    """How groups were weighed."""
+    """The weights of groups."""
 
     column: str
     clip: tuple[float, float]
@@ -42,34 +42,34 @@ class CardBalance(_Record):
 
 
 class AdapterCard(_Record):
-    """What an adapter is made of."""
+    """The data, settings and measurements of an adapter."""
 
     job: str
     base_model: str
     manifests: tuple[str, ...]
-    """Digests of the target sets' manifests, the job's own first where it takes part."""
+    """Digests of the target sets' manifests; the job's own comes first, if it is used."""
     sources: tuple[SourceRights, ...]
     retention_sources: tuple[SourceRights, ...]
-    """Of the retention text; empty where the training takes none."""
+    """Of the retention text; empty without retention."""
     consent: dict[str, tuple[str, ...]]
-    """Authors who agreed, by source, of all these."""
+    """Authors who gave consent, by source, for all of these sources."""
     training: dict[str, Any]
     """Id, objective, alpha, learning rate, retention weight, steps and tokens."""
     settings: dict[str, Any]
-    """The job's train section, defaults included."""
+    """The job's train section, including defaults."""
     author_cap: float
     author_shares: dict[str, float]
-    """The most that each author who is named and not under consent has at any step, of the train tokens or of their
-    weight in the loss."""
+    """Largest share at any step, of the train tokens or of their weight in the loss, of each named author who has not
+    given consent."""
     balance: CardBalance | None
     holdout_nll_nats: float | None
     """Mean NLL of the hold-out's own tokens; null without a hold-out."""
     num_compared: int
-    """Trainings of which the one with the least NLL on this hold-out was to be taken, this one included."""
+    """Number of trainings, including this one, among which the lowest NLL on this hold-out was chosen."""
 
 
 def renew_card(store: Store, folder: str, card: AdapterCard) -> None:
-    """Write the card beside an adapter, unless it says so already."""
+    """Write the card beside an adapter if its content changes."""
     for name, content in card_files(card).items():
         path = f"{folder}/{name}"
         if not store.exists(path) or store.read(path) != content:
@@ -82,10 +82,10 @@ def card_files(card: AdapterCard) -> dict[str, bytes]:
     lines += [f"# Adapter of {card.job}", "", "An adapter that was trained on stored next-token distributions.", ""]
     lines += ["| training | |", "|---|---|", *(f"| {name} | {value} |" for name, value in card.training.items())]
     if card.holdout_nll_nats is not None:
-        lines.append(f"| hold-out NLL, nats a token | {card.holdout_nll_nats:.4f} |")
+        lines.append(f"| hold-out NLL, nats per token | {card.holdout_nll_nats:.4f} |")
     if card.num_compared > 1:
-        lines += ["", f"One of {card.num_compared} trainings, of which the best on this very hold-out is taken: that"]
-        lines += ["figure favours the one that is."]
+        lines += ["", f"One of {card.num_compared} trainings. The best on this hold-out was chosen, so this figure"]
+        lines += ["favours the chosen one."]
     lines += ["", "## Data", "", *(f"- manifest `{digest}`" for digest in card.manifests), ""]
     lines += [*_sources(card.sources), ""]
     if card.retention_sources:
@@ -101,7 +101,7 @@ def _sources(sources: tuple[SourceRights, ...]) -> list[str]:
 
 
 def _header(card: AdapterCard) -> dict[str, Any]:
-    """Keys that the hub knows; it has one licence a model, and names several `other`."""
+    """Keys that the hub knows. It allows one licence per model, so several become `other`."""
     licences = sorted({source.license for source in (*card.sources, *card.retention_sources)})
     header: dict[str, Any] = {
         "base_model": card.base_model,
@@ -129,10 +129,10 @@ def _groups(balance: CardBalance | None) -> list[str]:
     low, high = balance.clip
     lines = [f"Groups by `{balance.column}`, weights clipped to {low:g} to {high:g}:", ""]
     lines += ["| group | share before | share wanted | weight | share after |", "|---|---|---|---|---|"]
-    for one in balance.groups:
-        weight = f"{one.weight:.3f}{', clipped' if one.clipped else ''}"
-        shares = f"{one.share_before:.1%} | {one.share_wanted:.1%} | {weight} | {one.share_after:.1%}"
-        lines.append(f"| {_cell(one.group)} | {shares} |")
+    for group in balance.groups:
+        weight = f"{group.weight:.3f}{', clipped' if group.clipped else ''}"
+        shares = f"{group.share_before:.1%} | {group.share_wanted:.1%} | {weight} | {group.share_after:.1%}"
+        lines.append(f"| {_cell(group.group)} | {shares} |")
     return [*lines, ""]
 
 

@@ -1,8 +1,8 @@
-"""The state of a training that was stopped, in one object of a store.
+"""The state of a stopped training, in one object of a store.
 
-In: plain values and tensors. Out: the same, or None where there is nothing, or nothing that is readable and of this
-training, which then starts from the beginning. It is replaced whole, so that a kill while it is written leaves the one
-before it; and it lies where the output lies, so that another machine can go on with the training.
+In: plain values and tensors. Out: the same, or None if there is no readable state of this training, which then starts
+from the beginning. The object is replaced as a whole, so a process killed while writing leaves the previous state. It
+is in the output's own store, so another machine can continue the training.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Where the state of one training is kept."""
+    """The object that holds the state of one training."""
 
     store: Store
     path: str
 
     def write(self, state: dict[str, Any], *, identity: str) -> None:
-        """Put the state of the training that `identity` names in place of what is there.
+        """Replace the stored state by that of the training with this identity.
 
         Raises:
-            StorageFull, StoreUnavailable: it cannot be kept.
+            StorageFull, StoreUnavailable: it cannot be written.
         """
         content = io.BytesIO()
         torch.save({"version": _VERSION, "identity": identity, "state": state}, content)
         self.store.replace(self.path, content.getvalue())
 
     def read(self, *, identity: str) -> dict[str, Any] | None:
-        """The saved state of the training that `identity` names, on the CPU; nothing in the file is executed."""
+        """The saved state of the training with this identity, on the CPU; no code in the file is executed."""
         try:
             saved = torch.load(io.BytesIO(self.store.read(self.path)), map_location="cpu", weights_only=True)
         except (FileNotFoundError, EOFError, RuntimeError, pickle.UnpicklingError, ValueError, KeyError):
@@ -50,5 +50,5 @@ class Checkpoint:
         return state
 
     def remove(self) -> None:
-        """Forget it, once what was trained is saved."""
+        """Remove the state, once the adapter is saved."""
         self.store.remove(self.path)

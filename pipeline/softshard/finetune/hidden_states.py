@@ -1,8 +1,8 @@
-"""A batch's hidden states, from a model that keeps the sequences of a packed row apart.
+"""A batch's hidden states, from a model that keeps the sequences of a packed row separate.
 
-In: a model's body and the inputs of a batch. Out: its last hidden states. A packed row is no answer to a body that
-mixes its sequences, as one does that reads no `position_ids` (ALiBi, learnt positions of OPT's kind) or that carries a
-state along the row (convolutions, state spaces): when a body first meets one it is tried out, and refused if it does.
+In: a model's body and the inputs of a batch. Out: its last hidden states. Some bodies mix the sequences of a packed
+row: those that ignore `position_ids` (ALiBi, learnt positions as in OPT) or carry a state along the row (convolutions,
+state space models). Each body is tested before its first packed batch, and refused if it mixes them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from softshard.sketch.types import TokenSequence
 __all__ = ["hidden_states", "last_states", "mixed_precision"]
 
 _FIRST, _SECOND = range(1, 8), range(8, 13)
-"""Tokens of the two sequences that are packed to try a body out."""
+"""Tokens of the two sequences that are packed to test a body."""
 _TOLERANCE, _HALF_TOLERANCE = 5e-5, 0.1
-"""Share of a state's length. Measured on a CPU in float32: bodies that keep apart are off by at most 3e-6 (30 layers),
-those that mix by 1.5e-4 (random weights whose layers add next to nothing) to 1.7. In half precision the same 30 layers
-are off by up to .04, for packed and plain attention round in another order; those that mix by .15 and more."""
+"""Largest relative difference of a state. Measured on a CPU in float32: at most 3e-6 for bodies that keep sequences
+separate (30 layers), and 1.5e-4 (random weights whose layers add almost nothing) to 1.7 for bodies that mix them. In
+half precision the same 30 layers differ by up to .04, because packed and plain attention round in another order, and
+bodies that mix by .15 and more."""
 
-_apart: WeakSet[nn.Module] = WeakSet()
-"""Bodies that were tried out."""
+_tested: WeakSet[nn.Module] = WeakSet()
+"""Bodies that passed the test."""
 
 
 def hidden_states(decoder: Decoder, batch: Batch) -> Tensor:
-    """[N, d] hidden states at the batch's positions, in the order of its labels, before any adapter of the output.
+    """[N, d] hidden states at the batch's positions, in the order of its labels, before an adapter of the output layer.
 
     Raises:
         ModelInvalid: as `last_states`.
@@ -54,15 +55,18 @@ def last_states(decoder: Decoder, inputs: Mapping[str, Any]) -> Tensor:
         if inputs.get("cu_seq_lens_q") is not None:
             if inputs.get("past_key_values") is not None:
                 _refuse(decoder.body, "with a prefix it mixes the sequences of a packed row")
-            if decoder.body not in _apart:
-                _try_out(decoder.body, inputs["cu_seq_lens_q"].device)
+            if decoder.body not in _tested:
+                _test_packing(decoder.body, inputs["cu_seq_lens_q"].device)
         states: Tensor = decoder.body(**inputs).last_hidden_state
         return states
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type for it
-def _try_out(body: Any, device: torch.device) -> None:
-    """Compare a sequence behind another in one row with the same alone; no random number is drawn, no cache kept."""
+def _test_packing(body: Any, device: torch.device) -> None:
+    """Compare a sequence that follows another in one row with the same sequence alone.
+
+    No random number is drawn and no cache is kept. Raises ModelInvalid if they differ.
+    """
     size = body.config.get_text_config().vocab_size
     first, second = (_sequence(np.array(ids) % size) for ids in (_FIRST, _SECOND))
     with evaluating(body), torch.no_grad():
@@ -72,10 +76,10 @@ def _try_out(body: Any, device: torch.device) -> None:
         )
     behind = row[len(_FIRST) :]
     difference = (behind.float() - alone.float()).norm(dim=-1) / alone.float().norm(dim=-1)
-    # States that are not finite leave nothing to compare: those are found by whoever trains with them.
+    # States that are not finite cannot be compared; the training reports them.
     if bool(difference.isfinite().all()) and float(difference.max()) > _tolerance(behind):
         _refuse(body, f"it mixes the sequences of a packed row (states off by {float(difference.max()):.2g})")
-    _apart.add(body)
+    _tested.add(body)
 
 
 def _refuse(body: Any, problem: str) -> None:
@@ -84,7 +88,7 @@ def _refuse(body: Any, problem: str) -> None:
 
 
 def _tolerance(states: Tensor) -> float:
-    """By the least precise type that products are taken in."""
+    """The tolerance for the least precise type that products are taken in."""
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
     rounded = kind == "cuda" and torch.get_float32_matmul_precision() != "highest"
@@ -106,10 +110,10 @@ def _sequence(token_ids: Any) -> TokenSequence:
 
 @contextlib.contextmanager
 def mixed_precision(decoder: Decoder) -> Iterator[None]:
-    """Products of a float32 adapter in the type of a half-precision base.
+    """Within this context, products of a float32 adapter are taken in the type of a half-precision base.
 
-    Measured on two cores (135M parameters, 10 of 30 layers adapted): forward and backward take .79 s for 1,024
-    tokens so, and 1.06 s where peft casts each input to float32 and each result back.
+    Measured on two cores (135M parameters, 10 of 30 layers adapted): forward and backward take .79 s for 1,024 tokens,
+    compared with 1.06 s if peft casts each input to float32 and each result back.
     """
     from peft.helpers import disable_input_dtype_casting
 

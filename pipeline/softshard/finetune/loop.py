@@ -1,8 +1,8 @@
 """Batches to an adapter: the training steps.
 
 In: a frozen model, batches of targets, settings. Out: the model with a trained adapter, and a log of its steps. A
-training that was stopped after any step and taken up from its checkpoint ends, on the same CPU with the same number of
-threads, with the same bits as one that was not; on a GPU sums may differ in their last bits.
+training that is stopped after any step and resumed from its checkpoint ends with the same bits as one that was not
+stopped, on the same CPU with the same number of threads; on a GPU sums may differ in their last bits.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ __all__ = ["FineTuned", "Step", "fine_tune", "learning_rate_at", "num_steps"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One finished step. Losses are those before its update, in nats, means over labels."""
+    """One finished step. Losses are in nats, means over labels, measured before the update."""
 
     step: int
     """From 1."""
     total_steps: int
     learning_rate: float
     loss: float
-    """Of the objective: by default cross-entropy to the target, which is the KL plus the target's own entropy."""
+    """The objective's: by default cross-entropy to the target, which is the KL plus the target's own entropy."""
     retention_loss: float | None
-    """Without its weight; None where there is no retention."""
+    """Not multiplied by its weight; None without retention."""
     grad_norm: float
     """Before clipping."""
     tokens: int
-    """Tokens of the batch, padding and retention left out."""
+    """Tokens of the batch, without padding and retention."""
     epoch: int
     """From 0."""
 
@@ -62,7 +62,7 @@ class FineTuned:
     model: PeftModel | OutputAdapted
     """In evaluation mode; its `unload()` is the base model again."""
     log: tuple[Step, ...]
-    """All steps, those before an interruption too."""
+    """All steps, including those before an interruption."""
 
 
 def _ignore(step: Step) -> None:
@@ -87,27 +87,29 @@ def fine_tune(
 ) -> FineTuned:
     """Train a new adapter on a frozen model, in place.
 
-    The number of steps is `num_steps`. With `checkpoint`, the state is
-    written there every `optimizer.checkpoint_steps` steps, at the end, and when KeyboardInterrupt or SystemExit stops
-    the training; a state of the same `identity`, settings and data is taken up, any other is ignored, and where the
-    streams stand when this is called is no part of it. The caller removes it when what was trained is saved.
+    The number of steps is `num_steps`. With `checkpoint`, the state is written every `optimizer.checkpoint_steps`
+    steps, at the end, and when KeyboardInterrupt or SystemExit stops the training. A checkpoint of the same `identity`,
+    settings and data is resumed, any other is ignored; the current position of the streams does not matter for that.
+    The caller removes the checkpoint once the adapter is saved.
 
     Args:
         model: causal language model without an adapter, on its device; its own dropout stays off.
-        batches: one a step, from the state they are in when a training starts anew.
-        seed, num_valid: of the adapter's first weights and of its dropout; vocabulary of the data.
-        identity: names what the arguments do not: the base model's weights above all.
+        batches: one per step; a new training starts at their current position.
+        seed: for the adapter's initial weights and its dropout.
+        num_valid: vocabulary of the data.
+        identity: identifies what the other arguments do not, above all the base model's weights.
         lora, adapter: shape and kind of the adapter.
         objective: how the model is compared with the targets.
-        on_step: called after each step, when it is complete.
+        on_step: called after each complete step.
 
     Raises:
         ModelInvalid: the loss would be wrong for this model, or a module to adapt is missing.
-        TrainingDiverged, StorageFull: a loss or gradient is not finite; no space for the checkpoint.
+        TrainingDiverged: a loss or gradient is not finite.
+        StorageFull: there is no space for the checkpoint.
     """
     total_steps = num_steps(batches, optimizer=optimizer)
     retention = retention if retention is not None and retention.weight > 0 else None
-    # A model that cannot be trained is refused before it is changed; with its adapter it may be read in another way.
+    # A model that cannot be trained is refused here, before the adapter changes it.
     Decoder.of(model.eval())
     settings: list[Any] = [adapter, lora, optimizer.model_dump(exclude={"checkpoint_steps"}), asdict(objective), seed]
     settings += [num_valid, chunk_positions, total_steps, _named(batches), _kept(retention)]
@@ -132,12 +134,12 @@ def fine_tune(
 
 
 def num_steps(batches: BatchSource, *, optimizer: OptimizerSettings) -> int:
-    """Steps of a training: epochs times the batches of epoch 0, rounded, at least 1."""
+    """Steps of a training: epochs times the batches of epoch 0, rounded; at least 1."""
     return max(1, round(optimizer.epochs * batches.batches_per_epoch(0)))
 
 
 def _named(batches: BatchSource) -> list[Any]:
-    """What a stream holds and in which order, but not where in it its reader is: an earlier call has moved that."""
+    """What a stream holds and in which order, without its position, which an earlier call may have advanced."""
     return [batches.digest, batches.order]
 
 
@@ -146,7 +148,7 @@ def _kept(retention: Retention | None) -> list[Any] | None:
 
 
 def learning_rate_at(step: int, *, total_steps: int, settings: OptimizerSettings) -> float:
-    """Learning rate of a step, from 1: linear up to the highest over the warm-up, then a cosine down to a tenth."""
+    """Learning rate of a step, counted from 1: linear warm-up to the highest, then a cosine down to a tenth of it."""
     warmup = round(settings.warmup_fraction * total_steps)
     if step <= warmup:
         return settings.learning_rate * step / warmup
@@ -155,7 +157,7 @@ def learning_rate_at(step: int, *, total_steps: int, settings: OptimizerSettings
 
 
 class _Training:
-    """A training between two steps: all that a checkpoint holds, and how to take the next step."""
+    """A training between two steps: everything that a checkpoint holds, and how to take the next step."""
 
     def __init__(
         self,
@@ -188,7 +190,7 @@ class _Training:
         self.log: list[Step] = []
 
     def run(self, on_step: Callable[[Step], None]) -> None:
-        """Take up the checkpoint, if there is one of this training, and take the steps that are left."""
+        """Resume from the checkpoint, if there is one of this training, and take the remaining steps."""
         if self._checkpoint is not None and (saved := self._checkpoint.read(identity=self._identity)):
             self._restore(saved)
         streams = [endless(source) for source in self._sources]
@@ -200,7 +202,7 @@ class _Training:
                 if len(self.log) % self._settings.checkpoint_steps == 0 or len(self.log) == self._total_steps:
                     self._save()
         except (KeyboardInterrupt, SystemExit):
-            # Within an update some weights are a step ahead of others: then the last checkpoint stands.
+            # During an update some weights are a step ahead of others: then the last checkpoint is kept.
             if not self._updating:
                 self._save()
             raise
@@ -224,7 +226,7 @@ class _Training:
             group["lr"] = rate
         self._updating = True
         self._optimizer.step()
-        # The place before a batch names its epoch; after the last one of an epoch it is in the next.
+        # The position before a batch has its epoch; the one after an epoch's last batch is in the next epoch.
         epoch = self._position["streams"][0]["epoch"]
         self._position = self._read_position()
         self.log.append(
@@ -242,7 +244,8 @@ class _Training:
         self._updating = False
 
     def _read_position(self) -> dict[str, Any]:
-        """Where streams and random numbers are: an interrupted step has moved them, but not the weights."""
+        """State of streams and random numbers. An interrupted step advances them without changing the weights, so a
+        checkpoint uses those of the last complete step."""
         return {
             "streams": [source.state_dict() for source in self._sources],
             "random": torch.get_rng_state(),
@@ -275,7 +278,7 @@ class _Training:
 
 
 def _only_adapter_drops(model: PeftModel | OutputAdapted) -> None:
-    """Evaluation mode, but for the adapter's dropout: the base's own would blur the loss."""
+    """Evaluation mode except for the adapter's dropout: the base's own dropout would add noise to the loss."""
     model.eval()
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in ("lora_dropout", "adapter_dropout"):

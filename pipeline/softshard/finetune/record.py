@@ -1,7 +1,7 @@
-"""What a finished training leaves beside its adapter: a receipt, a log, and the pointer to the newest ones.
+"""The records of a finished training beside its adapter: a receipt, a log, and the pointer to the newest ones.
 
-A training is complete once its `receipt.json` is there. `adapter.json` names the adapter and the baseline of the job's
-present settings, and is replaced last.
+A training is complete once its `receipt.json` exists. `adapter.json` names the adapter and the baseline of the job's
+current settings, and is replaced last.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ class TrainingReceipt(BaseModel):
     folder: FileName
     """Folder of the adapter below `adapter/`."""
     files: dict[FileName, str]
-    """SHA-256 of each file that is the adapter's; its card says more than the training, and may be written anew."""
+    """SHA-256 of each file of the adapter. Its card is not among them: it describes more than the training, and may be
+    rewritten."""
     manifests: tuple[str, ...]
-    """Digests of the manifests of the targets that it was trained on, the job's own first where it takes part."""
+    """Digests of the manifests of its targets; the job's own comes first, if it is used."""
     sources: tuple[SourceRights, ...]
-    """Where the text came from and by what right it was used, retention text included."""
+    """Origin and rights of the text, including retention text."""
     settings: dict[str, Any]
-    """The job's train section, defaults included."""
+    """The job's train section, including defaults."""
     objective: str
     alpha: float
     learning_rate: float
@@ -57,11 +58,11 @@ class TrainingReceipt(BaseModel):
     num_steps: int
     num_tokens: int
     holdout_nll_nats: float | None
-    """Mean NLL of the hold-out's own tokens; null where there is no hold-out."""
+    """Mean NLL of the hold-out's own tokens; null without a hold-out."""
 
 
 class SweptTraining(BaseModel):
-    """One training of a sweep, and what it costs."""
+    """One training of a sweep, and its loss on the retention text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,20 +72,20 @@ class SweptTraining(BaseModel):
 
 
 class Trained(BaseModel):
-    """`adapter.json`: what the job's present settings have led to."""
+    """`adapter.json`: the result of the job's current settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     adapter: TrainingReceipt
     baseline: TrainingReceipt | None
     candidates: tuple[TrainingReceipt, ...]
-    """Trainings of the baseline, one a learning rate."""
+    """Trainings of the baseline, one per learning rate."""
     sweep: tuple[SweptTraining, ...] = ()
-    """Trainings that the adapter was chosen from, in the order of the grid; empty without a sweep."""
+    """Trainings among which the adapter was chosen, in the order of the grid; empty without a sweep."""
 
 
 def read_trained(store: Store) -> Trained | None:
-    """`adapter.json`; None where nothing has been trained. Raises PartCorrupt."""
+    """`adapter.json`; None if nothing has been trained. Raises PartCorrupt."""
     try:
         return Trained.model_validate_json(store.read("adapter.json"))
     except FileNotFoundError:
@@ -100,17 +101,17 @@ def read_log(store: Store, receipt: TrainingReceipt) -> list[dict[str, Any]]:
 
 
 def write_trained(store: Store, trained: Trained) -> None:
-    """Replace `adapter.json`, unless it says so already."""
+    """Replace `adapter.json` if its content changes."""
     content = canonical_json(trained)
     if not store.exists("adapter.json") or store.read("adapter.json") != content:
         store.replace("adapter.json", content)
 
 
 def find_training(store: Store, folder: str) -> TrainingReceipt | None:
-    """Receipt of a complete training; None if it has to be run.
+    """Receipt of a complete training; None if the training has to be run.
 
     Raises:
-        PartCorrupt: a file of the adapter is not the one that the receipt names.
+        PartCorrupt: a file of the adapter differs from its SHA-256 in the receipt.
     """
     try:
         receipt = TrainingReceipt.model_validate_json(store.read(f"{folder}/receipt.json"))
@@ -124,11 +125,11 @@ def find_training(store: Store, folder: str) -> TrainingReceipt | None:
 
 
 def check_files(store: Store, folder: str, files: dict[str, str]) -> None:
-    """Compare an adapter's files with the SHA-256 that its receipt names.
+    """Compare an adapter's files with the SHA-256 in its receipt.
 
     Raises:
-        FileNotFoundError: one is missing.
-        PartCorrupt: one is not the file that the receipt names.
+        FileNotFoundError: a file is missing.
+        PartCorrupt: a file differs from its SHA-256.
     """
     for name, expected in files.items():
         if sha256_hex(store.read(f"{folder}/{name}")) != expected:

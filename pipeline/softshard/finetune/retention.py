@@ -1,8 +1,7 @@
-"""The loss on other data that keeps what the model knew.
+"""The loss on other data that preserves what the model knew.
 
-In: batches of text outside the style. Out: a mean loss per label, which the training step adds, times its weight
-lambda, to the loss on the targets. Cross-entropy on the corpus's own tokens would not be retention, but alpha under
-another name.
+In: batches of text outside the style. Out: a mean loss per label, which the training step multiplies by lambda and adds
+to the loss on the targets. Cross-entropy on the corpus's own tokens would not be retention but another alpha.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ __all__ = ["Retention"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """What a training step adds to its loss."""
+    """The retention loss of a training step."""
 
     batches: BatchSource
-    """One is taken a step."""
+    """One batch is taken per step."""
     weight: float
     """Retention weight lambda."""
     objective: Literal["kl", "ce"]
@@ -43,7 +42,7 @@ class Retention:
     def loss(
         self, model: PeftModel | OutputAdapted, decoder: Decoder, batch: Batch, *, num_valid: int, chunk_positions: int
     ) -> Tensor:
-        """Mean loss per label, in nats, lambda left out; `batch` is on the model's device, `decoder` is the model's."""
+        """Mean loss per label, in nats, not multiplied by lambda; `batch` is on the model's device."""
         if self.objective == "ce":
             return CROSS_ENTROPY.loss(decoder, batch, num_valid=num_valid, chunk_positions=chunk_positions)
         with torch.no_grad(), model.disable_adapter():

@@ -1,1 +1,1 @@
-"""The models and trainers of others: transformers, Trainer, TRL, axolotl."""
+"""Integrations with other libraries: transformers models, Trainer, TRL, accelerate, axolotl."""

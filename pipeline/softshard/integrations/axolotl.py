@@ -14,19 +14,19 @@ from softshard.integrations.rows import mixed_in_order
 __all__ = ["axolotl_rows"]
 
 _NO_LOGPROB = -1e9
-"""What axolotl's collator puts where there is no entry."""
+"""The value that axolotl's collator writes where there is no entry."""
 
 
 def axolotl_rows(targets: TargetSet) -> Iterator[dict[str, Any]]:
-    """Sequences in the layout that the collator of axolotl's kd plugin pads: entries a list of lists a token.
+    """Sequences in the layout that the collator of axolotl's kd plugin pads, with a list of entries per token.
 
-    `input_ids`, `attention_mask`, `labels` [L]; `target_token_ids`, `target_logprobs`, `target_mask` [L][k], where
-    index t is the target after token t, as that plugin's loss compares them since axolotl 0.10 (releases before it took
-    index t for the target of token t). Heads are renormalised to 1, for it knows no ghost token. Tokens without a
-    target have entries whose mask is 0.
+    `input_ids`, `attention_mask`, `labels` [L]; `target_token_ids`, `target_logprobs`, `target_mask` [L][k]. Index t is
+    the target after token t, as the plugin's loss expects since axolotl 0.10 (in earlier releases index t was the
+    target of token t). Heads are renormalised to 1, because the plugin has no ghost token. Tokens without a target have
+    entries with mask 0.
 
     Raises:
-        ValueError: the sketch is `threshold`, whose tail is a sample: as log-probabilities that sum to 1 it is biased.
+        ValueError: the sketch is `threshold`: its tail is a sample, and biased as log-probabilities that sum to 1.
         CorpusEmpty, FilterMatchesNothing, PartCorrupt: as `SoftLabelDataset`.
     """
     reader = SetReader(targets, Mixing(alpha=0.0, truncated="renormalise"))

@@ -1,8 +1,8 @@
-"""A causal language model whose own forward gives the loss of a batch's targets: `accept_targets`.
+"""A causal language model whose own forward returns the loss of a batch's targets: `accept_targets`.
 
-In: a model of transformers, with adapters or without. Out: the same model, which is called as ever and, where it is
-called with `Batch.features()`, returns the loss and builds no logits of all positions. The output layer is called as a
-module, once, so that what wraps modules sees all that it must: DDP, FSDP of either kind, accelerate, Trainer.
+In: a model of transformers, with adapters or without. Out: the same model, which works as before and, if called with
+`Batch.features()`, returns the loss without building the logits of all positions. The output layer is called once, as a
+module, so that wrappers of modules work: DDP, FSDP of either kind, accelerate, Trainer.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ __all__ = ["accept_targets", "mean_weights", "weight_of_step"]
 def accept_targets(
     model: Any, *, vocab_size: int, objective: Objective = CROSS_ENTROPY, chunk_positions: int = 512
 ) -> None:
-    """Have a model's forward take the features of a batch, and give the loss; other calls are as before.
+    """Let a model's forward accept the features of a batch and return the loss; other calls are unchanged.
 
     `model(**batch.features()).loss` is the mean over the batch's labels by their weights. With `num_items_in_batch`, it
-    is the sum divided by that: see `weight_of_step`. The other outputs, `logits` among them, are None. A second call
+    is the sum divided by that: see `weight_of_step`. The other outputs, including `logits`, are None. A second call
     with the same settings changes nothing.
 
     Args:
         model: causal language model, or a `PeftModel` of one; not yet sharded, nor on the meta device.
-        vocab_size: tokens of the data, `SoftLabelDataset.metadata.vocab_size`; further logits are padding.
-        objective: how the model is compared with targets; cross-entropy to them by default, whose gradient is the KL's.
+        vocab_size: vocabulary of the data, `SoftLabelDataset.metadata.vocab_size`; further logits are padding.
+        objective: how the model is compared with targets; by default cross-entropy, whose gradient is the KL's.
         chunk_positions: positions whose logits exist at one time.
 
     Raises:
-        ModelInvalid: the loss would be wrong for this model; that of packed batches, when it is first given one.
-        VocabularyMismatch: it gives logits for fewer tokens.
-        ValueError: it takes targets already, with other settings.
+        ModelInvalid: the loss would be wrong for this model. Whether it is for packed batches is tested at the first
+            one.
+        VocabularyMismatch: the model has logits for fewer tokens.
+        ValueError: the model accepts targets already, with other settings.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = str(inner.name_or_path) or type(inner).__name__
     settings = objective, vocab_size, chunk_positions
-    if isinstance(accepted := inner.get_output_embeddings().forward, _Readout):
+    if isinstance(accepted := inner.get_output_embeddings().forward, _OutputForward):
         if accepted.settings != settings:
-            raise ValueError(f"{name}: takes targets already, with {accepted.settings}, and not {settings}")
+            raise ValueError(f"{name}: accepts targets already, with {accepted.settings}, and not {settings}")
         return
     if (problem := _problem_with(model, inner)) is not None:
         raise ModelInvalid(model=name, problem=problem)
@@ -58,12 +59,12 @@ def accept_targets(
     if decoder.output_size < vocab_size:
         raise VocabularyMismatch(data="targets", data_size=vocab_size, model=name, model_size=decoder.output_size)
     head = inner.get_output_embeddings()
-    head.forward = _Readout(head, head.forward, objective, decoder.transform, vocab_size, chunk_positions)
+    head.forward = _OutputForward(head, head.forward, objective, decoder.transform, vocab_size, chunk_positions)
     inner.forward = _Forward(inner, inner.forward)
 
 
 def _problem_with(model: Any, inner: Any) -> str | None:
-    """Why the loss would be wrong for a model, or only a part of its own."""
+    """Why the loss would be wrong or incomplete for a model; None if it is right."""
     prompt = getattr(model, "active_peft_config", None)
     if prompt is not None and prompt.is_prompt_learning and prompt.peft_type != "PREFIX_TUNING":
         kind = str(prompt.peft_type.value)
@@ -74,14 +75,14 @@ def _problem_with(model: Any, inner: Any) -> str | None:
 
 
 def weight_of_step(*batches: Mapping[str, Any]) -> Tensor:
-    """What the loss of a step is divided by, to be the mean over labels by their weights of the global batch.
+    """The divisor that makes the loss of a step the mean over the labels of the global batch, by their weights.
 
-    The sum of the weights of these batches' labels over all ranks, which all must call it; 1 where it is 0. Give it as
-    `num_items_in_batch`, and multiply the loss by the number of ranks where their gradients are averaged, as DDP and
-    FSDP do.
+    It is the sum of the weights of these batches' labels over all ranks, or 1 if that is 0; every rank must call this
+    function. Pass it as `num_items_in_batch`, and multiply the loss by the number of ranks if gradients are averaged
+    over ranks, as DDP and FSDP do.
 
     Args:
-        batches: features of this rank's batches of the step, as many as gradients are accumulated over.
+        batches: features of this rank's batches of the step, one for each accumulation step.
     """
     weight = torch.stack([mean_weights(batch).sum() for batch in batches]).sum()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -96,7 +97,7 @@ def mean_weights(features: Mapping[str, Any]) -> Tensor:
 
 
 class _Forward:
-    """A model's forward. An object and not a closure, so that a copy of the model has one of its own."""
+    """A model's forward. It is an object and not a closure, so that a copy of the model gets its own."""
 
     def __init__(self, model: Any, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
@@ -110,7 +111,7 @@ class _Forward:
         targets = SparseTargets.from_tensors(given)
         positions, num_items = given.pop("positions"), given.pop("num_items_in_batch", None)
         if given.get("input_ids") is None:
-            raise ValueError("targets are at positions of `input_ids`, which an adapter has replaced by embeddings")
+            raise ValueError("targets need `input_ids`, which an adapter has replaced by embeddings")
         own = targets.tensors()
         inputs = {name: item for name, item in given.items() if item is not None and name not in own}
         inputs["use_cache"] = False
@@ -120,8 +121,8 @@ class _Forward:
 
 
 @dataclass(slots=True)
-class _Readout:
-    """An output layer's forward. Whoever shards the layer has it whole while this runs, and gets its gradient."""
+class _OutputForward:
+    """An output layer's forward. A wrapper that shards the layer has gathered it while this runs."""
 
     head: Any
     original: Callable[..., Any]
@@ -132,7 +133,7 @@ class _Readout:
 
     @property
     def settings(self) -> tuple[Objective, int, int]:
-        """What a model takes targets with."""
+        """The settings that a model accepts targets with."""
         return self.objective, self.vocab_size, self.chunk_positions
 
     def __call__(
@@ -147,8 +148,8 @@ class _Readout:
             return logits
         if (kind := targets.position_weights.dtype) not in (torch.float32, torch.float64):
             raise ValueError(
-                f"position_weights are {kind}, they must be float32: whatever casts inputs to a lower precision must"
-                " leave targets alone (FSDP: `MixedPrecisionPolicy(cast_forward_inputs=False)`)"
+                f"position_weights are {kind}, they must be float32: do not cast targets to a lower precision"
+                " (FSDP: `MixedPrecisionPolicy(cast_forward_inputs=False)`)"
             )
         return self.objective.loss_from_states(
             hidden,

@@ -1,7 +1,8 @@
 """Decoded rows as plain columns, and the collator that makes batches of them.
 
-In: the targets of a run. Out: a mapping a sequence, which `datasets.Dataset.from_generator` makes a map-style data set
-of; and, from such rows in any order, the features of a batch. Whoever loads rows deals them to ranks.
+In: the targets of a run. Out: a mapping per sequence, for `datasets.Dataset.from_generator`, which makes a map-style
+data set of them; and, from such rows in any order, the features of a batch. The loader of the rows shards them over
+ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from softshard.data.batch import collate_mixed
 from softshard.data.mixing import LabelWeights, MixedRow, Mixing
-from softshard.data.target_set import SetReader, TargetSet
+from softshard.data.target_set import RowGroupRows, SetReader, TargetSet
 
 __all__ = ["SoftLabelCollator", "mixed_in_order", "target_rows"]
 
@@ -28,11 +29,17 @@ def target_rows(
     weights: LabelWeights | None = None,
     draw: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Sequences with their targets, in the order of the parts; arguments as in `collate`.
+    """Sequences with their targets, in the order of the parts.
 
-    `input_ids` [L]; `first_label`; of P labels `entry_counts` [P] and their `entry_ids`, `entry_weights` [E], the
-    label's own token first where `own_token`; `tail_mass` [P] where there is a ghost token; `position_weights` [P]
+    Columns: `input_ids` [L]; `first_label`; for P labels `entry_counts` [P] and their `entry_ids`, `entry_weights` [E],
+    the label's own token first where `own_token`; `tail_mass` [P] where there is a ghost token; `position_weights` [P]
     where they are not all 1, and `counted` [P] where groups have weights.
+
+    Args:
+        targets: one split of a run's targets.
+        alpha, truncated, temperature: as in `Mixing`.
+        weights: of labels in the loss; None: all are 1.
+        draw: which of the independent tails, as in `entries_of`.
 
     Raises:
         CorpusEmpty, FilterMatchesNothing, PartCorrupt: as `SoftLabelDataset`.
@@ -56,20 +63,20 @@ def target_rows(
 def mixed_in_order(reader: SetReader, *, draw: int = 0) -> Iterator[MixedRow]:
     """Rows that pass the set's filter, in the order of the parts."""
     index = reader.index
-    arrivals = [
-        (part, group, first + np.flatnonzero(index.passing[first:last]))
+    row_groups = [
+        RowGroupRows(part, group, first + np.flatnonzero(index.passing[first:last]))
         for part, groups in enumerate(index.groups)
         for group, (first, last) in enumerate(groups)
     ]
-    for arrived in reader.arriving(arrivals, draw=draw):
-        yield from (arrived[number] for number in sorted(arrived))
+    for rows in reader.read_row_groups(row_groups, draw=draw):
+        yield from (rows[number] for number in sorted(rows))
 
 
 class SoftLabelCollator:
-    """Rows as `target_rows` gives them, out of any data set, to the features of a batch: a collator for Trainer.
+    """A collator for Trainer: rows of `target_rows`, from any data set, to the features of a batch.
 
     Args:
-        packing: one row of tokens a batch, without padding; else padded on the right with 0.
+        packing: one row of tokens per batch, without padding; else padded on the right with 0.
     """
 
     def __init__(self, *, packing: bool = False) -> None:

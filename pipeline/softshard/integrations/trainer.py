@@ -1,9 +1,9 @@
 """Training from targets with Trainer of transformers, and its descendants such as TRL's SFTTrainer.
 
-In: a `SoftLabelDataset`, whose batches are dealt to ranks already, or rows of a map-style data set with a
-`SoftLabelCollator`, which Trainer deals. Out: Trainer's own steps, checkpoints and logs, the loss being the mean over
-labels by their weights over accumulation and ranks, and in evaluation over all batches and ranks. A stream goes on from
-a checkpoint after the batch that was trained last, on any number of processes.
+In: a `SoftLabelDataset`, a stream whose batches are sharded over ranks already, or rows of a map-style data set with a
+`SoftLabelCollator`, which Trainer shards. Out: Trainer's own steps, checkpoints and logs. The loss is the mean over
+labels by their weights, over gradient accumulation and ranks, and in evaluation over all batches and ranks. A stream
+resumes from a checkpoint after the batch that was trained last, on any number of processes.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from softshard.models import check_tokenizer, wrap_tokenizer
 
 __all__ = ["SoftLabelTraining"]
 
-_PLACE = "softshard.json"
-"""In a checkpoint: how far the data was trained on, its digest, and the epoch that the training began in."""
+_POSITION_FILE = "softshard.json"
+"""In a checkpoint: the position in the data, the data's digest, and the epoch in which the training began."""
 
 
 class SoftLabelTraining:
-    """Put it before a Trainer: `class SoftLabelTrainer(SoftLabelTraining, Trainer): ...`.
+    """A mixin to put before a Trainer: `class SoftLabelTrainer(SoftLabelTraining, Trainer): ...`.
 
-    Columns of rows are kept (`remove_unused_columns`). For a stream, `max_steps` is set by `train` where it is not
-    given, so that the last step ends with the last of `num_train_epochs` epochs; the batch size of the arguments is not
-    looked at, and loaders are not given to accelerate; Trainer counts all of the training as one epoch.
+    Columns of rows are kept (`remove_unused_columns` is set to False). For a stream, `train` sets `max_steps` unless it
+    is given, so that the last step ends with the last of `num_train_epochs` epochs. The batch size of the arguments is
+    ignored, loaders are not given to accelerate, and Trainer counts the whole training as one epoch.
 
     Args:
         vocab_size, objective, chunk_positions: as in `accept_targets`.
 
     Raises:
-        ValueError: an argument would have no effect, or another than it says; a stream is to be evaluated on, which
-            goes on from pass to pass, so give rows; it is dealt to another number of processes than there are; or the
-            objective's temperature is not that of its targets.
+        ValueError: an argument would have no effect, or not the usual one; a stream is given for evaluation, which
+            needs rows; a stream is sharded over another number of processes than there are; or the objective's
+            temperature is not that of the stream's targets.
         TokenizerMismatch: the `processing_class` is not the tokenizer of the stream.
         ModelInvalid, VocabularyMismatch: as in `accept_targets`.
     """
@@ -88,37 +88,37 @@ class SoftLabelTraining:
         self._measured = [0.0, 0.0]
         if isinstance(data := self.train_dataset, ShardedBatches):
             _check_stream(self, data, objective)
-            self.args.ignore_data_skip = True  # the data is set to its place, and need not be read up to it
+            self.args.ignore_data_skip = True  # the stream is set to its position, without reading up to it
             self._epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else None
             self._first_epoch = 0
-            self.add_callback(_KeepPlace(self))
+            self.add_callback(_SavePosition(self))
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
-        """A new model, which takes targets."""
+        """A new model that accepts targets."""
         parent: Any = super()
         model = parent.call_model_init(*args, **kwargs)
         self._accept(model)
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As Trainer's. Raises ResumeMismatch for a checkpoint of other data, or of another order of it."""
+        """As Trainer's. Raises ResumeMismatch for a checkpoint of other data, or of another order of the same data."""
         parent: Any = super()
         if isinstance(self.train_dataset, ShardedBatches):
             folder: Any = resume_from_checkpoint
             if resume_from_checkpoint is True:
                 folder = get_last_checkpoint(self.args.output_dir)
-            self._take_up(Path(folder) if folder else None)
+            self._resume(Path(folder) if folder else None)
         return parent.train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _take_up(self, checkpoint: Path | None) -> None:
-        """Set the stream to its place, and `max_steps` to the steps that were taken and those that are left."""
+    def _resume(self, checkpoint: Path | None) -> None:
+        """Set the stream to its position, and `max_steps` to the steps taken before plus those that remain."""
         data, taken = self.train_dataset, 0
         if checkpoint is None:
-            if self._stream is not None:  # an earlier training, whose workers alone have moved
-                data.load_state_dict(self._stream.place)
+            if self._stream is not None:  # after an earlier training only its workers' copies have advanced
+                data.load_state_dict(self._stream.position)
             self._first_epoch = data.state_dict()["epoch"]
         else:
-            saved = json.loads((checkpoint / _PLACE).read_text())
+            saved = json.loads((checkpoint / _POSITION_FILE).read_text())
             data.load_state_dict(saved["stream"])
             if saved["digest"] != data.digest:
                 raise ResumeMismatch(saved=saved["digest"], current=data.digest, what="content")
@@ -129,7 +129,7 @@ class SoftLabelTraining:
             self.args.max_steps = taken + math.ceil(self._batches_left / self.args.gradient_accumulation_steps)
 
     def get_train_dataloader(self) -> Any:
-        """Of a stream, a loader over all epochs that nothing deals again; else Trainer's own."""
+        """For a stream, a loader over all epochs that is not sharded again; else Trainer's own."""
         parent: Any = super()
         if not isinstance(self.train_dataset, ShardedBatches):
             return parent.get_train_dataloader()
@@ -142,12 +142,12 @@ class SoftLabelTraining:
             prefetch_factor=self.args.dataloader_prefetch_factor,
             persistent_workers=workers > 0,
         )
-        self._stream.place = self.train_dataset.state_dict()
+        self._stream.position = self.train_dataset.state_dict()
         self._stream.num_left = self._batches_left
         return self._stream
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
-        """Batches of a step, and the weight of their labels over all processes, which need not be a whole number."""
+        """Batches of a step, and the weight of their labels over all processes, which need not be an integer."""
         parent: Any = super()
         batches, _ = parent.get_batch_samples(epoch_iterator, num_batches, device)
         moved = [{"position_weights": mean_weights(batch).to(device)} for batch in batches]
@@ -160,9 +160,9 @@ class SoftLabelTraining:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """A batch's share of the step's mean, times the number of processes, whose gradients are averaged.
+        """A batch's part of the step's mean, times the number of processes, because gradients are averaged over them.
 
-        Where there is no step, as in evaluation, the mean of the batch.
+        Outside a training step, as in evaluation, the mean of the batch.
         """
         training = model.training
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch if training else None)
@@ -177,7 +177,7 @@ class SoftLabelTraining:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As Trainer's, whose mean over batches becomes the mean over labels by their weights."""
+        """As Trainer's, but with the mean over labels by their weights instead of the mean over batches."""
         parent: Any = super()
         self._measured = [0.0, 0.0]
         output = parent.evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -191,7 +191,7 @@ class SoftLabelTraining:
     def prediction_step(
         self, model: Any, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """The mean of a batch; there are no logits. Rows with which accelerate fills the last batch do not count."""
+        """The mean of a batch, without logits. Rows that accelerate repeats to fill the last batch do not count."""
         inputs = self._without_repeats(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             total = model(**inputs, num_items_in_batch=1.0).loss
@@ -200,9 +200,12 @@ class SoftLabelTraining:
         return total / torch.where(weight > 0, weight, 1.0), None, None
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """In the last batch of a loader, whose first rows of all processes' are not repeated: others without weight."""
-        dealt = self.accelerator.gradient_state
-        if not dealt.end_of_dataloader or dealt.remainder <= 0:
+        """The inputs with weight zero for the rows that accelerate repeats to fill a loader's last batch.
+
+        Of the rows of all processes together, in order of rank, only the first `remainder` are not repeated.
+        """
+        loader = self.accelerator.gradient_state
+        if not loader.end_of_dataloader or loader.remainder <= 0:
             return inputs
         if (starts := inputs.get("cu_seq_lens_q")) is not None:
             row = torch.searchsorted(starts[1:].long(), inputs["positions"], right=True)
@@ -210,7 +213,7 @@ class SoftLabelTraining:
         else:
             num_rows, length = inputs["input_ids"].shape
             row = inputs["positions"] // length
-        counts = row + self.accelerator.process_index * num_rows < dealt.remainder
+        counts = row + self.accelerator.process_index * num_rows < loader.remainder
         weights: dict[str, Any] = {
             name: inputs[name] * counts for name in ("position_weights", "counted") if name in inputs
         }
@@ -218,7 +221,7 @@ class SoftLabelTraining:
 
 
 def _refuse_overridden(trainer: SoftLabelTraining) -> None:
-    """Refuse what the loss on targets takes the place of, and evaluation on a stream. Raises ValueError."""
+    """Raise ValueError for arguments that the loss on targets overrides, and for evaluation on a stream."""
     arguments = trainer.args
     if arguments.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor={arguments.label_smoothing_factor} has no effect on targets; give 0")
@@ -232,57 +235,59 @@ def _refuse_overridden(trainer: SoftLabelTraining) -> None:
 
 
 def _check_stream(trainer: SoftLabelTraining, data: ShardedBatches, objective: Objective) -> None:
-    """Refuse a stream that is not what the trainer takes it for. Raises ValueError, TokenizerMismatch."""
+    """Raise ValueError or TokenizerMismatch for a stream that does not fit the trainer."""
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(trainer.args, name) == "epoch":
             raise ValueError(f'{name}="epoch": Trainer counts all epochs of a stream as one; give "steps"')
     processes = trainer.accelerator.num_processes
-    if data.place[1] != processes:
-        raise ValueError(f"the stream is dealt to {data.place[1]} processes, there are {processes}; leave out its rank")
+    if data.world_size != processes:
+        problem = f"the stream is sharded over {data.world_size} processes, there are {processes}"
+        raise ValueError(f"{problem}; make it without rank and world_size")
     sets = data.sets if isinstance(data, SoftLabelMix) else (data,)
-    for one in sets:
-        assert isinstance(one, SoftLabelDataset), "batches of targets come from such data sets"
-        if objective.temperature != 1 and (one.alpha > 0 or one.temperature != objective.temperature):
-            problem = f"targets of temperature {one.temperature} and alpha {one.alpha}, the objective has temperature"
-            raise ValueError(f"{one.uri}: {problem} {objective.temperature}; it needs targets of its own, and alpha 0")
+    for target_set in sets:
+        assert isinstance(target_set, SoftLabelDataset), "batches of targets come from such data sets"
+        alpha, temperature, uri = target_set.alpha, target_set.temperature, target_set.uri
+        if objective.temperature != 1 and (alpha > 0 or temperature != objective.temperature):
+            problem = f"targets of temperature {temperature} and alpha {alpha}, the objective has temperature"
+            raise ValueError(f"{uri}: {problem} {objective.temperature}; it needs targets of its own, and alpha 0")
         if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
             tokenizer = wrap_tokenizer(trainer.processing_class, name="processing_class")
-            print_of = one.metadata.tokenizer_fingerprint
-            check_tokenizer(tokenizer, model="the Trainer", data=one.uri, data_fingerprint=print_of)
+            fingerprint = target_set.metadata.tokenizer_fingerprint
+            check_tokenizer(tokenizer, model="the Trainer", data=uri, data_fingerprint=fingerprint)
 
 
 class _Stream(DataLoader[Any]):
-    """Features of this rank's batches, epoch after epoch, to an end if there is one.
+    """Features of this rank's batches, epoch after epoch, up to `num_left` batches.
 
-    After the last, copies of it without weight fill up its step.
+    After the last batch, copies of it with weight zero complete its step.
     """
 
     dataset: ShardedBatches
-    place: StreamState
+    position: StreamState
     """State after the batch that was given last."""
     num_left: int | None = None
-    """Batches to give before the end; None: without an end."""
+    """Batches to give before the end; None: no end."""
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is what Trainer asks for
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Trainer expects a generator
         batch = None
         while self.num_left is None or self.num_left > 0:
             for batch in super().__iter__():
-                self.place = self.dataset.state_after(batch)
+                self.position = self.dataset.state_after(batch)
                 yield batch.features()
                 if self.num_left is not None:
                     self.num_left -= 1
                     if self.num_left == 0:
                         break
-            self.dataset.load_state_dict(self.place)
+            self.dataset.load_state_dict(self.position)
         while batch is not None:
             yield batch.without_weight().features()
 
     def __len__(self) -> int:
-        raise TypeError("what is left is counted in steps")
+        raise TypeError("the length of a stream is counted in steps")
 
 
-class _KeepPlace(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """Writes beside each checkpoint how far the data has been trained on."""
+class _SavePosition(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+    """Writes the position in the data to each checkpoint."""
 
     def __init__(self, trainer: SoftLabelTraining) -> None:
         self._trainer = trainer
@@ -291,9 +296,9 @@ class _KeepPlace(TrainerCallback):  # type: ignore[misc]  # transformers has no 
         stream = self._trainer._stream
         if state.is_world_process_zero and stream is not None:
             saved = {
-                "stream": stream.place,
+                "stream": stream.position,
                 "digest": stream.dataset.digest,
                 "first_epoch": self._trainer._first_epoch,
             }
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / _PLACE).write_text(json.dumps(saved))
+            (folder / _POSITION_FILE).write_text(json.dumps(saved))

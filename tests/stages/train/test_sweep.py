@@ -67,7 +67,7 @@ def test_the_table_stands_in_the_report_the_status_and_the_summary(swept, capsys
     assert "trainings on this very hold-out, which favours it" in page
     assert "the best of 4 trainings on this very hold-out, which favours it" in render_summary(outcome)
     card = (path.parent / "out" / "adapter" / outcome.trained.adapter.folder / "README.md").read_text()
-    assert "One of 4 trainings, of which the best on this very hold-out is taken" in card
+    assert "One of 4 trainings. The best on this hold-out was chosen" in card
     assert main(["status", outcome.out]) == 0
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if line.startswith(("*", "  ")) and "0.5" in line]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softshard.finetune.loss.projection import Buffers, Readout, accumulation, positions_with_weight, projected
+from softshard.finetune.loss.projection import Buffers, OutputLayer, accumulation, chunked_loss, positions_with_weight
 from softshard.models.decoder import PLAIN_LOGITS, LogitTransform, LowRank
 
 __all__ = ["dense_kl"]
@@ -38,8 +38,8 @@ def dense_kl(
     Raises:
         ValueError: sizes do not fit together, or the output matrix is trained, so that the base does not share it.
     """
-    readout = Readout(weight, bias, transform, 1.0, num_valid, chunk_positions, low_rank)
-    readout.check(hidden)
+    output_layer = OutputLayer(weight, bias, transform, 1.0, num_valid, chunk_positions, low_rank)
+    output_layer.check(hidden)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("the output layer is trained, so it is not the base's")
     if base_hidden.shape != hidden.shape:
@@ -50,13 +50,13 @@ def dense_kl(
     num = len(hidden) if kept is None else len(kept)
     target = _DenseTarget(
         hidden=base_hidden.detach(),
-        readout=readout,
-        buffers=readout.buffers(num, kind),
+        output_layer=output_layer,
+        buffers=output_layer.buffers(num, kind),
         scratch=torch.empty((2, min(chunk_positions, num), num_valid), dtype=kind, device=hidden.device),
         positions=positions.to(kind),
         kept=torch.arange(num, device=hidden.device) if kept is None else kept,
     )
-    return projected(hidden, readout, target.loss, kept=kept)
+    return chunked_loss(hidden, output_layer, target.loss, kept=kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class _DenseTarget:
     """Hidden states of the base, the shared output layer, and the loss of a chunk of positions."""
 
     hidden: Tensor
-    readout: Readout
+    output_layer: OutputLayer
     buffers: Buffers
     scratch: Tensor
     """[2, chunk, V]"""
@@ -77,7 +77,7 @@ class _DenseTarget:
         """Summed loss of the kept positions [start, stop); their logits become the slopes."""
         rows = self.kept[start:stop]
         probability, own = self.scratch[:, : stop - start]
-        base = self.readout.logits(self.hidden[rows], self.buffers)
+        base = self.output_layer.logits(self.hidden[rows], self.buffers)
         _log_softmax(base, probability)
         _log_softmax(logits, own)
         scale = self.positions[rows]

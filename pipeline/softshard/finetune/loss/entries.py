@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softshard.data.sparse_targets import SparseTargets
-from softshard.finetune.loss.projection import Readout, accumulation, positions_with_weight
+from softshard.finetune.loss.projection import OutputLayer, accumulation, positions_with_weight
 
 __all__ = ["ChunkEntries", "ChunkedTargets"]
 
@@ -51,18 +51,18 @@ class ChunkedTargets:
     """[M] int64 indices of these positions; None: all positions."""
 
     @classmethod
-    def of(cls, targets: SparseTargets, *, hidden: Tensor, readout: Readout) -> ChunkedTargets:
-        """Check that the targets fit the hidden states and the readout.
+    def of(cls, targets: SparseTargets, *, hidden: Tensor, output_layer: OutputLayer) -> ChunkedTargets:
+        """Check that the targets fit the hidden states and the output layer.
 
         Raises:
-            ValueError: sizes do not fit together, or an id is not below the readout's `num_valid`.
+            ValueError: sizes do not fit together, or an id is not below the output layer's `num_valid`.
         """
-        readout.check(hidden)
+        output_layer.check(hidden)
         if len(targets.entry_offsets) != len(hidden) + 1:
             problem = f"{len(targets.entry_offsets)} offsets for {len(hidden)} positions"
             raise ValueError(f"{problem}, there must be one more than positions")
-        if len(targets.entry_ids) and (highest := int(targets.entry_ids.max())) >= readout.num_valid:
-            raise ValueError(f"entry id {highest} is not in the vocabulary of {readout.num_valid}")
+        if len(targets.entry_ids) and (highest := int(targets.entry_ids.max())) >= output_layer.num_valid:
+            raise ValueError(f"entry id {highest} is not in the vocabulary of {output_layer.num_valid}")
         kind = accumulation(hidden)
         targets = replace(
             targets,
@@ -76,7 +76,7 @@ class ChunkedTargets:
             targets=targets,
             counts=targets.entry_offsets.diff(),
             bounds=targets.entry_offsets.tolist(),
-            scale=targets.position_weights * readout.temperature**2,
+            scale=targets.position_weights * output_layer.temperature**2,
             kept=kept,
         )
 

@@ -25,14 +25,14 @@ from torch.autograd.function import once_differentiable
 
 from softshard.models.decoder import LogitTransform, LowRank
 
-__all__ = ["ChunkLoss", "Readout", "accumulation", "positions_with_weight", "projected"]
+__all__ = ["ChunkLoss", "OutputLayer", "accumulation", "chunked_loss", "positions_with_weight"]
 
 ChunkLoss = Callable[[Tensor, int, int], Tensor]
 """Returns the loss of the kept positions [start, stop) from their logits [c, V], which it replaces by their slopes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Readout:
+class OutputLayer:
     """From hidden states to logits: z = transform(W h + b + B u) / temperature, for the first `num_valid` tokens; u and
     B are the features and the factor of a low-rank adapter, if there is one."""
 
@@ -119,18 +119,18 @@ class Buffers:
     """[c, num_valid] tanh of the capped logits; None without a cap."""
 
 
-def projected(hidden: Tensor, readout: Readout, loss: ChunkLoss, *, kept: Tensor | None) -> Tensor:
+def chunked_loss(hidden: Tensor, output_layer: OutputLayer, loss: ChunkLoss, *, kept: Tensor | None) -> Tensor:
     """Summed loss of some positions, differentiable in hidden states, matrix, bias, and the adapter's two halves.
 
     `kept` [M] int64 are the positions that count, ascending; None: all. The others are never read or projected, and
     their gradient is 0.
     """
-    inputs = (hidden, readout.weight, readout.bias, *(readout.low_rank or (None, None)))
+    inputs = (hidden, output_layer.weight, output_layer.bias, *(output_layer.low_rank or (None, None)))
     tracked = torch.is_grad_enabled()
     wanted = tuple(tracked and x is not None and x.requires_grad for x in inputs)
     with torch.autocast(hidden.device.type, enabled=False):
-        apply: Callable[..., Tensor] = _Projected.apply
-        return apply(*inputs, readout, loss, kept, wanted)
+        apply: Callable[..., Tensor] = _ChunkedLoss.apply
+        return apply(*inputs, output_layer, loss, kept, wanted)
 
 
 def positions_with_weight(weights: Tensor) -> Tensor | None:
@@ -144,8 +144,8 @@ def accumulation(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-class _Projected(torch.autograd.Function):
-    """Sum of a loss of a readout, with its gradients."""
+class _ChunkedLoss(torch.autograd.Function):
+    """A summed loss over an output layer, with its gradients."""
 
     @staticmethod
     def forward(
@@ -155,23 +155,23 @@ class _Projected(torch.autograd.Function):
         bias: Tensor | None,
         features: Tensor | None,
         factor: Tensor | None,
-        readout: Readout,
+        output_layer: OutputLayer,
         chunk_loss: ChunkLoss,
         kept: Tensor | None,
         wanted: tuple[bool, ...],
     ) -> Tensor:
-        num, step = len(hidden) if kept is None else len(kept), readout.chunk_positions
-        gradients = _Gradients.zeros(hidden, readout, wanted)
-        buffers = readout.buffers(num, accumulation(hidden))
+        num, step = len(hidden) if kept is None else len(kept), output_layer.chunk_positions
+        gradients = _Gradients.zeros(hidden, output_layer, wanted)
+        buffers = output_layer.buffers(num, accumulation(hidden))
         loss = torch.zeros((), dtype=buffers.logits.dtype, device=hidden.device)
         for start in range(0, num, step):
             stop = min(start + step, num)
             rows: slice | Tensor = slice(start, stop) if kept is None else kept[start:stop]
             part, low = hidden[rows], None if features is None else features[rows]
-            logits = readout.logits(part, buffers, low)
+            logits = output_layer.logits(part, buffers, low)
             loss += chunk_loss(logits, start, stop)
             if any(wanted):
-                slopes = readout.to_product(logits, buffers)
+                slopes = output_layer.to_product(logits, buffers)
                 gradients.add_low_rank(slopes, low, rows)
                 gradients.add(slopes, part, rows, buffers)
         ctx.save_for_backward(*gradients.of_their_types())
@@ -196,33 +196,33 @@ class _Gradients:
     bias: Tensor | None
     features: Tensor | None
     factor: Tensor | None
-    readout: Readout
+    output_layer: OutputLayer
 
     @classmethod
-    def zeros(cls, hidden: Tensor, readout: Readout, wanted: tuple[bool, ...]) -> _Gradients:
-        kind, bias = accumulation(hidden), readout.bias
-        features, factor = readout.low_rank or (None, None)
+    def zeros(cls, hidden: Tensor, output_layer: OutputLayer, wanted: tuple[bool, ...]) -> _Gradients:
+        kind, bias = accumulation(hidden), output_layer.bias
+        features, factor = output_layer.low_rank or (None, None)
         return cls(
             hidden=torch.zeros_like(hidden) if wanted[0] else None,
-            weight=torch.zeros_like(readout.weight, dtype=kind) if wanted[1] else None,
+            weight=torch.zeros_like(output_layer.weight, dtype=kind) if wanted[1] else None,
             bias=torch.zeros_like(bias, dtype=kind) if bias is not None and wanted[2] else None,
             features=torch.zeros_like(features) if features is not None and wanted[3] else None,
             factor=torch.zeros_like(factor, dtype=kind) if factor is not None and wanted[4] else None,
-            readout=readout,
+            output_layer=output_layer,
         )
 
     def add_low_rank(self, slopes: Tensor, features: Tensor | None, rows: slice | Tensor) -> None:
         """Add a chunk's gradients of the adapter's halves; `slopes` are against its products, `rows` its positions."""
-        num_valid = self.readout.num_valid
-        if self.features is not None and self.readout.low_rank is not None:
-            factor = self.readout.low_rank.factor[:num_valid].to(slopes.dtype)
+        num_valid = self.output_layer.num_valid
+        if self.features is not None and self.output_layer.low_rank is not None:
+            factor = self.output_layer.low_rank.factor[:num_valid].to(slopes.dtype)
             self.features[rows] = (slopes @ factor).to(self.features.dtype)
         if self.factor is not None and features is not None:
             self.factor[:num_valid].addmm_(slopes.T, features.to(slopes.dtype))
 
     def add(self, slopes: Tensor, hidden: Tensor, rows: slice | Tensor, buffers: Buffers) -> None:
         """Add a chunk's other gradients; `slopes` are against its products, `hidden` its hidden states."""
-        matrix, num_valid = self.readout.weight, self.readout.num_valid
+        matrix, num_valid = self.output_layer.weight, self.output_layer.num_valid
         if self.bias is not None:
             self.bias[:num_valid] += slopes.sum(dim=0)
         if buffers.product is not None:
@@ -236,12 +236,12 @@ class _Gradients:
 
     def of_their_types(self) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, matrix, bias, features and factor, each in the type of its tensor."""
-        readout = self.readout
-        factor = None if readout.low_rank is None else readout.low_rank.factor
+        output_layer = self.output_layer
+        factor = None if output_layer.low_rank is None else output_layer.low_rank.factor
         return (
             self.hidden,
-            None if self.weight is None else self.weight.to(readout.weight.dtype),
-            None if self.bias is None or readout.bias is None else self.bias.to(readout.bias.dtype),
+            None if self.weight is None else self.weight.to(output_layer.weight.dtype),
+            None if self.bias is None or output_layer.bias is None else self.bias.to(output_layer.bias.dtype),
             self.features,
             None if self.factor is None or factor is None else self.factor.to(factor.dtype),
         )

@@ -11,7 +11,7 @@ from softshard.config.train import Divergence
 from softshard.data.sparse_targets import SparseTargets
 from softshard.finetune.loss.divergences import DIVERGENCES
 from softshard.finetune.loss.entries import ChunkedTargets
-from softshard.finetune.loss.projection import Readout, projected
+from softshard.finetune.loss.projection import OutputLayer, chunked_loss
 from softshard.models.decoder import PLAIN_LOGITS, LogitTransform, LowRank
 
 __all__ = ["sparse_divergence", "sparse_kl"]
@@ -106,6 +106,6 @@ def sparse_divergence(
     Raises:
         ValueError: as in `sparse_kl`, or beta is out of its range.
     """
-    readout = Readout(weight, bias, transform, temperature, num_valid, chunk_positions, low_rank)
-    chunked = ChunkedTargets.of(targets, hidden=hidden, readout=readout)
-    return projected(hidden, readout, DIVERGENCES[divergence](chunked, jsd_beta), kept=chunked.kept)
+    output_layer = OutputLayer(weight, bias, transform, temperature, num_valid, chunk_positions, low_rank)
+    chunked = ChunkedTargets.of(targets, hidden=hidden, output_layer=output_layer)
+    return chunked_loss(hidden, output_layer, DIVERGENCES[divergence](chunked, jsd_beta), kept=chunked.kept)
