@@ -50,7 +50,7 @@ def direct(sequences):
 @pytest.fixture(scope="module")
 def engine():
     settings = TeacherSettings(model="m", device="cpu", batch_tokens=512)
-    identity = engine_identity(settings, weights="w", adapters=[])
+    identity = engine_identity(settings, context_tokens=512, weights="w", adapters=[])
     return TransformersTeacher(FOLDER, adapters=(), identity=identity, device="cpu", vocab_size=VOCAB)
 
 

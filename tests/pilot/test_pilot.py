@@ -64,7 +64,8 @@ def some_sequences(count, *, length=30):
 
 
 def engine(model, *, adapters=()):
-    identity = engine_identity(TeacherSettings(model="m", device="cpu", batch_tokens=128), weights="w", adapters=[])
+    settings = TeacherSettings(model="m", device="cpu", batch_tokens=128)
+    identity = engine_identity(settings, context_tokens=512, weights="w", adapters=[])
     return TransformersTeacher(model, adapters=adapters, identity=identity, device="cpu", vocab_size=VOCAB)
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from softshard.cli import main
 from softshard.config import TeacherSettings, VllmSettings
+from softshard.config.teacher import ENGINE_NAMES
 from softshard.errors import EngineDiffers, EngineMissing
 from softshard.teacher import vllm_engine
-from softshard.teacher.engines import refuse_other_engine, run_teacher_identity, teacher_identity
+from softshard.teacher.engines import find_engine, refuse_other_engine, run_teacher_identity, teacher_identity
 
 VLLM = TeacherSettings(model="m", engine="vllm", device="cpu", vllm=VllmSettings(chunk_rows=64, kv_cache_gib=2))
 OTHER = TeacherSettings(model="m", device="cpu")
@@ -25,6 +26,19 @@ def installed(monkeypatch):
 def missing(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+
+
+@pytest.mark.parametrize("name", ENGINE_NAMES)
+def test_every_engine_that_a_job_can_name_is_one_module(name):
+    engine = find_engine(name)
+    assert isinstance(engine.AVERAGES_ADAPTERS, bool)
+    assert all(callable(getattr(engine, given)) for given in ("process_identity", "engine_identity", "open_engine"))
+
+
+def test_the_command_takes_the_engines_of_a_job_and_no_other(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["verify", str(tmp_path), "--against-teacher", "1", "--engine", "other"])
+    assert "'other' is not an engine; choose from transformers, vllm" in capsys.readouterr().err
 
 
 def test_every_setting_of_the_engine_is_in_its_identity(installed):

@@ -46,7 +46,7 @@ def sequences(lengths=(40, 7, 2, 23, 40), *, first_labels=None):
 
 def engine(folder, *, adapters=(), batch_tokens=128, dtype="float32", vocab_size=VOCAB):
     settings = TeacherSettings(model="m", device="cpu", dtype=dtype, batch_tokens=batch_tokens)
-    identity = engine_identity(settings, weights="w", adapters=[])
+    identity = engine_identity(settings, context_tokens=512, weights="w", adapters=[])
     return TransformersTeacher(folder, adapters=adapters, identity=identity, device="cpu", vocab_size=vocab_size)
 
 

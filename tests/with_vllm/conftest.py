@@ -34,7 +34,7 @@ def scheduler() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model of all tests with heads of 32: vLLM's attention on a CPU knows no smaller ones."""
-    from tiny_decoders import save_decoder
+    from fakes.tiny_decoders import save_decoder
 
     folder = save_decoder(tmp_path_factory.mktemp("tiny") / "model", "Qwen2")
     for file in tiny_model.glob("tokenizer*"):

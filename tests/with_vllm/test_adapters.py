@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_decoders import VOCAB, dense, direct_logprobs, open_vllm, some_sequences
 from transformers import AutoModelForCausalLM
 
+from fakes.tiny_decoders import VOCAB, dense, direct_logprobs, open_vllm, some_sequences
 from softshard.config import FullSketch, TeacherSettings
 from softshard.errors import AdapterNotApplied
 from softshard.teacher.engines import open_teacher, teacher_identity

@@ -6,8 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_decoders import FAMILIES, VOCAB, dense, direct_logprobs, drawn, open_vllm, save_decoder, some_sequences
 
+from fakes.tiny_decoders import (
+    FAMILIES,
+    SPANS,
+    VOCAB,
+    dense,
+    direct_logprobs,
+    drawn,
+    open_vllm,
+    save_decoder,
+    some_sequences,
+)
 from softshard.config import FullSketch, TeacherSettings, ThresholdSketch
 from softshard.models import load_tokenizer
 from softshard.sketch.types import TokenSequence
@@ -23,7 +33,7 @@ SMOLLM2 = Path(__file__).parents[2] / ".cache/materials/SmolLM2-135M-Instruct"
 def scored(request, tmp_path_factory):
     """Sequences, their log-probabilities by a direct pass, and what the engine made of them at once."""
     folder = save_decoder(tmp_path_factory.mktemp("family") / request.param, request.param)
-    sequences = some_sequences(first_labels=[1, 3, 1, 20, 22, 5])
+    sequences = some_sequences(spans=SPANS)
     # Small chunks of rows and pieces of 32 tokens: every seam that a long sequence has is in these short ones.
     teacher = open_vllm(folder, max_num_batched_tokens=32, max_num_seqs=4, chunk_rows=16)
     sketches = (FullSketch(kind="full"), ThresholdSketch(tau=TAU, draws=3), FullSketch(kind="full", temperature=2.0))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_decoders import FAMILIES, open_vllm, save_decoder
 
+from fakes.tiny_decoders import FAMILIES, open_vllm, save_decoder
 from softshard.errors import ArchitectureUnsupported
 from softshard.teacher.vllm_pooler import PREFIX, make_teacher, register, teacher_class
 

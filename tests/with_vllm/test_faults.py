@@ -18,9 +18,9 @@ import psutil
 import pytest
 import torch
 import transformers
-from tiny_decoders import FAMILIES, open_vllm
 from transformers import AutoModelForCausalLM
 
+from fakes.tiny_decoders import FAMILIES, open_vllm
 from softshard.cli import main
 from softshard.config.job_file import load_job
 from softshard.corpus.manifest import read_corpus_manifest

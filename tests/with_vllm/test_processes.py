@@ -8,8 +8,8 @@ import signal
 
 import numpy as np
 import pytest
-from tiny_decoders import dense, direct_logprobs, open_vllm, save_decoder, some_sequences
 
+from fakes.tiny_decoders import dense, direct_logprobs, open_vllm, save_decoder, some_sequences
 from softshard.config import FullSketch, ThresholdSketch
 from softshard.errors import EngineFailed
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_decoders import VOCAB, dense, drawn, open_vllm, save_decoder, some_sequences
 from transformers import AutoModelForCausalLM
 
+from fakes.tiny_decoders import SPANS, VOCAB, dense, drawn, open_vllm, save_decoder, some_sequences
 from softshard.config import FullSketch, ThresholdSketch
 from softshard.errors import EngineFailed, JobInvalid, LogitsInvalid, ModelInvalid
 from softshard.teacher import vllm_engine, vllm_pooler
@@ -54,6 +54,32 @@ def test_a_sequence_taken_in_pieces_has_the_same_targets(folder, teacher):
     assert_same_but_for_noise(in_pieces, whole)
     assert other_sums.num_labels == sums.num_labels == sum(sequence.num_labels for sequence in sequences)
     assert other_sums.squared_error == pytest.approx(sums.squared_error, rel=1e-3)
+
+
+def test_labels_with_context_between_them_have_the_targets_that_they_have_in_full(teacher):
+    some = some_sequences(spans=SPANS)
+    whole, _ = teacher.score(some_sequences(), sketch=ThresholdSketch(), seed=4)
+    parts, sums = teacher.score(some, sketch=ThresholdSketch(), seed=4)
+    assert sums.num_labels == sum(sequence.num_labels for sequence in some)
+    for sequence, complete, part in zip(some, whole, parts, strict=True):
+        rows = sequence.positions
+        np.testing.assert_allclose(part.label_logprob, complete.label_logprob[rows], atol=2e-5)
+        assert np.mean(part.tail_count == complete.tail_count[rows]) > 0.98
+        tails = np.split(complete.tail_ids, np.cumsum(complete.tail_count)[:-1])
+        assert np.isin(part.tail_ids, np.concatenate([tails[row] for row in rows])).mean() > 0.98
+
+
+def test_context_is_never_projected(teacher, monkeypatch):
+    sequences, projected = some_sequences(spans=SPANS), []
+    real = vllm_pooler.sketch_rows
+
+    def sketched(rows, **named):
+        projected.append(len(rows))
+        return real(rows, **named)
+
+    monkeypatch.setattr(vllm_pooler, "sketch_rows", sketched)
+    teacher.score(sequences, sketch=ThresholdSketch(), seed=4)
+    assert sum(projected) == sum(sequence.num_labels for sequence in sequences) == 119
 
 
 def test_a_sequence_may_be_as_long_as_the_engine_and_no_longer(teacher):

@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_decoders import VOCAB, save_decoder
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from fakes.students import adapted
+from fakes.tiny_decoders import VOCAB, save_decoder
 from softshard.config import LoraSettings
 from softshard.finetune.adapters.kinds import merge_adapter, save_adapter
 from softshard.models import load_model

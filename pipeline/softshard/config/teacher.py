@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
 from softshard.config.adapter import DataType, Device, LoraSettings, OptimizerSettings
 from softshard.config.base import Settings
 
-__all__ = [
-    "TeacherSettings",
-    "VllmSettings",
-]
+__all__ = ["ENGINE_NAMES", "EngineName", "TeacherSettings", "VllmSettings"]
+
+EngineName = Literal["transformers", "vllm"]
+"""The engines; `softshard.teacher.NAME_engine` is the module of each."""
+ENGINE_NAMES: tuple[str, ...] = get_args(EngineName)
 
 
 class VllmSettings(Settings):
-    """How vLLM runs the teacher; for `engine: vllm` alone. All of it goes into the parts' ids."""
+    """How vLLM runs the teacher; only for `engine: vllm`. Every value is part of the parts' ids."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs of one engine, over which each layer is split."""
@@ -52,7 +53,7 @@ class TeacherSettings(Settings):
     """Folder or hub name (`name`, `owner/name`) of a causal language model."""
     revision: str | None = None
     """Revision on the hub."""
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: EngineName = "transformers"
     """What runs the model."""
     device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""

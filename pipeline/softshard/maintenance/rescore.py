@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softshard.config import SketchSettings
+from softshard.config.teacher import EngineName
 from softshard.errors import JobInvalid, ModelInvalid
 from softshard.output.workspace import Workspace, read_owner, saved_job
 from softshard.pilot.measure import spread
@@ -31,7 +31,6 @@ from softshard.telemetry import Reporter
 
 __all__ = ["Rescored", "compare", "rescore"]
 
-Engine = Literal["transformers", "vllm"]
 _LEAST_NOISE_NATS = {"float32": 1e-3, "bfloat16": 0.5}
 """Measured between two engines: vLLM differed from transformers by at most 2e-5 in float32 and .22 in bfloat16."""
 _TIMES_NOISE = 4
@@ -70,7 +69,7 @@ class Rescored:
     """Labels and head entries that differ by more."""
 
 
-def rescore(out: str, reporter: Reporter, *, num: int, engine: Engine | None = None) -> Rescored:
+def rescore(out: str, reporter: Reporter, *, num: int, engine: EngineName | None = None) -> Rescored:
     """Score some stored sequences again and compare.
 
     Args:

@@ -1,30 +1,37 @@
-"""Which engine scores what: named before it is loaded, refused where it is another, opened.
+"""The engines by name: identified before they are loaded, refused where a worker has another, opened.
 
-A part's id goes by its engine's identity. With `engine: vllm` the hold-out of a style teacher in folds is scored by the
-transformers engine: its target is the mean of all adapters' distributions, position by position, and vLLM serves one
-set of merged weights at a time.
+Their names are those of `EngineName` in config, and each is one module that provides an `Engine`. A part's id depends
+on its engine's identity. The hold-out of a style teacher in folds is scored with the mean of all adapters'
+distributions, position by position. An engine that cannot average them, such as vLLM, which serves one set of merged
+weights at a time, leaves the hold-out to the transformers engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import cast
 
 from softshard.config import DataType, TeacherSettings
 from softshard.errors import EngineDiffers
-from softshard.teacher import transformers_engine, vllm_engine
-from softshard.teacher.protocol import Teacher, TeacherIdentity
+from softshard.teacher.protocol import Engine, Teacher, TeacherIdentity
 
-__all__ = ["open_teacher", "refuse_other_engine", "run_teacher_identity", "teacher_identity"]
+__all__ = ["find_engine", "open_teacher", "refuse_other_engine", "run_teacher_identity", "teacher_identity"]
 
-_PROCESS = {"transformers": transformers_engine.process_identity, "vllm": vllm_engine.process_identity}
+_AVERAGING = "transformers"
+"""Engine that scores with the mean of several adapters where the job's engine cannot."""
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of a name in `EngineName`. What it needs beyond softshard itself is not imported."""
+    return cast("Engine", import_module(f"softshard.teacher.{name}_engine"))
 
 
 def teacher_identity(
     settings: TeacherSettings, *, context_tokens: int, weights: str, adapters: Sequence[str]
 ) -> TeacherIdentity:
-    """Identity of the engine that scores with so many adapters, one or several that are averaged.
+    """Identity of the engine that scores with these adapters: none, one, or several that are averaged.
 
     Args:
         settings: the job's.
@@ -35,32 +42,35 @@ def teacher_identity(
     Raises:
         EngineMissing: the engine is not installed.
     """
-    if settings.engine == "vllm" and len(adapters) <= 1:
-        return vllm_engine.vllm_identity(settings, context_tokens=context_tokens, weights=weights, adapters=adapters)
-    return transformers_engine.engine_identity(settings, weights=weights, adapters=adapters)
+    engine = find_engine(settings.engine)
+    if len(adapters) > 1 and not engine.AVERAGES_ADAPTERS:
+        engine = find_engine(_AVERAGING)
+    return engine.engine_identity(settings, context_tokens=context_tokens, weights=weights, adapters=adapters)
 
 
 def run_teacher_identity(
     settings: TeacherSettings, *, context_tokens: int, weights: str, adapters: Sequence[str]
 ) -> TeacherIdentity:
-    """Identity for the manifest: of the job's engine, and where another scored the hold-out, of that as `holdout_*`."""
-    if settings.engine == "transformers":
-        return transformers_engine.engine_identity(settings, weights=weights, adapters=adapters)
-    identity = vllm_engine.vllm_identity(settings, context_tokens=context_tokens, weights=weights, adapters=adapters)
-    if len(adapters) > 1:
-        other = transformers_engine.engine_identity(settings, weights=weights, adapters=adapters)
-        identity |= {f"holdout_{name}": value for name, value in other.items() if identity.get(name) != value}
-    return identity
+    """Identity for the manifest: of the job's engine, and of the one that scored the hold-out where they differ.
+
+    The latter's values have the prefix `holdout_` and are given where they are not those of the job's engine.
+    """
+    identity = find_engine(settings.engine).engine_identity(
+        settings, context_tokens=context_tokens, weights=weights, adapters=adapters
+    )
+    holdout = teacher_identity(settings, context_tokens=context_tokens, weights=weights, adapters=adapters)
+    return identity | {f"holdout_{name}": value for name, value in holdout.items() if identity.get(name) != value}
 
 
 def refuse_other_engine(expected: TeacherIdentity, *, device: str) -> None:
-    """Refuse to score with another engine than the one that the part is named by.
+    """Refuse to score in a process whose engine is not the one that the parts' ids were made with.
 
     Raises:
         EngineDiffers: this process has another version or kind of device.
-        EngineMissing: it does not have the engine at all.
+        EngineMissing: the engine is not installed in this process.
     """
-    here = _PROCESS[str(expected["engine"])](device, cast("DataType", expected["dtype"]))
+    dtype = cast("DataType", expected["dtype"])
+    here = find_engine(str(expected["engine"])).process_identity(device, dtype)
     for what, actual in here.items():
         if actual != expected[what]:
             raise EngineDiffers(what=what, expected=str(expected[what]), actual=actual)
@@ -74,12 +84,9 @@ def open_teacher(
     Raises:
         EngineDiffers: this process has another version or kind of device.
         ModelInvalid: the engine cannot load the model.
-        ArchitectureUnsupported: vLLM cannot make a teacher of it.
+        ArchitectureUnsupported: vLLM cannot score with a model of this architecture.
         AdapterNotApplied: vLLM does not give the adapted model's distributions.
     """
     refuse_other_engine(identity, device=device)
-    if identity["engine"] == "vllm":
-        return vllm_engine.VllmTeacher(folder, adapters=adapters, identity=identity, vocab_size=vocab_size)
-    return transformers_engine.TransformersTeacher(
-        folder, adapters=adapters, identity=identity, device=device, vocab_size=vocab_size
-    )
+    engine = find_engine(str(identity["engine"]))
+    return engine.open_engine(folder, adapters=adapters, identity=identity, device=device, vocab_size=vocab_size)

@@ -1,22 +1,47 @@
-"""What every teacher engine does: sequences in, sketches out.
+"""What an engine provides, and what a teacher that it has opened does: sequences in, sketches out.
 
-Both engines reduce logits with `softshard.sketch.reduce.sketch_rows`, so their sketches agree within the numerical
-noise of the engine.
+All engines reduce logits with `softshard.sketch.reduce.sketch_rows`, so their sketches agree within the numerical noise
+of the engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
-from softshard.config import SketchSettings
+from softshard.config import DataType, SketchSettings, TeacherSettings
 from softshard.sketch.fidelity import FidelitySums
 from softshard.sketch.types import SequenceTargets, TokenSequence
 
-__all__ = ["Teacher", "TeacherIdentity"]
+__all__ = ["Engine", "Teacher", "TeacherIdentity"]
 
 TeacherIdentity = dict[str, str | int | float | list[str]]
-"""Everything of an engine that can change a bit of its logits; it goes into the part's id and metadata."""
+"""Everything about an engine that can change a bit of its logits; it is part of a part's id and metadata."""
+
+
+class Engine(Protocol):
+    """A kind of engine: the module `softshard.teacher.NAME_engine` has these functions and this constant."""
+
+    AVERAGES_ADAPTERS: bool
+    """Whether it can score with the mean of the distributions of several adapters."""
+
+    def process_identity(self, device: str, dtype: DataType) -> dict[str, str]:
+        """The part of an identity that depends on the process: versions, kind of device, type.
+
+        Raises:
+            EngineMissing: the engine is not installed.
+        """
+
+    def engine_identity(
+        self, settings: TeacherSettings, *, context_tokens: int, weights: str, adapters: Sequence[str]
+    ) -> TeacherIdentity:
+        """Identity of the engine, known before it is opened. `weights` and `adapters` are digests."""
+
+    def open_engine(
+        self, folder: Path, *, adapters: Sequence[Path], identity: TeacherIdentity, device: str, vocab_size: int
+    ) -> Teacher:
+        """Load a model with its adapters, none or one, or several where the engine averages them."""
 
 
 class Teacher(Protocol):
@@ -41,7 +66,7 @@ class Teacher(Protocol):
     def score_each(
         self, sequences: Sequence[TokenSequence], *, sketches: Sequence[SketchSettings], seed: int
     ) -> list[tuple[list[SequenceTargets], FidelitySums]]:
-        """What `score` gives with each of some settings, bit for bit, for one pass of the model."""
+        """The results of `score` with each of some settings, bit for bit, from one pass of the model."""
 
     def close(self) -> None:
-        """Give back what the engine holds; it scores no more."""
+        """Release the memory of the engine; it cannot score afterwards."""

@@ -1,7 +1,7 @@
 """The transformers engine: one model on one device, with no adapter, one, or several that are averaged.
 
-Sequences are batched by length under a token budget. The body runs once a batch and adapter; the output matrix, which
-makes the large tensor, is applied to a few positions at a time.
+Sequences are batched by length under a token budget. The body runs once per batch and adapter. The output matrix, whose
+product with the hidden states is the large tensor, is applied to the positions before labels alone, 256 at a time.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from softshard.sketch.join import concatenate, split_rows
 from softshard.sketch.philox import tail_uniforms
 from softshard.sketch.reduce import sketch_rows
 from softshard.sketch.types import SequenceTargets, TokenSequence
-from softshard.teacher.protocol import TeacherIdentity
+from softshard.teacher.protocol import Teacher, TeacherIdentity
 
-__all__ = ["TransformersTeacher", "engine_identity", "process_identity"]
+__all__ = ["AVERAGES_ADAPTERS", "TransformersTeacher", "engine_identity", "open_engine", "process_identity"]
 
+AVERAGES_ADAPTERS = True
 _ROWS_OF_LOGITS = 256
 
 
-def engine_identity(settings: TeacherSettings, *, weights: str, adapters: Sequence[str]) -> TeacherIdentity:
-    """Identity of this engine, known before it is loaded. `weights` and `adapters` are digests."""
+def engine_identity(
+    settings: TeacherSettings, *, context_tokens: int, weights: str, adapters: Sequence[str]
+) -> TeacherIdentity:
+    """See `Engine.engine_identity`; the context does not matter, since sequences are batched by their own lengths."""
     return {
         **process_identity(settings.device, settings.dtype),
         "num_threads": settings.num_threads,
@@ -41,7 +44,7 @@ def engine_identity(settings: TeacherSettings, *, weights: str, adapters: Sequen
 
 
 def process_identity(device: str, dtype: DataType) -> dict[str, str]:
-    """What of an identity depends on the process that asks."""
+    """See `Engine.process_identity`."""
     import transformers
 
     device = resolve_device(device)
@@ -54,8 +57,15 @@ def process_identity(device: str, dtype: DataType) -> dict[str, str]:
     }
 
 
+def open_engine(
+    folder: Path, *, adapters: Sequence[Path], identity: TeacherIdentity, device: str, vocab_size: int
+) -> Teacher:
+    """See `Engine.open_engine`."""
+    return TransformersTeacher(folder, adapters=adapters, identity=identity, device=device, vocab_size=vocab_size)
+
+
 class TransformersTeacher:
-    """A `Teacher` that runs a transformers model."""
+    """A `Teacher` that runs a model of transformers."""
 
     def __init__(
         self,
@@ -79,7 +89,7 @@ class TransformersTeacher:
         check_vocabulary(model=str(folder), model_size=size, data="the tokenizer", data_size=vocab_size)
 
     def close(self) -> None:
-        """Drop the model and give a device its memory back, which torch would keep from other processes."""
+        """Drop the model and free its memory on the device, which torch would otherwise keep for this process."""
         del self._model, self._decoder
         release_memory(self._device)
 
@@ -141,7 +151,7 @@ class TransformersTeacher:
     def _logits_of_each(
         self, states: list[Tensor], sketches: Sequence[SketchSettings]
     ) -> Iterator[tuple[int, Tensor, float]]:
-        """The place of each of the settings, and its `_logits`, computed once a temperature."""
+        """The index of each of the settings with its `_logits`, which are computed once per temperature."""
         for temperature in dict.fromkeys(sketch.temperature for sketch in sketches):
             logits, divisor = self._logits(states, temperature)
             for number, sketch in enumerate(sketches):
@@ -149,7 +159,10 @@ class TransformersTeacher:
                     yield number, logits, divisor
 
     def _logits(self, states: list[Tensor], temperature: float) -> tuple[Tensor, float]:
-        """Logits, and what they are still to be divided by; of several models, the log of the mean distribution."""
+        """Logits and the temperature that they must still be divided by.
+
+        For several adapters, the logarithm of the mean of their distributions at the temperature, and 1.
+        """
         if len(states) == 1:
             return self._decoder.logits(states[0]), temperature
         mean: Tensor | None = None

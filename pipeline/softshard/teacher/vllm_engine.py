@@ -1,8 +1,8 @@
-"""The vLLM engine: a decoder as a pooling model, whose pooler sketches inside the engine.
+"""The vLLM engine: a decoder as a pooling model, whose pooler makes the sketches inside the engine.
 
-In: sequences. Out: their targets, each of which left the engine as one tensor. vLLM batches as it likes, which moves
-the last bits of its logits, so here the same part id means the same settings, not the same bytes: the first committed
-part wins. vllm is imported by what needs it, when it is needed.
+The targets of a sequence leave the engine as one tensor. vLLM chooses its own batches, which changes the last bits of
+its logits, so here the same part id means the same settings and not the same bytes: the first committed part wins.
+vllm is imported only inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from softshard.models import (
 from softshard.sketch.fidelity import FidelitySums
 from softshard.sketch.types import SequenceTargets, TokenSequence
 from softshard.teacher.merged import check_canary, merged_model
-from softshard.teacher.protocol import TeacherIdentity
+from softshard.teacher.protocol import Teacher, TeacherIdentity
 from softshard.teacher.vllm_wire import unpack
 
-__all__ = ["LARGEST_FULL", "VllmTeacher", "process_identity", "vllm_identity"]
+__all__ = ["AVERAGES_ADAPTERS", "LARGEST_FULL", "VllmTeacher", "engine_identity", "open_engine", "process_identity"]
 
+AVERAGES_ADAPTERS = False
 LARGEST_FULL = 2**27
-"""Most entries of one sequence, labels times vocabulary, that a target of kind `full` may have: 1 GiB in one tensor."""
+"""Most entries, tokens times vocabulary, of one sequence with targets of kind `full`: 1 GiB in one tensor."""
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_END = 2.0
 _KILLED = "its process was killed; where nobody did that, the machine's memory ran out"
@@ -59,17 +60,13 @@ _SAME_NAME = (
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # vLLM would bind threads to all cores of its own choice, whatever else the machine does.
+    # vLLM would bind its threads to cores of its own choice, whatever else runs on the machine.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
 def process_identity(device: str, dtype: DataType) -> dict[str, str]:
-    """What of an identity depends on the process that asks.
-
-    Raises:
-        EngineMissing: vLLM is not installed.
-    """
+    """See `Engine.process_identity`."""
     import transformers
 
     device = resolve_device(device)
@@ -96,10 +93,10 @@ def _version() -> str:
     raise EngineMissing(engine="vllm")
 
 
-def vllm_identity(
+def engine_identity(
     settings: TeacherSettings, *, context_tokens: int, weights: str, adapters: Sequence[str]
 ) -> TeacherIdentity:
-    """Identity of this engine, known before it is loaded. `weights` and `adapters` are digests."""
+    """See `Engine.engine_identity`; every setting of `teacher.vllm` is part of it."""
     options = settings.vllm.model_dump(exclude_none=True)
     return {
         **process_identity(settings.device, settings.dtype),
@@ -112,11 +109,18 @@ def vllm_identity(
     }
 
 
+def open_engine(
+    folder: Path, *, adapters: Sequence[Path], identity: TeacherIdentity, device: str, vocab_size: int
+) -> Teacher:
+    """See `Engine.open_engine`. vLLM itself chooses among the devices that it sees; `identity` names their kind."""
+    return VllmTeacher(folder, adapters=adapters, identity=identity, vocab_size=vocab_size)
+
+
 class VllmTeacher:
-    """A `Teacher` that runs a model in vLLM, with no adapter, or with one merged into it."""
+    """A `Teacher` that runs a model in vLLM, with no adapter or with one that is merged into the model."""
 
     def __init__(self, folder: Path, *, adapters: Sequence[Path], identity: TeacherIdentity, vocab_size: int) -> None:
-        assert len(adapters) <= 1, "the mean of several adapters is the transformers engine's"
+        assert len(adapters) <= 1, "vLLM serves one set of merged weights at a time"
         self.identity = identity
         self._vocab_size = vocab_size
         self._longest = int(str(identity["max_model_len"]))
@@ -125,7 +129,7 @@ class VllmTeacher:
         if adapters:
             folder, canary = merged_model(folder, adapters[0], identity=identity, vocab_size=vocab_size)
         self._model = str(folder)
-        # A process that ends first waits for its children, and an engine that is one of them waits for orders for ever.
+        # At its end a process first waits for its children, and an engine among them would wait for requests forever.
         self._at_exit = Finalize(None, _end_children, args=(frozenset(active_children()),), exitpriority=0)
         self._llm: Any = _open(folder, identity, vocab_size)
         if canary is not None:
@@ -145,9 +149,9 @@ class VllmTeacher:
         """Targets of each sequence with each of some settings; see `Teacher.score_each`.
 
         Raises:
-            EngineFailed: the engine ended; this teacher is of no more use.
-            JobInvalid: targets of kind `full` would be too large for a sequence to leave the engine in one tensor.
-            ModelInvalid: a sequence is longer than the engine was made for.
+            EngineFailed: the engine has ended; this teacher cannot be used again.
+            JobInvalid: targets of kind `full` of one sequence would be too large for one tensor.
+            ModelInvalid: a sequence is longer than the engine's context.
         """
         self._refuse_too_large(sequences, sketches)
         results: list[list[SequenceTargets]] = [[] for _ in sketches]
@@ -189,16 +193,16 @@ class VllmTeacher:
             with _watched(self._llm.llm_engine.engine_core):
                 outputs = self._llm.encode(prompts, params, pooling_task="token_classify", use_tqdm=False)
         except (RuntimeError, MemoryError, EngineDeadError, EngineGenerateError) as error:
-            # What an engine does after an error nobody has promised.
+            # vLLM promises nothing about an engine after an error, so it is closed.
             failed = EngineFailed(engine="vllm", problem=_what_ended(error, self._llm.llm_engine.engine_core))
-            # Frames of an engine in this process hold all its memory, which the next one needs.
+            # The frames of an engine in this process keep all its memory alive, which the next engine needs.
             traceback.clear_frames(error.__traceback__)
             self.close()
             raise failed from error
         return [output.outputs.data for output in outputs]
 
     def close(self) -> None:
-        """End the engine and give its memory back."""
+        """End the engine and release its memory."""
         if self._llm is None:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -210,7 +214,7 @@ class VllmTeacher:
 
 
 def _end_children(others: frozenset[BaseProcess]) -> None:
-    """End all processes that this one has started, but for some others."""
+    """End all child processes of this process but those in `others`."""
     ours = set(active_children()) - others
     for process in ours:
         process.terminate()
@@ -220,7 +224,7 @@ def _end_children(others: frozenset[BaseProcess]) -> None:
 
 
 def _what_ended(error: Exception, core: Any) -> str:
-    """Why an engine is of no more use, as far as this process knows; one in another has said more on stderr."""
+    """Why an engine ended, as far as this process knows; an engine in its own process has written more to stderr."""
     if out_of_memory(error):
         return f"memory ran out ({error}), {_MORE_MEMORY}"
     manager = getattr(getattr(core, "resources", None), "engine_manager", None)
@@ -229,17 +233,17 @@ def _what_ended(error: Exception, core: Any) -> str:
 
 
 def _not_opened(error: Exception, folder: Path) -> EngineFailed | ModelInvalid:
-    """An error of vLLM's while it opens an engine: what may pass, or what is wrong with the model."""
+    """The error for a failure to open an engine: EngineFailed where another attempt can succeed, else ModelInvalid."""
     if out_of_memory(error):
         return EngineFailed(engine="vllm", problem=f"memory ran out ({error}), {_MORE_MEMORY}")
-    # vLLM has the exit codes of its processes in its text alone, and none where it looked before the code was there.
+    # vLLM gives the exit codes of its processes only in its text, and none where it looked before there was one.
     if f": -{signal.SIGKILL:d}" in str(error) or "core proc(s): {}" in str(error):
         return EngineFailed(engine="vllm", problem=_KILLED)
     return ModelInvalid(model=str(folder), problem=f"vLLM cannot serve it: {error}")
 
 
 def _open(folder: Path, identity: TeacherIdentity, vocab_size: int) -> Any:
-    """vLLM's engine with the teacher of the folder's architecture."""
+    """vLLM's engine, with the pooling model of the folder's architecture."""
     check_weights(folder)
     option: dict[str, Any] = dict(identity)
     own_process = bool(option["own_process"])
@@ -283,9 +287,9 @@ def _open(folder: Path, identity: TeacherIdentity, vocab_size: int) -> Any:
 
 @contextmanager
 def _watched(core: Any) -> Iterator[None]:
-    """Wake whoever waits for an engine process that was killed: vLLM notices, but lets its caller wait for ever."""
+    """Raise in the waiting caller when the engine's process is killed, which vLLM notices but does not report."""
     queue = getattr(core, "outputs_queue", None)
-    if queue is None:  # The engine is in this process.
+    if queue is None:  # The engine runs in this process.
         yield
         return
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -309,9 +313,9 @@ def _watched(core: Any) -> Iterator[None]:
 
 @contextmanager
 def _own_threads(num_threads: int | None) -> Iterator[None]:
-    """Run a CPU engine on so many threads, and leave torch as it was.
+    """Run a CPU engine on this many threads, and restore torch afterwards.
 
-    vLLM's CPU worker makes `torch.set_num_threads` do nothing for the whole process, which may go on to train.
+    vLLM's CPU worker turns `torch.set_num_threads` into a no-op for the whole process, which may train later.
     """
     if num_threads is None:
         yield

@@ -30,8 +30,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="then score N sequences again and compare them with what is stored",
     )
     parser.add_argument(
-        "--engine", choices=("transformers", "vllm"), help="with --against-teacher: the engine to score with"
+        "--engine",
+        type=_engine_name,
+        metavar="ENGINE",
+        help="with --against-teacher: the engine to score with, a value of `teacher.engine` (default: the job's)",
     )
+
+
+def _engine_name(text: str) -> str:
+    from softshard.config.teacher import ENGINE_NAMES
+
+    if text not in ENGINE_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an engine; choose from {', '.join(ENGINE_NAMES)}")
+    return text
 
 
 def _execute(arguments: argparse.Namespace) -> int:

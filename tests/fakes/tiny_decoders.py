@@ -53,7 +53,11 @@ def save_decoder(folder, family, *, seed=0):
     return folder
 
 
-def some_sequences(lengths=(40, 7, 2, 90, 23, 61), *, first_labels=None, seed=0):
+SPANS = (((2, 6), (30, 40)), ((1, 7),), ((1, 2),), ((1, 3), (14, 20), (31, 34), (60, 90)), ((22, 23),), ((5, 61),))
+"""Labels of `some_sequences` with context between them: within a chunk, across pieces, and pieces without any."""
+
+
+def some_sequences(lengths=(40, 7, 2, 90, 23, 61), *, first_labels=None, spans=None, seed=0):
     generator = np.random.default_rng(seed)
     return [
         TokenSequence(
@@ -64,7 +68,7 @@ def some_sequences(lengths=(40, 7, 2, 90, 23, 61), *, first_labels=None, seed=0)
             group="g",
             start=0,
             token_ids=generator.integers(0, VOCAB, length).astype(np.int32),
-            label_spans=(((first_labels or [1] * len(lengths))[index], length),),
+            label_spans=spans[index] if spans else (((first_labels or [1] * len(lengths))[index], length),),
         )
         for index, length in enumerate(lengths)
     ]
