@@ -24,7 +24,8 @@ from softshard.data.mixing import MixedRow, Mixing, mixed_rows
 from softshard.shard.decode import Block, Decoder, open_part
 from softshard.shard.read import PartReader
 from softshard.shard.schema import PartMetadata
-from softshard.sketch.codec import decode_head, decode_tail, ids_by_rank
+from softshard.sketch.codec import counts_to_offsets, decode_head, decode_tail, ids_by_rank
+from softshard.sketch.entries import ranges_from
 from softshard.sketch.types import SequenceTargets
 
 __all__ = ["Form", "Loader", "Stored", "make_datasets", "make_litdata", "make_mosaic"]
@@ -77,7 +78,7 @@ class Stored:
         for block in itertools.chain.from_iterable(map(reader.blocks, range(reader.num_groups))):
             for _, row in mixed_rows(block, range(len(block.lengths)), metadata=reader.metadata, mixing=self._mixing):
                 yield {
-                    "place": np.array([0, row.first_label], dtype=np.int32),
+                    "place": np.array([0, row.positions[0] + 1], dtype=np.int32),
                     "token_ids": row.token_ids,
                     "counts": row.counts.astype(np.int32),
                     "entry_ids": row.entry_ids,
@@ -103,17 +104,28 @@ class Stored:
             return collate_mixed([row for part, own in by_part for row in self._decoded(self._parts[part], list(own))])
         names = ("token_ids", "counts", "entry_ids", "entry_weights")
         return collate_mixed(
-            [MixedRow(int(row["place"][1]), *(row[name] for name in names), None, None) for row in rows]
+            [
+                MixedRow(
+                    np.arange(row["place"][1] - 1, len(row["token_ids"]) - 1),
+                    *(row[name] for name in names),
+                    None,
+                    None,
+                )
+                for row in rows
+            ]
         )
 
     def _decoded(self, part: _Part, rows: Sequence[Arrays]) -> Iterator[MixedRow]:
         flat = {name: np.concatenate([row[name] for row in rows]) for name in rows[0] if name != "place"}
         heads, tails = flat["head_count"], flat["tail_count"]
         unknown = np.full(len(heads), np.nan, dtype=np.float32)
+        lengths = np.array([len(row["token_ids"]) for row in rows])
+        firsts = np.array([int(row["place"][1]) for row in rows])
         block = Block(
             token_ids=flat["token_ids"],
-            lengths=np.array([len(row["token_ids"]) for row in rows]),
-            first_labels=np.array([int(row["place"][1]) for row in rows]),
+            lengths=lengths,
+            label_indices=ranges_from(counts_to_offsets(lengths)[:-1] + firsts, lengths - firsts),
+            label_counts=lengths - firsts,
             targets=SequenceTargets(
                 label_logprob=unknown,
                 entropy=unknown,

@@ -62,6 +62,33 @@ def test_each_position_is_the_one_before_its_label(first_label):
     assert places == [(b, t) for b, length in enumerate((7, 4, 9)) for t in range(first_label - 1, length - 1)]
 
 
+MASKS = (((2, 3), (5, 7)), ((1, 4),), ((1, 2), (4, 6), (8, 9)))
+
+
+def masked_rows(kind):
+    """Rows in which context lies between the labels."""
+    rng = np.random.default_rng(3)
+    lengths = zip((7, 4, 9), MASKS, strict=True)
+    return [row(f"{n}", length, rng, kind=kind, label_spans=spans) for n, (length, spans) in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["threshold", "topk"])
+def test_only_labels_have_targets_where_context_lies_between_them(kind, packing):
+    rows = masked_rows(kind)
+    batch = collate(rows, metadata=metadata(kind), alpha=0.3, truncated="ghost", packing=packing)
+    starts = (0, 7, 11) if packing else (0, 9, 18)
+    places = [at + i - 1 for at, spans in zip(starts, MASKS, strict=True) for span in spans for i in range(*span)]
+    assert batch.positions.tolist() == places
+    assert torch.equal(batch.input_ids.flatten()[batch.positions + 1], batch.labels)
+    np.testing.assert_array_equal(batch.labels, np.concatenate([tokens.labels for tokens, _ in rows]))
+    dense, _ = expected_targets(rows, alpha=0.3, kind=kind)
+    np.testing.assert_allclose(dense_of(batch), dense, rtol=1e-5, atol=1e-6)
+    text = collate_text([tokens for tokens, _ in rows], packing=packing)
+    assert torch.equal(text.positions, batch.positions)
+    np.testing.assert_array_equal(dense_of(text), np.eye(VOCAB)[batch.labels.numpy()])
+
+
 def test_padding_is_on_the_right_and_masked():
     batch = collate_text([sequence("a", [5, 6, 7]), sequence("b", [8, 9])])
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]

@@ -26,6 +26,7 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 
+from fakes.students import student
 from fakes.targets import metadata, row, sequence
 from softshard.config import Job, LoraSettings
 from softshard.config.job_file import load_job
@@ -210,6 +211,32 @@ def test_a_tail_mass_that_the_grid_took_for_nothing_leaves_the_divergence_finite
     batch.targets.tail_mass[:3] = 0
     loss = Objective(divergence=divergence).loss(decoder, batch, num_valid=50, chunk_positions=4)
     assert math.isfinite(loss.item())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_context_between_labels_has_no_part_in_loss_and_gradient(packing):
+    rng, spans = np.random.default_rng(6), (((2, 4), (7, 9)), ((1, 3), (6, 7)))
+    rows = [row(name, 9, rng, kind="full", label_spans=own) for name, own in zip("ab", spans, strict=True)]
+    batch = collate(rows, metadata=metadata("full"), alpha=0.2, truncated="ghost", packing=packing)
+    model, reference = student(), student().double()
+    loss = Objective().loss(Decoder.of(model), batch, num_valid=50, chunk_positions=3)
+    loss.backward()
+    expected, first = torch.zeros((), dtype=torch.float64), 0
+    for tokens, targets in rows:
+        logits = reference(input_ids=torch.from_numpy(tokens.token_ids.astype(np.int64))[None]).logits[0, :, :50]
+        logs = torch.log_softmax(logits, dim=1)
+        heads = np.split(np.arange(len(targets.head_ids)), np.cumsum(targets.head_count)[:-1])
+        for label, head in zip((i for span in tokens.label_spans for i in range(*span)), heads, strict=True):
+            target = torch.zeros(50, dtype=torch.float64)
+            target[targets.head_ids[head]] = torch.from_numpy(np.exp(targets.head_logprobs[head].astype(np.float64)))
+            target = 0.8 * target / target.sum()
+            target[int(tokens.token_ids[label])] += 0.2
+            expected, first = expected - (target * logs[label - 1]).sum(), first + 1
+    (expected / first).backward()
+    assert first == 7
+    assert loss.item() == pytest.approx(expected.item() / first, rel=1e-5)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 def job_with(target, **train):

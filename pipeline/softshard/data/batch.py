@@ -20,7 +20,7 @@ from softshard.data.mixing import MixedRow, Mixing, mixed_rows, text_row
 from softshard.data.sparse_targets import SparseTargets
 from softshard.shard.decode import Block
 from softshard.shard.read import Row
-from softshard.shard.schema import PartMetadata, stored_first_label
+from softshard.shard.schema import PartMetadata
 from softshard.sketch.codec import counts_to_offsets
 from softshard.sketch.entries import ranges_from
 from softshard.sketch.join import concatenate
@@ -133,10 +133,13 @@ def collate(
         packing: one row of tokens, without padding.
     """
     sequences = [sequence for sequence, _ in rows]
+    lengths = np.array([len(sequence.token_ids) for sequence in sequences])
+    starts = counts_to_offsets(lengths)[:-1].tolist()
     block = Block(
         token_ids=np.concatenate([sequence.token_ids for sequence in sequences]),
-        lengths=np.array([len(sequence.token_ids) for sequence in sequences]),
-        first_labels=np.array([stored_first_label(sequence) for sequence in sequences]),
+        lengths=lengths,
+        label_indices=np.concatenate([at + own.label_indices for at, own in zip(starts, sequences, strict=True)]),
+        label_counts=np.array([sequence.num_labels for sequence in sequences]),
         targets=concatenate([targets.of_draw(draw) for _, targets in rows]),
     )
     mixed = mixed_rows(block, range(len(rows)), metadata=metadata, mixing=mixing)
@@ -160,13 +163,13 @@ def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token:
         ValueError: some rows have a ghost token and others none; a batch has it for all labels or for none.
     """
     lengths = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
-    firsts = np.array([row.first_label for row in rows], dtype=np.int64)
+    num_labels = np.array([len(row.positions) for row in rows], dtype=np.int64)
     longest, total = int(lengths.max()), int(lengths.sum())
     starts = counts_to_offsets(lengths)[:-1] if packing else np.arange(len(rows)) * longest
     ids = np.zeros(total if packing else len(rows) * longest, dtype=np.int64)
     for start, row in zip(starts.tolist(), rows, strict=True):
         ids[start : start + len(row.token_ids)] = row.token_ids
-    positions = ranges_from(starts + firsts - 1, lengths - firsts)
+    positions = np.repeat(starts, num_labels) + np.concatenate([row.positions for row in rows])
     return Batch(
         input_ids=torch.from_numpy(ids).view(1 if packing else len(rows), -1),
         attention_mask=None if packing else torch.from_numpy(np.arange(longest) < lengths[:, None]).long(),
@@ -175,7 +178,7 @@ def collate_mixed(rows: Sequence[MixedRow], *, packing: bool = False, own_token:
         max_length=longest,
         positions=torch.from_numpy(positions),
         labels=torch.from_numpy(ids[positions + 1]),
-        targets=_targets(rows, own_token=np.repeat(np.broadcast_to(own_token, len(rows)), lengths - firsts)),
+        targets=_targets(rows, own_token=np.repeat(np.broadcast_to(own_token, len(rows)), num_labels)),
         num_tokens=total,
     )
 

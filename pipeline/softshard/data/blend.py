@@ -171,7 +171,7 @@ def combine_rows(rows: Sequence[MixedRow], *, shares: Sequence[float], alpha: fl
     weights = np.empty(offsets[-1], dtype=np.float32)
     starts = offsets[:-1]
     if extra:
-        ids[starts], weights[starts] = first.token_ids[first.first_label :], alpha
+        ids[starts], weights[starts] = first.labels, alpha
         starts = starts + 1
     for row, share in zip(rows, shares, strict=True):
         places = ranges_from(starts, row.counts)

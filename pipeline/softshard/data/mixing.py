@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from softshard.config import SketchSettings
 from softshard.shard.decode import Block
-from softshard.shard.schema import PartMetadata, stored_first_label
+from softshard.shard.schema import PartMetadata
 from softshard.sketch.codec import counts_to_offsets
 from softshard.sketch.entries import Entries, entries_of
 from softshard.sketch.types import TokenSequence
@@ -26,7 +26,8 @@ __all__ = ["LabelWeights", "MixedRow", "Mixing", "mixed_rows", "scale_weights", 
 class MixedRow(NamedTuple):
     """One sequence of L tokens, P labels and E entries."""
 
-    first_label: int
+    positions: NDArray[np.int64]
+    """[P] indices in token_ids of the positions before the labels."""
     token_ids: NDArray[np.int32]
     """[L]"""
     counts: NDArray[np.int64]
@@ -41,6 +42,11 @@ class MixedRow(NamedTuple):
     """[P]; None: all 1."""
     counted: NDArray[np.float32] | None = None
     """[P] `position_weights` without the factor of the sequence's group; None: there is no such factor."""
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """[P] ids of the labels."""
+        return self.token_ids[self.positions + 1]
 
 
 _Points = tuple[tuple[float, float], ...]
@@ -127,15 +133,14 @@ def mixed_rows(
     targets = block.targets
     weights = mixing.weights(entropy=targets.entropy, label_logprob=targets.label_logprob)
     counts = np.diff(entries.offsets)
-    tokens, labels = counts_to_offsets(block.lengths), counts_to_offsets(block.lengths - block.first_labels)
+    tokens, labels = counts_to_offsets(block.lengths), counts_to_offsets(block.label_counts)
     bounds = tokens.tolist(), labels.tolist(), entries.offsets[labels].tolist()
-    firsts = block.first_labels.tolist()
     for row in wanted:
         t, p, e = (slice(bound[row], bound[row + 1]) for bound in bounds)
         yield (
             row,
             MixedRow(
-                firsts[row],
+                block.label_indices[p] - (tokens[row] + 1),
                 block.token_ids[t].copy(),
                 counts[p].copy(),
                 entries.ids[e].copy(),
@@ -183,5 +188,4 @@ def scale_weights(
 def text_row(sequence: TokenSequence) -> MixedRow:
     """A sequence with its own tokens as targets (alpha = 1): the loss is cross-entropy."""
     own = _own_tokens(sequence.labels)
-    first = stored_first_label(sequence)
-    return MixedRow(first, sequence.token_ids, np.diff(own.offsets), own.ids, own.weights, None, None)
+    return MixedRow(sequence.positions, sequence.token_ids, np.diff(own.offsets), own.ids, own.weights, None, None)

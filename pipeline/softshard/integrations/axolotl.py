@@ -40,19 +40,24 @@ def axolotl_rows(targets: TargetSet) -> Iterator[dict[str, Any]]:
 
 
 def _axolotl_row(row: MixedRow) -> dict[str, Any]:
-    ids, first = row.token_ids.tolist(), row.first_label
+    ids = row.token_ids.tolist()
     with np.errstate(divide="ignore"):
         logprobs = np.maximum(np.log(row.entry_weights), _NO_LOGPROB)
     bounds = np.cumsum(row.counts)[:-1]
-    entries = [part.tolist() for part in np.split(row.entry_ids, bounds)]
-    values = [part.tolist() for part in np.split(logprobs, bounds)]
     width = int(row.counts.max())
-    empty, none, before = [0] * width, [_NO_LOGPROB] * width, first - 1
-    return {
+    columns: dict[str, list[Any]] = {
         "input_ids": ids,
         "attention_mask": [1] * len(ids),
-        "labels": [-100] * first + ids[first:],
-        "target_token_ids": [empty] * before + entries + [empty],
-        "target_logprobs": [none] * before + values + [none],
-        "target_mask": [empty] * before + [[1] * count for count in row.counts.tolist()] + [empty],
+        "labels": [-100] * len(ids),
+        "target_token_ids": [[0] * width] * len(ids),
+        "target_logprobs": [[_NO_LOGPROB] * width] * len(ids),
+        "target_mask": [[0] * width] * len(ids),
     }
+    for position, entries, values in zip(
+        row.positions.tolist(), np.split(row.entry_ids, bounds), np.split(logprobs, bounds), strict=True
+    ):
+        columns["labels"][position + 1] = ids[position + 1]
+        columns["target_token_ids"][position] = entries.tolist()
+        columns["target_logprobs"][position] = values.tolist()
+        columns["target_mask"][position] = [1] * len(entries)
+    return columns

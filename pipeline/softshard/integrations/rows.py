@@ -48,7 +48,7 @@ def target_rows(
     for row in mixed_in_order(SetReader(targets, mixing), draw=draw):
         columns = {
             "input_ids": row.token_ids,
-            "first_label": row.first_label,
+            "first_label": int(row.positions[0]) + 1,
             "own_token": alpha > 0,
             "entry_counts": row.counts,
             "entry_ids": row.entry_ids,
@@ -90,7 +90,7 @@ class SoftLabelCollator:
         """
         mixed = [
             MixedRow(
-                int(row["first_label"]),
+                np.arange(int(row["first_label"]) - 1, len(row["input_ids"]) - 1),
                 np.asarray(row["input_ids"], dtype=np.int32),
                 np.asarray(row["entry_counts"], dtype=np.int64),
                 np.asarray(row["entry_ids"], dtype=np.int32),

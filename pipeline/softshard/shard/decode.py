@@ -36,16 +36,17 @@ class Block:
     """[L]"""
     lengths: NDArray[np.int64]
     """[R] tokens of each row."""
-    first_labels: NDArray[np.int64]
-    """[R] index of the first label among a row's tokens."""
+    label_indices: NDArray[np.int64]
+    """[P] indices of the labels in token_ids, rising."""
+    label_counts: NDArray[np.int64]
+    """[R] labels of each row."""
     targets: SequenceTargets
     """Of P labels. Log-probabilities of labels and entropies are NaN where they were not asked for."""
 
     @property
     def labels(self) -> NDArray[np.int32]:
         """[P] ids of the labels."""
-        starts = counts_to_offsets(self.lengths)[:-1]
-        return self.token_ids[ranges_from(starts + self.first_labels, self.lengths - self.first_labels)]
+        return self.token_ids[self.label_indices]
 
 
 class Decoder:
@@ -83,7 +84,13 @@ class Decoder:
         )
         lengths = lists.lengths["token_ids"].astype(np.int64)
         firsts = lists.first_labels.astype(np.int64)
-        return Block(token_ids=lists.flat["token_ids"], lengths=lengths, first_labels=firsts, targets=targets)
+        return Block(
+            token_ids=lists.flat["token_ids"],
+            lengths=lengths,
+            label_indices=ranges_from(counts_to_offsets(lengths)[:-1] + firsts, lengths - firsts),
+            label_counts=lengths - firsts,
+            targets=targets,
+        )
 
     def rows(self, batch: pa.RecordBatch) -> list[tuple[TokenSequence, SequenceTargets]]:
         """Each row of a record batch that has all columns, with all draws. Raises PartCorrupt."""

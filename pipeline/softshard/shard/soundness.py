@@ -31,7 +31,7 @@ def find_problems(draws: Sequence[Block], *, sequence_ids: Sequence[str], metada
     """
     found: dict[int, str] = {}
     first = draws[0]
-    owner = np.repeat(np.arange(len(sequence_ids)), first.lengths - first.first_labels)
+    owner = np.repeat(np.arange(len(sequence_ids)), first.label_counts)
 
     def note(bad: NDArray[np.bool_], problem: str) -> None:
         for row in np.unique(owner[bad]).tolist():
