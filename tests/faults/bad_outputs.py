@@ -50,7 +50,7 @@ def with_row(change):
 
 @parts("verify OUT", 3)
 def _(place):
-    """a part cut short
+    """a truncated part
     its last 50 bytes are removed
     OUT/targets/data/train/part-00000-….parquet: has … bytes, its receipt names …
     """
@@ -68,7 +68,7 @@ def _(place):
 
 @parts("show OUT --sequence ''", 3)
 def _(place):
-    """a part with a flipped bit that a reader opens
+    """a part with a flipped bit, opened by a reader
     one bit of the sixth byte from its end, in the footer's length
     OUT/targets/data/train/part-00000-….parquet: has … bytes with sha256 …, its receipt names …
     """
@@ -90,7 +90,7 @@ def _(place):
 
 @parts("verify OUT", 3)
 def _(place):
-    """a part that is gone
+    """a missing part
     its file is deleted
     OUT/targets/data/train/part-00000-….parquet: is missing
     """
@@ -109,7 +109,7 @@ def _(place):
 @parts("verify OUT", 3)
 def _(place):
     """a part of 1 TiB
-    its file is made so long, without any blocks
+    extended to that size as a sparse file
     OUT/targets/data/train/part-00000-….parquet: has 1,099,511,627,776 bytes, its receipt names …
     """
     os.truncate(place.part(), 2**40)
@@ -128,7 +128,7 @@ def _(place):
 
 @parts("targets IN/job.yaml", 3)
 def _(place):
-    """a part cut short, met by a run
+    """a truncated part, found by a run
     its last byte is removed
     OUT/targets/data/train/part-00000-….parquet: has … bytes, its receipt names …
     """
@@ -137,8 +137,8 @@ def _(place):
 
 @parts("verify OUT", 3)
 def _(place):
-    """someone else's Parquet as a part
-    written by pyarrow; receipt and manifest vouch for it
+    """a foreign Parquet file as a part
+    written by pyarrow; receipt and manifest updated to match
     OUT/targets/data/train/part-00000-….parquet: is Parquet, but has no softshard metadata; …
     """
     vouched(place, lambda file: pq.write_table(pa.table({"text": ["a"]}), file))
@@ -147,7 +147,7 @@ def _(place):
 @parts("verify OUT", 3)
 def _(place):
     """text as a part
-    receipt and manifest vouch for it
+    receipt and manifest updated to match
     OUT/targets/data/train/part-00000-….parquet: is not readable as Parquet: …
     """
     vouched(place, lambda file: file.write_bytes(b"PAR1 is how it starts, and PAR1"))
@@ -156,7 +156,7 @@ def _(place):
 @parts("verify OUT", 3)
 def _(place):
     """a part of a later version
-    schema_version 2 in its metadata; receipt and manifest vouch for it
+    schema_version 2 in its metadata; receipt and manifest updated to match
     OUT/targets/data/train/part-00000-….parquet: has schema version 2, this softshard reads 1; …
     """
     vouched(place, with_row(lambda row, metadata: metadata.update(schema_version=2)))
@@ -165,7 +165,7 @@ def _(place):
 @parts("verify OUT", 3)
 def _(place):
     """a part with another tokenizer
-    another fingerprint in its metadata; receipt and manifest vouch for it
+    another fingerprint in its metadata; receipt and manifest updated to match
     OUT/targets/data/train/part-00000-….parquet: its tokenizer fingerprint is not the manifest's
     """
     vouched(place, with_row(lambda row, metadata: metadata.update(tokenizer_fingerprint="0" * 64)))
@@ -174,7 +174,7 @@ def _(place):
 @parts("verify OUT", 3)
 def _(place):
     """a part under another part's name
-    another id in its metadata; receipt and manifest vouch for it
+    another id in its metadata; receipt and manifest updated to match
     OUT/targets/data/train/part-00000-….parquet: says it is part 11111111111111111111111111111111, its receipt says …
     """
     vouched(place, with_row(lambda row, metadata: metadata.update(part_id="1" * 32)))
@@ -183,7 +183,7 @@ def _(place):
 @parts("verify OUT --deep", 3)
 def _(place):
     """a mass that is not a number
-    NaN as the tail mass of one label; receipt and manifest vouch for it
+    NaN as the tail mass of one label; receipt and manifest updated to match
     OUT/targets/data/train/part-00000-….parquet: sequence …: a label has a mass that is not 1
     """
     vouched(place, with_row(lambda row, metadata: row["tail_mass"].__setitem__(0, float("nan"))))
@@ -192,7 +192,7 @@ def _(place):
 @parts("verify OUT --deep", 3)
 def _(place):
     """a token outside the vocabulary
-    999,999 as a token of the text; receipt and manifest vouch for it
+    999,999 as a token of the text; receipt and manifest updated to match
     OUT/targets/data/train/part-00000-….parquet: sequence …: a token of the text lies outside the vocabulary …
     """
     vouched(place, with_row(lambda row, metadata: row["token_ids"].__setitem__(0, 999_999)))
@@ -200,8 +200,8 @@ def _(place):
 
 @parts("verify OUT --deep", 3)
 def _(place):
-    """lists that do not fit together
-    one label's entropy is dropped; receipt and manifest vouch for it
+    """lists of inconsistent lengths
+    one label's entropy is dropped; receipt and manifest updated to match
     OUT/targets/data/train/part-00000-….parquet: sequence …: entropy does not fit its tokens; …
     """
     vouched(place, with_row(lambda row, metadata: row["entropy"].pop()))
@@ -218,7 +218,7 @@ def _(place):
 
 @records("verify OUT", 3)
 def _(place):
-    """a receipt cut short
+    """a truncated receipt
     its last 20 bytes are removed
     OUT/targets/receipts/….json: the receipt is not the one that the manifest names
     """
@@ -246,7 +246,7 @@ def _(place):
 
 @records("status OUT", 3)
 def _(place):
-    """a receipt that leaves the folder
+    """a receipt with a path outside the folder
     path ../../../etc/passwd in it, and the manifest deleted
     OUT/targets/receipts/….json: is not a receipt: String should match pattern …; …
     """
@@ -257,7 +257,7 @@ def _(place):
 
 @records("verify OUT", 3)
 def _(place):
-    """a manifest whose part leaves the folder
+    """a manifest with a path outside the folder
     path ../../../etc/passwd in it
     OUT/targets/manifests/….json: is not a manifest: …
     """
@@ -267,7 +267,7 @@ def _(place):
 
 @records("status OUT", 3)
 def _(place):
-    """a pointer that leaves the folder
+    """a pointer to a file outside the folder
     manifest.json names ../../job.yaml
     OUT/targets/manifest.json: does not point at a manifest: it names '../../job.yaml'; …
     """
@@ -277,7 +277,7 @@ def _(place):
 
 @records("verify OUT", 3)
 def _(place):
-    """a pointer to nothing
+    """a pointer to a missing manifest
     the manifest it names is deleted
     OUT/targets/manifests/….json: is missing, and manifest.json points at it; …
     """
@@ -304,7 +304,7 @@ def _(place):
 
 @records("verify OUT", 3)
 def _(place):
-    """a manifest that says the same in other bytes
+    """a manifest with the same content in other bytes
     a space at its end
     OUT/targets/manifests/….json: says what it should, but in other bytes than it was written in
     """
@@ -323,7 +323,7 @@ def _(place):
 @records("verify OUT", 3)
 def _(place):
     """a manifest of another run
-    it names a part which was never here
+    it names a part that never existed here
     OUT/targets/data/train/part-00000-of-another-run.parquet: is missing
     """
     part = read_manifest(place.targets).parts[0]
@@ -352,7 +352,7 @@ def _(place):
 
 @records("gc OUT --yes", 3)
 def _(place):
-    """garbage beside a manifest that cannot be read
+    """gc with a manifest that cannot be read
     manifest.json is {}
     OUT/targets/manifest.json: does not point at a manifest: 'digest'; …
     """
@@ -370,7 +370,7 @@ def _(place):
 
 @others("verify OUT", 3)
 def _(place):
-    """a slice that is gone
+    """a missing slice
     its file is deleted
     OUT/corpus/sequences/train-0-….parquet: is missing; …
     """
@@ -379,7 +379,7 @@ def _(place):
 
 @others("corpus IN/job.yaml", 3)
 def _(place):
-    """a corpus manifest cut short
+    """a truncated corpus manifest
     half of it is removed
     OUT/corpus/manifest.json: is not the manifest of a corpus: …; …
     """
@@ -389,7 +389,7 @@ def _(place):
 
 @others("verify OUT", 3)
 def _(place):
-    """a corpus whose slice leaves the folder
+    """a corpus manifest with a path outside the folder
     path ../../x in its manifest
     OUT/corpus/manifest.json: is not the manifest of a corpus: …; …
     """
@@ -408,7 +408,7 @@ def _(place):
 
 @others("verify OUT", 3)
 def _(place):
-    """an adapter's receipt that leaves the folder
+    """an adapter's receipt with a path outside the folder
     file ../../../etc/passwd in it
     OUT/teacher/fold-0-…/receipt.json: cannot be read: String should match pattern …
     """
@@ -418,7 +418,7 @@ def _(place):
 
 @others("verify OUT", 3)
 def _(place):
-    """a trained adapter cut short
+    """a truncated trained adapter
     its last byte is removed
     OUT/adapter/baseline-…/adapter_model.safetensors: has sha256 …, its receipt names …
     """
@@ -465,8 +465,8 @@ def _(place):
 
 @others("verify OUT", 0)
 def _(place):
-    """files of writers that were killed
-    halves of files in .tmp and targets/.tmp
+    """temporary files of killed writers
+    partial files in .tmp and targets/.tmp
     no problems found
     """
     for folder in (place.out / ".tmp", place.targets / ".tmp"):

@@ -44,7 +44,7 @@ def _(place):
 @jobs("plan IN/job.yaml", 2)
 def _(place):
     """aliases of aliases of aliases
-    60 lines of YAML that stand for 9^60 values
+    60 lines of YAML that expand to 9^60 values
     IN/job.yaml: …; line 61, name: input should be a valid string, not [[[[...], …
     """
     bomb = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 60))
@@ -71,7 +71,7 @@ def _(place):
 
 @jobs("run IN/job.yaml", 2)
 def _(place):
-    """a job that is no text
+    """a job file that is not text
     bytes that are not UTF-8
     IN/job.yaml: is not UTF-8 at byte 0
     """
@@ -80,7 +80,7 @@ def _(place):
 
 @jobs("run IN/job.yaml", 2)
 def _(place):
-    """a name that leaves the folder
+    """a name with a path outside the folder
     name: ../../elsewhere
     IN/job.yaml: line 1, name: string should match pattern …, not '../../elsewhere'
     """
@@ -107,8 +107,8 @@ def _(place):
 
 @jobs("corpus IN/job.yaml", 0)
 def _(place):
-    """an output folder whose name has a newline, a space and a letter of Greek
-    all is made there
+    """an output folder whose name has a newline, a space and a Greek letter
+    the output is written there
     corpus    complete
     """
     place.read_file("a.jsonl", good())
@@ -127,7 +127,7 @@ def _(place):
 @documents("corpus IN/job.yaml", 0)
 def _(place):
     """a giant document
-    4 MB in one line where 1 MB is allowed: counted, left out, never held
+    4 MB in one line where 1 MB is allowed: counted, left out, never held in memory
     corpus: 20 of 21 documents kept; left out 1 oversize (first: …/a.jsonl, line 1)
     """
     place.read_file("a.jsonl", lines({"text": "x" * 2**22}) + good())
@@ -157,7 +157,7 @@ def _(place):
 
 @documents("corpus IN/job.yaml", 0)
 def _(place):
-    """lines that are no JSON, no object, or have no text
+    """lines that are not JSON, not an object, or have no text
     four of them, one nested 100,000 deep
     corpus: 20 of 24 documents kept; left out 4 malformed (first: …/a.jsonl, line 1)
     """
@@ -177,7 +177,7 @@ def _(place):
 @documents("corpus IN/job.yaml", 0)
 def _(place):
     """text that spells the end of a document
-    <|end|> in it is text, and ends nothing
+    <|end|> is treated as text
     corpus: 21 of 21 documents kept
     """
     place.read_file("a.jsonl", lines({"text": f"Before. <|end|> {TEXT * 3}"}) + good())
@@ -185,8 +185,8 @@ def _(place):
 
 @documents("corpus IN/job.yaml", 0)
 def _(place):
-    """NUL and line ends of another system
-    with them a copy of a text is still a copy
+    """NUL and other line endings
+    a copy that differs only in these is still a duplicate
     corpus: 20 of 21 documents kept; left out 1 duplicate (first: …/a.jsonl, line 21)
     """
     copy = f"{TEXT * 3}0.".replace("dawn", "\x00dawn")
@@ -195,7 +195,7 @@ def _(place):
 
 @documents("corpus IN/job.yaml", 3)
 def _(place):
-    """a gzip that is cut short
+    """a truncated gzip file
     its last 20 bytes are removed
     file://IN/a.jsonl.gz: source 's': cannot be read: Compressed file ended before the end-of-stream marker was reached
     """
@@ -204,7 +204,7 @@ def _(place):
 
 @documents("corpus IN/job.yaml", 3)
 def _(place):
-    """a zstandard file that is cut short
+    """a truncated zstandard file
     its last 20 bytes are removed
     file://IN/a.jsonl.zst: source 's': cannot be read: …
     """
@@ -213,7 +213,7 @@ def _(place):
 
 @documents("corpus IN/job.yaml", 3)
 def _(place):
-    """a Parquet source that is cut short
+    """a truncated Parquet source
     its last 10 bytes are removed
     file://IN/a.parquet: source 's': cannot be read: …
     """
@@ -224,7 +224,7 @@ def _(place):
 @documents("corpus IN/job.yaml", 3)
 def _(place):
     """a Parquet column that holds no text
-    pickled objects in a struct: they are data, and not asked for
+    pickled objects in a struct, which are never unpickled
     file://IN/a.parquet: source 's': column 'text' holds struct<pickle: binary>, not text; …
     """
     rows = [{"pickle": b"cos\nsystem\n(S'touch /tmp/softshard-was-here'\ntR."}]
@@ -245,7 +245,7 @@ def _(place):
 
 @documents("corpus IN/job.yaml", 2)
 def _(place):
-    """a source that is not there
+    """a missing source
     no file of that name
     IN/job.yaml: line …, corpus.sources[0].uri: IN/nothing.jsonl: no such file or folder
     """
@@ -273,8 +273,8 @@ def model_of(place, **config):
 
 @models("corpus IN/job.yaml", 3)
 def _(place):
-    """a model that brings code
-    auto_map in config.json names a module that would leave a file behind
+    """a model that comes with code
+    auto_map in config.json names a module that would create a file
     IN/model: its config.json cannot be read: …
     """
     folder = model_of(place, model_type="mine", auto_map={"AutoConfig": "code.Config"})
@@ -304,7 +304,7 @@ def _(place):
 
 @models("corpus IN/job.yaml", 3)
 def _(place):
-    """a folder that is no model
+    """a folder that is not a model
     config.json is deleted
     IN/model: the folder has no config.json, so it is not a transformers model
     """
@@ -313,7 +313,7 @@ def _(place):
 
 @models("run IN/job.yaml", 3)
 def _(place):
-    """weights cut short
+    """truncated weights
     the last 1,000 bytes of model.safetensors are removed
     IN/model: model.safetensors is cut off or no safetensors file (…); fetch the model again
     """
@@ -338,7 +338,7 @@ def goes_on(place, stage, mount):
 @machines("corpus IN/job.yaml", 75)
 def _(place):
     """a full disk
-    the output is a tmpfs of 64 KiB; with more room the same command ends well
+    the output is a tmpfs of 64 KiB; with more room the same command succeeds
     OUT/corpus/…: no space left on the device; free some space and run the job again, committed parts are kept
     """
     place.read_file("a.jsonl", good(300))
@@ -350,7 +350,7 @@ def _(place):
 @machines("targets IN/job.yaml", 75)
 def _(place):
     """a disk that fills while parts are committed
-    targets/ is a tmpfs of 64 KiB; with more room the same command ends with the same parts
+    targets/ is a tmpfs of 64 KiB; with more room the same command gives the same parts
     OUT/targets/data/…: no space left on the device; free some space and run the job again, committed parts are kept
     """
     shutil.rmtree(place.targets)
@@ -369,7 +369,7 @@ def _(place):
 @machines("targets IN/job.yaml", 75)
 def _(place):
     """a full disk for temporary files
-    the folder for them is a tmpfs of three inodes; with more the same command ends well
+    the folder for them is a tmpfs of three inodes; with more the same command succeeds
     IN/tmp/…: no space left on the device; free some space and run the job again, committed parts are kept
     """
     shutil.rmtree(place.targets)
@@ -418,7 +418,7 @@ def _(place):
 
 @machines("verify OUT", 0)
 def _(place):
-    """a clock that was wrong while files were written
+    """a wrong clock while files were written
     half of the output is dated 1970, half 2100
     no problems found
     """
@@ -428,8 +428,8 @@ def _(place):
 
 @machines("targets IN/job.yaml", 0)
 def _(place):
-    """documents that are dated anew
-    2100: they are read again, and no part is computed, for which there would be no cluster
+    """documents with new modification times
+    set to 2100: they are read again, and no part is computed (there is no cluster)
     targets   complete
     """
     source = yaml.safe_load((place.folder / "job.yaml").read_text())["corpus"]["sources"][0]
