@@ -9,6 +9,7 @@ from pydantic import Field
 from softshard.config.base import Settings
 
 __all__ = [
+    "ADAPTER_HELP",
     "DECODER_ADAPTERS",
     "AdapterKind",
     "DataType",
@@ -20,6 +21,14 @@ __all__ = [
 
 AdapterKind = Literal["lora", "lora_and_lm_head", "lm_head", "post_norm", "correction"]
 """Each kind has one entry in `finetune/adapters`: in `lora.PLACEMENTS` or in `output.OUTPUT_ADAPTERS`."""
+ADAPTER_HELP: dict[AdapterKind, str] = {
+    "lora": "on the linear layers of the decoder",
+    "lora_and_lm_head": "on these and on the output layer",
+    "lm_head": "on the output layer alone",
+    "post_norm": "after the last norm, z = W (I + BA) h",
+    "correction": "beside the output matrix, z = W h + U silu(D h), which cannot be merged into the model's weights",
+}
+"""Where the adapter of each kind is."""
 DECODER_ADAPTERS: frozenset[AdapterKind] = frozenset(("lora", "lora_and_lm_head"))
 """Kinds that adapt layers of the decoder, so that `target_modules` and `last_layers` apply."""
 DataType = Literal["auto", "float32", "bfloat16"]

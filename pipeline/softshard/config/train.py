@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from softshard.config.adapter import (
+    ADAPTER_HELP,
     DECODER_ADAPTERS,
     AdapterKind,
     DataType,
@@ -140,10 +141,10 @@ class TrainSettings(Settings):
     any."""
     sweep: SweepSettings | None = None
     """Several trainings, of which the best is taken; without it, one."""
-    adapter: AdapterKind = "lora"
-    """Where the adapter is: `lora` on the linear layers of the decoder, `lora_and_lm_head` on the output layer too,
-    `lm_head` there alone; `post_norm` after the last norm, z = W (I + BA) h; `correction` beside the output matrix,
-    z = W h + U silu(D h). The last cannot be merged into the model's weights."""
+    adapter: AdapterKind = Field(
+        default="lora",
+        description=f"Where the adapter is: {'; '.join(f'`{kind}` {place}' for kind, place in ADAPTER_HELP.items())}.",
+    )
     lora: LoraSettings = LoraSettings()
     """Shape of the adapter: rank, alpha and dropout of every kind; which layers, for LoRA in the decoder."""
     optimizer: OptimizerSettings = OptimizerSettings()

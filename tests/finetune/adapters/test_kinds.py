@@ -12,7 +12,7 @@ from torch import nn
 from fakes.students import adapted
 from fakes.targets import sequence
 from softshard.config import AdapterKind, LoraSettings, OptimizerSettings, TrainSettings
-from softshard.config.adapter import DECODER_ADAPTERS
+from softshard.config.adapter import ADAPTER_HELP, DECODER_ADAPTERS
 from softshard.data.batch import collate_text
 from softshard.data.text import TextBatches
 from softshard.errors import AdapterMissing, AdapterNotMergeable, ModelInvalid
@@ -230,4 +230,5 @@ def test_layers_are_refused_where_none_is_adapted(shape):
 
 def test_every_kind_has_one_implementation():
     assert sorted([*PLACEMENTS, *OUTPUT_ADAPTERS]) == sorted(get_args(AdapterKind)) == sorted(KINDS)
+    assert sorted(ADAPTER_HELP) == sorted(KINDS)
     assert {kind for kind, placement in PLACEMENTS.items() if placement.decoder} == DECODER_ADAPTERS
