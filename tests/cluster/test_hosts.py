@@ -46,6 +46,7 @@ PROMPT = {
     "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+pytestmark = pytest.mark.slow
 STARVED = "network namespaces are not allowed on this machine (needs CAP_NET_ADMIN and iproute2)"
 
 

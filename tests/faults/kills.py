@@ -41,7 +41,6 @@ _SECONDS_OF_A_RUN = 300
 _CHANGES_OF_A_PART = 6
 """A part and its receipt: each written aside, linked, and its other name removed."""
 _CHANGES_OF_A_CLIENT = 12
-_ORDERS_A_ROUND = 8
 _SECONDS_OF_ORPHANS = 30.0
 _FAMILY = "KILLS_FAMILY"
 """Variable that a process and all that it starts have in common."""
@@ -108,7 +107,7 @@ def _files(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in found}
 
 
-def run_kills(ground: Ground, *, num_kills: int, seed: int, with_scheduler: bool) -> Tally:
+def run_kills(ground: Ground, *, num_kills: int, seed: int, with_scheduler: bool, kills_per_round: int = 8) -> Tally:
     """Rounds of all kinds in turn until so many processes were killed."""
     tally, generator = Tally(), random.Random(seed)
     kinds = [_kill_workers, _kill_clients, _kill_at_random, *([_kill_schedulers] if with_scheduler else [])]
@@ -116,7 +115,7 @@ def run_kills(ground: Ground, *, num_kills: int, seed: int, with_scheduler: bool
     while tally.num_kills < num_kills:
         _clear(ground)
         killed = dict(tally.kills)
-        kinds[at % len(kinds)](ground, tally, generator, min(_ORDERS_A_ROUND, num_kills - tally.num_kills))
+        kinds[at % len(kinds)](ground, tally, generator, min(kills_per_round, num_kills - tally.num_kills))
         _compare(ground, tally, {role: tally.kills[role] - killed[role] for role in killed})
         at += 1
         print(f"round {at}: {tally.line()}", file=sys.stderr, flush=True)

@@ -122,7 +122,7 @@ def test_a_second_run_changes_nothing(finished, tmp_path):
     assert after == before
 
 
-def test_two_workers_give_the_bytes_of_one(finished, tiny_job, tmp_path):
+def test_two_local_workers_give_the_bytes_of_one_that_is_reached_by_its_address(finished, tiny_job, tmp_path):
     run(tiny_job(tmp_path, cluster={"workers": 2}), "corpus", "teacher", "targets")
     of = ("corpus", "teacher", "targets")
     assert tree(tmp_path / "out", of=of) == tree(finished, of=of)

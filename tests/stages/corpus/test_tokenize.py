@@ -48,7 +48,7 @@ def test_a_worker_with_another_tokenizer_refuses(any_corpus, tiny_model, tiny_jo
         ),
     )
     with pytest.raises(PartsFailed, match="TokenizerMismatch"):
-        run_job(load_job(tiny_job(tmp_path, cluster={"workers": 2})), SilentReporter(), stages=("corpus",))
+        run_job(load_job(tiny_job(tmp_path)), SilentReporter(), stages=("corpus",))
     assert not (tmp_path / "out/corpus/manifest.json").exists()
 
 
@@ -60,7 +60,7 @@ def test_a_source_that_breaks_off_is_named_and_leaves_no_corpus(any_corpus, tiny
         {"name": name, "uri": str(tmp_path / file), "style": "s", "license": "MIT", "rights_basis": "owned"}
         for name, file in (("some", "some.jsonl"), ("torn", "torn.jsonl.gz"))
     ]
-    path = tiny_job(tmp_path, corpus={"sources": sources}, cluster={"workers": 2})
+    path = tiny_job(tmp_path, corpus={"sources": sources})
     with pytest.raises(SourceUnreadable, match="torn"):
         run_job(load_job(path), SilentReporter(), stages=("corpus",))
     assert not (tmp_path / "out/corpus/manifest.json").exists()

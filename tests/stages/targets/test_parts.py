@@ -104,8 +104,8 @@ class Recorder(SilentReporter):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    with open_cluster(ClusterSettings(workers=1, retry_seconds=0.05)) as running:
+def cluster(scheduler):
+    with open_cluster(ClusterSettings(scheduler=scheduler, retry_seconds=0.05)) as running:
         yield running
 
 

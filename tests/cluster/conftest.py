@@ -1,0 +1,14 @@
+"""One local cluster for the tests of a module."""
+
+from __future__ import annotations
+
+import pytest
+
+from softshard.cluster.cluster import open_cluster
+from softshard.config import ClusterSettings
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with open_cluster(ClusterSettings(workers=2, max_attempts=3, retry_seconds=0.1)) as running:
+        yield running
