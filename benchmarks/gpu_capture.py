@@ -112,7 +112,7 @@ def _bare(bench: _Bench, engine: EngineName, teacher: Teacher) -> Callable[[Loca
     @torch.inference_mode()
     def bare(_: LocalStore) -> None:
         for batch in batches_by_length(sequences, batch_tokens=_BATCH_TOKENS):
-            states = decoder.states([sequences[index] for index in batch])
+            states = decoder.hidden_states([sequences[index] for index in batch])
             for rows in torch.split(states, _ROWS_OF_LOGITS):
                 decoder.logits(rows)
 

@@ -197,7 +197,7 @@ def _transformers(setup: Setup) -> dict[str, Way]:
     @torch.inference_mode()
     def bare(_: LocalStore) -> None:
         for batch in batches_by_length(setup.sequences, batch_tokens=batch_tokens):
-            states = decoder.states([setup.sequences[index] for index in batch])
+            states = decoder.hidden_states([setup.sequences[index] for index in batch])
             for rows in torch.split(states, _ROWS_OF_LOGITS):
                 decoder.logits(rows)
 

@@ -198,7 +198,7 @@ def _decoder(folder: Path, layer: int | None) -> Decoder:
 
 @torch.inference_mode()
 def _write_states(file: Path, decoder: Decoder, block: Sequence[TokenSequence]) -> None:
-    states = torch.cat([decoder.states([window]) for window in block])
+    states = torch.cat([decoder.hidden_states([window]) for window in block])
     file.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         whole = Path(folder) / file.name

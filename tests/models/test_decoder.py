@@ -32,6 +32,6 @@ def test_states_are_those_before_the_labels_and_no_others(model, masked):
     for tokens in masked:
         hidden = model.model(torch.from_numpy(tokens.token_ids.astype(np.int64))[None]).last_hidden_state[0]
         expected += [hidden[label - 1] for start, stop in tokens.label_spans for label in range(start, stop)]
-    states = Decoder.of(model).states(masked)
+    states = Decoder.of(model).hidden_states(masked)
     assert len(states) == sum(tokens.num_labels for tokens in masked) == 16
     torch.testing.assert_close(states, torch.stack(expected), atol=1e-5, rtol=0)

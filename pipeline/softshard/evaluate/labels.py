@@ -88,7 +88,7 @@ def score_labels(
 @torch.inference_mode()
 def _score_batch(decoder: Decoder, batch: list[ScoredSequence], num_valid: int) -> LabelScores:
     sequences = [sequence for sequence, _ in batch]
-    states = decoder.states(sequences)
+    states = decoder.hidden_states(sequences)
     labels = np.concatenate([sequence.labels for sequence in sequences]).astype(np.int64)
     entries = _joined(batch)
     pieces = []

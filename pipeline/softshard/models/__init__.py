@@ -1,6 +1,6 @@
-"""Causal language models and tokenizers: found, checked, named by digest, loaded; a model as body and output layer.
+"""Causal language models and tokenizers: found, checked, identified by digest, loaded; models as body and output.
 
-`decoder` is imported by its own name, because it needs torch.
+Import `softshard.models.decoder` by its full name: it needs torch, and this package loads without it.
 """
 
 from __future__ import annotations

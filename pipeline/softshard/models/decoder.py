@@ -1,8 +1,8 @@
-"""A causal language model as its body and its output layer, so that nobody need hold all logits at once.
+"""A causal language model split into its body and its output layer, so that all logits never exist at once.
 
 In: a model of transformers, with adapters or without, and sequences. Out: hidden states at the position before each
-label, and the logits of as many of them as are asked for. Models that scale or cap their logits as their config says
-are taken; one that does anything else to them is refused.
+label, and the logits of any of them. Models that scale or cap their logits as their config says are supported; a model
+that does anything else to them is refused.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "LowRank", "batches_by_l
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _EITHER = "logits_scaling"
-"""Granite divides by it, HyperCLOVA X multiplies: which of the two, the model's own logits tell."""
+"""Granite divides by it, HyperCLOVA X multiplies by it; comparison with the model's own logits decides."""
 _PROBE_SIZE = 100.0
-"""Products as large as this show caps up to 400, which move them by 2%; those of a short text would hide them."""
+"""Products of this size show caps up to 400, which change them by 2%; smaller products would not."""
 _TOLERANCE = 0.02
-"""Share of the largest logit: bfloat16 alone rounds by .4% in each of a few steps."""
+"""Share of the largest logit: bfloat16 rounds by .4% in each of a few steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitTransform:
-    """From the output layer's product x to a logit: `scale * x`, or `cap * tanh(scale * x / cap)` with a soft cap.
+    """Turns the output layer's product x into a logit: `scale * x`, or `cap * tanh(scale * x / cap)` with a soft cap.
 
     The cap is Gemma 2's (arXiv 2408.00118, section 2), the scale Granite's and Cohere's.
     """
@@ -42,14 +42,14 @@ class LogitTransform:
     soft_cap: float | None = None
 
     def __call__(self, product: Tensor) -> Tensor:
-        """Logits, of the product's type; the product itself where nothing is to be done."""
+        """Logits, in the product's type; the product itself where there is no scale and no cap."""
         if self.soft_cap is not None:
             return self.soft_cap * torch.tanh(product * (self.scale / self.soft_cap))
         return product if self.scale == 1 else product * self.scale
 
 
 class LowRank(NamedTuple):
-    """What an adapter of the output layer adds to its product: `factor @ features`."""
+    """The term `factor @ features` that an adapter of the output layer adds to its product."""
 
     features: Tensor
     """[..., r]"""
@@ -58,30 +58,30 @@ class LowRank(NamedTuple):
 
 
 PLAIN_LOGITS = LogitTransform()
-"""Nothing is done to the product."""
+"""Logits are the product itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """Logits of a position are `transform(weight @ hidden + bias)`, with what an adapter of the output layer adds."""
+    """Logits of a position are `transform(weight @ hidden + bias)`, plus the term of an adapter of the output layer."""
 
     body: nn.Module
-    """Everything before the output layer, the last norm included; adapters on its layers stay in force."""
+    """Everything before the output layer, including the last norm; adapters on its layers stay active."""
     weight: Tensor
     """[V, d]"""
     bias: Tensor | None
     """[V]"""
     transform: LogitTransform = PLAIN_LOGITS
     output: nn.Module | None = None
-    """The output layer with its adapter; None: it has none. `weight` and `bias` are those of the layer below it."""
+    """The output layer with its adapter; None without one. `weight` and `bias` are those of the wrapped layer."""
 
     @classmethod
     def of(cls, model: Any) -> Decoder:
-        """Halves of a causal language model, or of the one inside a `PeftModel`, in evaluation mode.
+        """The decoder of a causal language model in evaluation mode, or of the model inside a `PeftModel`.
 
         Raises:
-            ModelInvalid: its logits are not what its config says, from the output layer's product with the body's last
-                hidden state.
+            ModelInvalid: its logits are not the output layer's product with the body's last hidden state, scaled and
+                capped as its config says.
         """
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         name = str(inner.name_or_path) or type(inner).__name__
@@ -90,29 +90,29 @@ class Decoder:
         if not isinstance(output, nn.Linear):
             problem = f"its output layer is {type(output).__name__}, it must be a linear one"
             raise ModelInvalid(model=name, problem=problem)
-        transforms, said = _transforms_of(inner.config.get_text_config())
-        halves = (
+        transforms, named = _possible_transforms(inner.config.get_text_config())
+        decoders = (
             cls(
                 body=inner.get_decoder(),
                 weight=output.weight,
                 bias=output.bias,
-                transform=one,
+                transform=transform,
                 output=None if adapted is output else adapted,
             )
-            for one in transforms
+            for transform in transforms
         )
-        differences = [(decoder._difference(inner), decoder) for decoder in halves]
+        differences = [(decoder._difference(inner), decoder) for decoder in decoders]
         difference, nearest = min(differences, key=lambda pair: pair[0])
         if not difference <= _TOLERANCE:
-            what = "its logits are not output layer times hidden state" + (f" with {said}" if said else "")
+            what = "its logits are not output layer times hidden state" + (f" with {named}" if named else "")
             raise ModelInvalid(model=name, problem=f"{what} (off by {difference:.2g}); use another model")
         return nearest
 
     @torch.no_grad()
     def _difference(self, inner: Any) -> float:
-        """How far the model's own logits are from these, as a share of the largest; hidden states are scaled up.
+        """Largest difference from the model's own logits as a share of the largest logit, for enlarged hidden states.
 
-        0 where weights that are not finite leave nothing to compare: those are found by who scores with them.
+        0 where weights that are not finite leave nothing to compare: scoring finds those and names the position.
         """
         seen: list[Tensor] = []
 
@@ -134,13 +134,13 @@ class Decoder:
 
     @property
     def output_size(self) -> int:
-        """V, padding included."""
+        """V, including padding."""
         return int(self.weight.shape[0])
 
-    def states(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """[labels, d] hidden states at the position before each label, sequence after sequence.
+    def hidden_states(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """[N, d] hidden states at the position before each of the N labels, sequence after sequence.
 
-        Sequences are padded on the right, where a causal model never looks.
+        Sequences are padded on the right, which a causal model never attends to.
         """
         device = self.weight.device
         longest = max(len(sequence.token_ids) for sequence in sequences)
@@ -154,10 +154,10 @@ class Decoder:
         return torch.cat([hidden[row, start - 1 : stop - 1] for row, start, stop in spans])
 
     def adapted(self, states: Tensor) -> tuple[Tensor, LowRank | None]:
-        """What the output matrix is multiplied with, and what is added: the adapter of the output layer, if it has one.
+        """The input of the output matrix and the term to add to its product, with the adapter of the output layer.
 
-        Without one, or where it is switched off, the states themselves and nothing. Differentiable in states and
-        adapter, whose products are taken in its own type.
+        Without an adapter, or where it is disabled: the states themselves and None. Differentiable in states and
+        adapter; the adapter's products are computed in its own type.
         """
         if self.output is None:
             return states, None
@@ -165,10 +165,10 @@ class Decoder:
         if hasattr(output, "adapted"):
             found: tuple[Tensor, LowRank | None] = output.adapted(states)
             return found
-        return states, _low_rank_of(output, states)
+        return states, _lora_term(output, states)
 
     def logits(self, states: Tensor) -> Tensor:
-        """[..., V] logits of some hidden states."""
+        """[..., V] logits of hidden states [..., d]."""
         states, low_rank = self.adapted(states)
         product = nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias)
         if low_rank is not None:
@@ -176,8 +176,8 @@ class Decoder:
         return self.transform(product)
 
 
-def _low_rank_of(layer: Any, states: Tensor) -> LowRank | None:
-    """What a LoRA layer of peft adds, unless it is switched off."""
+def _lora_term(layer: Any, states: Tensor) -> LowRank | None:
+    """The term that a LoRA layer of peft adds; None where it is disabled."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or not names:
         return None
@@ -187,8 +187,8 @@ def _low_rank_of(layer: Any, states: Tensor) -> LowRank | None:
     return LowRank(features, layer.lora_B[name].weight)
 
 
-def _transforms_of(config: Any) -> tuple[list[LogitTransform], str]:
-    """What a config may mean to be done to the product, and the settings that say so, in words."""
+def _possible_transforms(config: Any) -> tuple[list[LogitTransform], str]:
+    """The transforms that a config can mean, and the settings that name them, for an error."""
     found = {
         name: float(value)
         for name in (*_CAPS, *_FACTORS, _EITHER)
@@ -197,13 +197,13 @@ def _transforms_of(config: Any) -> tuple[list[LogitTransform], str]:
     cap = next((found[name] for name in _CAPS if name in found), None)
     factor = float(np.prod([found[name] for name in _FACTORS if name in found]))
     scales = [factor / found[_EITHER], factor * found[_EITHER]] if _EITHER in found else [factor]
-    said = " and ".join(f"{name} {value:g}" for name, value in found.items())
-    return [LogitTransform(scale=scale, soft_cap=cap) for scale in scales], said
+    named = " and ".join(f"{name} {value:g}" for name, value in found.items())
+    return [LogitTransform(scale=scale, soft_cap=cap) for scale in scales], named
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode for as long as this lasts; each of its modules then has the mode that it had."""
+    """The model is in evaluation mode inside the block; afterwards each of its modules has its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -214,9 +214,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def batches_by_length(sequences: Sequence[TokenSequence], *, batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of sequences in batches of similar length, longest first.
+    """Batches of indices of sequences of similar length, longest first.
 
-    A batch has at most `batch_tokens` with its padding; a longer sequence is a batch of its own.
+    A batch has at most `batch_tokens` tokens, including padding; a longer sequence is a batch of its own.
     """
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].token_ids))
     batch: list[int] = []

@@ -1,4 +1,4 @@
-"""Where a model computes, in which type, and what to do when its memory runs out."""
+"""The device and the type that a model computes with, and memory that runs out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["out_of_memory", "release_memory", "resolve_device", "resolve_dtype"]
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is `cuda` where torch sees one, else `cpu`; anything else is kept."""
+    """`auto` is `cuda` where torch sees a GPU, else `cpu`; any other name is returned unchanged."""
     import torch
 
     if device != "auto":
@@ -23,7 +23,7 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: DataType, *, device: str) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes in it natively (on a CPU: AVX-512 BF16), else float32."""
+    """`auto` is bfloat16 where the device has it natively (on a CPU: AVX-512 BF16 or AMX), else float32."""
     import torch
 
     if dtype == "auto":
@@ -40,14 +40,14 @@ def _cpu_has_bf16() -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, a device's or the machine's; torch tells the latter by the text of a RuntimeError."""
+    """Whether memory of a device or of the machine ran out; torch reports the latter only in a RuntimeError's text."""
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def release_memory(device: str) -> None:
-    """Give back to a device what nothing refers to any more; torch keeps it for this process otherwise."""
+    """Return a device's unreferenced memory, which torch otherwise keeps for this process."""
     import torch
 
     gc.collect()

@@ -1,7 +1,7 @@
-"""Model folders: found or fetched, checked without loading the weights, named by a digest.
+"""Model folders: found or fetched, checked without loading the weights, identified by a digest.
 
-Nothing here runs code that comes with a model: remote code is refused, also where a terminal would be asked, and
-weights are safetensors, never pickles.
+No code that comes with a model is run: remote code is refused without asking, and weights are safetensors, never
+pickles.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def resolve_model(model: str, *, revision: str | None = None) -> Path:
-    """Local folder of a model: the folder itself, or a snapshot of the hub's.
+    """Local folder of a model: the folder itself, or a snapshot of the model on the hub.
 
     Raises:
         ModelInvalid: it is neither, or the folder has no config.json.
@@ -64,7 +64,7 @@ def check_vocabulary(*, model: str, model_size: int, data: str, data_size: int) 
 
 
 def read_architecture(folder: Path) -> str:
-    """Name of a model's class, by its config. Raises ModelInvalid."""
+    """Name of a model's class, according to its config. Raises ModelInvalid."""
     try:
         names = json.loads((folder / "config.json").read_text()).get("architectures")
     except (OSError, ValueError) as error:
@@ -75,12 +75,12 @@ def read_architecture(folder: Path) -> str:
 
 
 def output_size(folder: Path) -> int:
-    """Number of tokens that a model gives logits for, by its config, padding included. Raises ModelInvalid."""
+    """Number of tokens that a model has logits for, according to its config, including padding. Raises ModelInvalid."""
     return int(_text_config(folder).vocab_size)
 
 
 def check_context(folder: Path, *, context_tokens: int) -> None:
-    """Refuse sequences that are longer than a model's positions. Raises ModelInvalid."""
+    """Refuse sequences that are longer than a model has positions for. Raises ModelInvalid."""
     longest = getattr(_text_config(folder), "max_position_embeddings", None)
     if longest is not None and context_tokens > longest:
         problem = (
@@ -100,10 +100,10 @@ def _text_config(folder: Path) -> Any:
 
 
 def check_weights(folder: Path) -> list[Path]:
-    """The files of a model folder's weights, by name, whose lengths are as they say; their content is not read.
+    """The weight files of a model folder, sorted by name; their lengths are checked, their contents are not read.
 
     Raises:
-        ModelInvalid: the folder holds no safetensors, lacks a shard that its index names, or one is cut off.
+        ModelInvalid: the folder holds no safetensors, lacks a shard that its index names, or a file is truncated.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -135,7 +135,7 @@ def _shards_of_index(folder: Path) -> set[str]:
 
 @lru_cache(maxsize=8)
 def weights_digest(folder: Path) -> str:
-    """SHA-256, in hex, of a model folder's config and weights (safetensors), in the order of their names.
+    """SHA-256, in hex, of a model folder's config and then its weights (safetensors), sorted by name.
 
     Raises:
         ModelInvalid: see `check_weights`.

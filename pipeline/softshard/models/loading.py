@@ -1,4 +1,4 @@
-"""A model folder to a frozen causal language model on its device."""
+"""Loads a model folder as a frozen causal language model on a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
     """A frozen causal language model in evaluation mode.
 
     Raises:
-        ModelInvalid: transformers cannot load it, or the device is not there.
+        ModelInvalid: transformers cannot load it, or there is no such device.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM

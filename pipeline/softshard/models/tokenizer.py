@@ -1,7 +1,7 @@
-"""Tokenizers: loaded, named by a fingerprint, compared with what data was made with.
+"""Tokenizers: loaded, identified by a fingerprint, compared with the tokenizer that data was made with.
 
-A tokenizer's fingerprint and its vocabulary size travel with everything that is made with it, and are compared
-wherever data meets a model.
+A tokenizer's fingerprint and vocabulary size are stored with all data that is made with it, and are compared wherever
+data meets a model.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ __all__ = ["Tokenizer", "check_tokenizer", "load_tokenizer", "wrap_tokenizer"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """A tokenizer and what must agree between data and models."""
+    """A tokenizer with the values that data and models must agree on."""
 
     backend: Any
     """The tokenizer of transformers."""
     fingerprint: str
-    """SHA-256, in hex, of its whole definition and of the ids that open and close a document."""
+    """SHA-256, in hex, of its whole definition and of the ids that begin and end a document."""
     vocab_size: int
-    """Tokens it can give; logits beyond them are padding."""
+    """Number of its tokens; logits beyond them are padding."""
     bos_id: int | None
-    """Token that the tokenizer puts before a text, if it does."""
+    """Token that the tokenizer puts before a text; None where it puts none."""
     eos_id: int
-    """Token that closes a document."""
+    """Token that ends a document."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; a text is never cut, and one that spells a special token does not become that token."""
+        """Ids of each text. Texts are never truncated, and the spelling of a special token stays plain text."""
         if not texts:
             return []
         encoded = self.backend(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)

@@ -1,6 +1,7 @@
-"""The documents that an adapter was trained on: a Parquet file beside its weights, and digests to compare by.
+"""The documents that an adapter was trained on: a Parquet file beside its weights, and digests for comparison.
 
-A row is a document: its home fold and its id, 16 bytes, by fold and then in the order in which they were trained on.
+Each row is a document: its own fold, which is never the adapter's, and its 16-byte id, sorted by fold and then in the
+order of training.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class TrainedDocuments:
-    """Documents by home fold."""
+    """Ids of documents by the fold that they belong to."""
 
     ids: Mapping[int, bytes]
-    """By fold: 16 bytes a document, in their order."""
+    """By fold: 16 bytes per document, in their order."""
 
     def __len__(self) -> int:
         return sum(len(packed) for packed in self.ids.values()) // _ID_BYTES
@@ -53,12 +54,12 @@ class TrainedDocuments:
         return pl.Series("document_id", np.frombuffer(packed, dtype=f"V{_ID_BYTES}").tolist(), dtype=pl.Binary)
 
     def digests(self, folds: Iterable[int]) -> tuple[str, ...]:
-        """SHA-256 of the ids of each of some folds, as the corpus's manifest has it for all documents of a fold."""
+        """SHA-256 of the ids in each of these folds, comparable with the corpus manifest's digests of whole folds."""
         return tuple(hashlib.sha256(self.ids.get(fold, b"")).hexdigest() for fold in folds)
 
 
 def encode_documents(documents: TrainedDocuments) -> bytes:
-    """The file."""
+    """Bytes of the file."""
     folds = sorted(documents.ids)
     rows = [len(documents.ids[fold]) // _ID_BYTES for fold in folds]
     packed = pa.py_buffer(b"".join(documents.ids[fold] for fold in folds))
@@ -78,7 +79,7 @@ def encode_documents(documents: TrainedDocuments) -> bytes:
 
 
 def decode_documents(content: bytes, *, uri: str) -> TrainedDocuments:
-    """What the file says. Raises PartCorrupt when it is not Parquet with its columns."""
+    """Documents in the file. Raises PartCorrupt when it is not Parquet or has other columns."""
     with parquet_errors(uri):
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     if not table.schema.remove_metadata().equals(_SCHEMA):

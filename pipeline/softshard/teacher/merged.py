@@ -1,8 +1,9 @@
-"""An adapter merged into its model, for an engine that serves whole models alone, and the proof that it is served.
+"""An adapter merged into its model, for engines that serve whole models only, and a check that it is really served.
 
-In: a model folder and an adapter. Out: a folder of the adapted model, named by a digest of all that it depends on,
-complete once it is there; and a canary, a known text with its log-probabilities under the base and under base and
-adapter, both by transformers in float32. The sum of weights and update is rounded once, to the type of the engine.
+In: a model folder and an adapter. Out: a folder with the adapted model, named by a digest of everything that it depends
+on and complete as soon as it exists; and a canary: a known text with its log-probabilities under the base model and
+under the adapted model, both computed by transformers in float32. The sum of weights and update is rounded once, to the
+engine's type.
 """
 
 from __future__ import annotations
@@ -39,17 +40,18 @@ _LEAST_SHARE, _MOST_SHARE = 0.5, 1.5
 
 
 class Canary(BaseModel):
-    """A known text and what it is worth to the model with the adapter, and without."""
+    """A known text with the log-probabilities that transformers gives its tokens with the adapter and without."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token_ids: tuple[int, ...]
     base: tuple[float, ...]
-    """Log-probability of every token but the first, in nats."""
+    """Log-probability of every token but the first under the base model, in nats."""
     adapted: tuple[float, ...]
+    """The same with the adapter."""
 
     def cut(self, num_tokens: int) -> Canary:
-        """Its first tokens; what they are worth does not depend on the rest."""
+        """The canary of its first tokens, whose log-probabilities do not depend on the rest."""
         return Canary(
             token_ids=self.token_ids[:num_tokens],
             base=self.base[: num_tokens - 1],
@@ -58,7 +60,7 @@ class Canary(BaseModel):
 
     @property
     def sequence(self) -> TokenSequence:
-        """The text as a teacher scores it: every token but the first is a label."""
+        """The text as a sequence to score: every token but the first is a label."""
         ids = np.array(self.token_ids, dtype=np.int32)
         return TokenSequence(
             sequence_id="canary",
@@ -73,14 +75,14 @@ class Canary(BaseModel):
 
 
 def merged_model(model: Path, adapter: Path, *, identity: TeacherIdentity, vocab_size: int) -> tuple[Path, Canary]:
-    """Folder of the model with the adapter merged into it, beside the adapter, and its canary; made where it is not.
+    """Folder with the adapter merged into the model, beside the adapter, and its canary; made if it does not exist.
 
-    Needs the model in float32 in the memory of the CPU, and its size in `dtype` on the disk.
+    Needs CPU memory for the model in float32, and disk space for the model in its `dtype`.
 
     Args:
-        model: folder of the base.
+        model: folder of the base model.
         adapter: folder of the adapter.
-        identity: digests of both, and the type of the weights.
+        identity: of the engine: digests of both, and the type of the weights.
         vocab_size: logits beyond it are padding.
 
     Raises:
@@ -89,7 +91,7 @@ def merged_model(model: Path, adapter: Path, *, identity: TeacherIdentity, vocab
     named_by = [identity[what] for what in ("weights", "adapters", "dtype", "transformers", "torch")]
     folder = adapter.parent / ".merged" / canonical_digest([*named_by, vocab_size])[:32]
     if not folder.is_dir():
-        # Another worker may have been faster: its folder is the same.
+        # Another worker may have made the same folder first.
         with new_folder(folder, keep_existing=True) as made:
             _merge(model, adapter, folder=made, dtype=getattr(torch, str(identity["dtype"])), vocab_size=vocab_size)
     try:
@@ -121,24 +123,25 @@ def _label_logprobs(model: Any, ids: list[int], vocab_size: int) -> list[float]:
 
 
 def check_canary(canary: Canary, engine: NDArray[np.float32], *, dtype: str, model: str) -> None:
-    """Compare what an engine says of the canary with what transformers said of it.
+    """Compare an engine's log-probabilities of the canary with those of transformers.
 
-    Two things must hold: the engine agrees with the adapted model, and of the way from the base to the adapted model
-    it has gone about the whole, which noise cannot do for it where the adapter changes little.
+    Two conditions must hold. The engine agrees with the adapted model within the noise of its type. And the projection
+    of its change from the base model on the adapter's change is between half and one and a half of that change, which
+    noise alone cannot produce where the adapter changes little.
 
     Args:
         canary: the text and its log-probabilities.
-        engine: [labels] log-probabilities by the engine.
+        engine: [P] log-probabilities by the engine.
         dtype: type that the engine computes in.
         model: name for the error.
 
     Raises:
-        AdapterNotApplied: the engine serves another model, or one that cannot be told from the base.
+        AdapterNotApplied: the engine serves another model, or one that cannot be told apart from the base model.
     """
     base, adapted = np.array(canary.base), np.array(canary.adapted)
-    way = adapted - base
-    length = float(way @ way)
-    share = float((engine - base) @ way) / length if length else 0.0
+    change = adapted - base
+    squared_length = float(change @ change)
+    share = float((engine - base) @ change) / squared_length if squared_length else 0.0
     difference = float(np.abs(engine - adapted).mean())
     allowed = _ALLOWED_NATS[dtype]
     if not (_LEAST_SHARE < share < _MOST_SHARE and difference <= allowed):

@@ -1,4 +1,4 @@
-"""What a finished adapter of the style teacher leaves: a folder with a receipt, written last, and how to find it."""
+"""The stored form of a finished adapter of the style teacher: a folder whose receipt is written last."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class AdapterReceipt(BaseModel):
     adapter_id: str
     fold: int
     recipe: str
-    """Digest of how it was trained: of all that it depends on but the documents."""
+    """Digest of everything that its weights depend on except the documents."""
     files: dict[FileName, str]
     """SHA-256 of each file."""
     digest: str
-    """SHA-256 over the files of the weights: what the parts that it scores are named by."""
+    """SHA-256 over the weight files; the ids of the parts that it scores depend on it."""
     num_sequences: int
     num_labels: int = Field(gt=0)
     final_loss: float
@@ -70,15 +70,15 @@ class AdapterReceipt(BaseModel):
 
     @property
     def weight_files(self) -> dict[str, str]:
-        """Files that an engine opens, with the SHA-256 of each."""
+        """Files that an engine loads, with the SHA-256 of each."""
         return {name: sha256 for name, sha256 in self.files.items() if name != DOCUMENTS_FILE}
 
 
 def find_adapter(store: Store, folder: str) -> AdapterReceipt | None:
-    """Receipt of the complete adapter in a folder; None if there is none.
+    """Receipt of the complete adapter in a folder; None if the folder or a file is missing.
 
     Raises:
-        PartCorrupt: a file of the adapter is not the one that the receipt names.
+        PartCorrupt: a file of the adapter does not have the hash that the receipt gives.
     """
     try:
         receipt = _read_receipt(store, folder)
@@ -89,13 +89,13 @@ def find_adapter(store: Store, folder: str) -> AdapterReceipt | None:
 
 
 def read_adapter_digest(store: Store, folder: str) -> str:
-    """What the `digest` of a receipt would be by the files of weights that lie in a folder."""
+    """The `digest` that a receipt would have for the weight files that are in a folder."""
     names = set(store.names(folder)) - {DOCUMENTS_FILE, LOG_FILE, "receipt.json"}
     return canonical_digest({name: sha256_hex(store.read(f"{folder}/{name}")) for name in names})
 
 
 def adapters_of_fold(store: Store, fold: int) -> list[AdapterReceipt]:
-    """Receipts of all adapters of a fold, whatever they were trained on. Raises PartCorrupt."""
+    """Receipts of all adapters of a fold, whatever documents they were trained on. Raises PartCorrupt."""
     folders = [name for name in store.names(".") if parse_fold(name) == fold]
     return [_read_receipt(store, name) for name in folders if store.exists(f"{name}/receipt.json")]
 

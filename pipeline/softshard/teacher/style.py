@@ -1,8 +1,8 @@
 """The style teacher: the teacher's model adapted to the corpus by LoRA, in K folds.
 
-The adapter of fold k is trained on the documents outside fold k, which it then scores; the hold-out is scored by the
-mean of all. An adapter is a folder named by a digest of all that it depends on, complete once `receipt.json` is there.
-It holds a list of the documents that it was trained on, so that it can be told for which other corpus it will do.
+The adapter of fold k is trained on the documents outside fold k and then scores fold k; the hold-out is scored with the
+mean of all adapters. An adapter is a folder that is named by a digest of everything that it depends on and is complete
+once it has `receipt.json`. It lists the documents that it was trained on, so that a changed corpus can reuse it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FoldSpec:
 
     fold: int
     documents: tuple[str, ...]
-    """Of each other fold, in their order: SHA-256 of the ids of its documents, as the corpus's manifest has it."""
+    """For each other fold, in order: SHA-256 of the ids of its documents, as in the corpus manifest."""
     context_tokens: int
     overlap_tokens: int
     model: str
@@ -51,7 +51,7 @@ class FoldSpec:
 
     @property
     def recipe(self) -> str:
-        """SHA-256 over all of it but the documents."""
+        """SHA-256 over everything but the documents."""
         values = {name: getattr(self, name) for name in self.__slots__ if name not in {"model", "documents"}}
         values["optimizer"] = self.optimizer.model_dump(exclude={"checkpoint_steps"})
         values["folds"] = len(self.documents) + 1
@@ -59,12 +59,12 @@ class FoldSpec:
 
     @property
     def adapter_id(self) -> str:
-        """128 bits, in hex, of a SHA-256 over all of it."""
+        """128 bits, in hex, of a SHA-256 over everything."""
         return canonical_digest([self.recipe, self.documents])[:32]
 
     @property
     def other_folds(self) -> tuple[int, ...]:
-        """Folds whose documents it is trained on."""
+        """Folds whose documents the adapter is trained on."""
         return tuple(fold for fold in range(len(self.documents) + 1) if fold != self.fold)
 
     @property
@@ -74,13 +74,13 @@ class FoldSpec:
 
 
 def training_precision(dtype: DataType, *, device: str) -> tuple[str, str]:
-    """Names of the type and the kind of device that training will use; they are part of the adapter's id."""
+    """Names of the type and the kind of device that training uses; both are part of the adapter's id."""
     device = resolve_device(device)
     return str(resolve_dtype(dtype, device=device)).removeprefix("torch."), device.split(":")[0]
 
 
 def train_fold(
-    plan: FoldSpec,
+    spec: FoldSpec,
     sequences: Sequence[TokenSequence],
     *,
     documents: bytes,
@@ -89,54 +89,54 @@ def train_fold(
     store: Store,
     on_step: Callable[[Step], None],
 ) -> AdapterReceipt:
-    """Train and save the adapter of a fold; a training that was stopped goes on from its last checkpoint.
+    """Train and save the adapter of a fold; a training that was stopped continues from its last checkpoint.
 
     Args:
-        plan: what is trained.
+        spec: the adapter to train.
         sequences: all sequences of the documents outside the fold.
-        documents: the list of these documents, as a file.
-        folder: the model.
-        device: of the plan's kind, with an index where there are several.
-        store: the `teacher/` folder.
+        documents: bytes of the list of these documents.
+        folder: of the model.
+        device: of the spec's kind, with an index where there are several.
+        store: of the `teacher/` folder.
         on_step: called after each step.
     """
     import torch
 
-    if plan.device == "cpu":
-        torch.set_num_threads(plan.num_threads)
-    model = load_model(folder, dtype=getattr(torch, plan.dtype), device=resolve_device(device))
-    checkpoint = Checkpoint(store=store, path=f".checkpoints/{plan.folder}.pt")
-    batches = TextBatches(sequences, seed=plan.seed, batch_tokens=plan.optimizer.batch_tokens, name=f"fold {plan.fold}")
+    if spec.device == "cpu":
+        torch.set_num_threads(spec.num_threads)
+    model = load_model(folder, dtype=getattr(torch, spec.dtype), device=resolve_device(device))
+    checkpoint = Checkpoint(store=store, path=f".checkpoints/{spec.folder}.pt")
+    batches = TextBatches(sequences, seed=spec.seed, batch_tokens=spec.optimizer.batch_tokens, name=f"fold {spec.fold}")
     tuned = fine_tune(
         model,
         batches,
-        lora=plan.lora,
-        optimizer=plan.optimizer,
+        lora=spec.lora,
+        optimizer=spec.optimizer,
         retention=None,
-        seed=plan.seed,
-        num_valid=plan.vocab_size,
+        seed=spec.seed,
+        num_valid=spec.vocab_size,
         chunk_positions=512,
         checkpoint=checkpoint,
-        identity=plan.adapter_id,
+        identity=spec.adapter_id,
         on_step=on_step,
     )
-    receipt = _save(plan, sequences, tuned, documents=documents, store=store)
+    receipt = _save(spec, sequences, tuned, documents=documents, store=store)
     checkpoint.remove()
     return receipt
 
 
 def _save(
-    plan: FoldSpec, sequences: Sequence[TokenSequence], tuned: FineTuned, *, documents: bytes, store: Store
+    spec: FoldSpec, sequences: Sequence[TokenSequence], tuned: FineTuned, *, documents: bytes, store: Store
 ) -> AdapterReceipt:
-    weights = save_adapter(tuned.model, base_model=plan.model)
+    weights = save_adapter(tuned.model, base_model=spec.model)
     files = {**weights, DOCUMENTS_FILE: documents}
     for name, content in files.items():
-        store.put_once(f"{plan.folder}/{name}", content)
+        store.put_once(f"{spec.folder}/{name}", content)
     last = tuned.log[-max(1, len(tuned.log) // 10) :]
     receipt = AdapterReceipt(
-        adapter_id=plan.adapter_id,
-        fold=plan.fold,
-        recipe=plan.recipe,
+        adapter_id=spec.adapter_id,
+        fold=spec.fold,
+        recipe=spec.recipe,
         files={name: sha256_hex(content) for name, content in files.items()},
         digest=adapter_digest(weights),
         num_sequences=len(sequences),
@@ -144,6 +144,6 @@ def _save(
         final_loss=sum(step.loss for step in last) / len(last),
     )
     log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
-    store.replace(f"{plan.folder}/{LOG_FILE}", log.encode())
-    store.put_once(f"{plan.folder}/receipt.json", canonical_json(receipt))
+    store.replace(f"{spec.folder}/{LOG_FILE}", log.encode())
+    store.put_once(f"{spec.folder}/receipt.json", canonical_json(receipt))
     return receipt

@@ -146,7 +146,7 @@ class TransformersTeacher:
     def _states(self, batch: list[TokenSequence], adapter: str | None) -> Tensor:
         if adapter is not None:
             self._model.set_adapter(adapter)
-        return self._decoder.states(batch)
+        return self._decoder.hidden_states(batch)
 
     def _logits_of_each(
         self, states: list[Tensor], sketches: Sequence[SketchSettings]

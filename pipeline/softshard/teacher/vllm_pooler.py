@@ -1,8 +1,9 @@
-"""What vLLM's processes run: any decoder that vLLM has, as a pooling model that gives sketches instead of text.
+"""The part of the vLLM engine that runs in vLLM's processes: any decoder of vLLM as a pooling model that sketches.
 
-In: hidden states of a batch, as vLLM schedules it. Out: for each sequence that is complete, the chain of records of
-`vllm_wire`. Rows are sketched as they come, so that of a sequence that vLLM takes in pieces no hidden state is kept.
-Random numbers are keyed by (seed, sequence id, label, draw): neither pieces nor batches nor retries change one.
+In: hidden states of a batch, as vLLM schedules it. Out: for each complete sequence, its chain of records as in
+`vllm_wire`. Only rows before a label are projected, and they are sketched as they arrive, so that no hidden state of a
+sequence that vLLM takes in pieces is kept. Random numbers are keyed by (seed, sequence id, label, draw), so neither
+pieces nor batches nor retries change them.
 
 Only vLLM's own processes import this module; vLLM finds it by the entry point group `vllm.general_plugins`.
 """
@@ -40,17 +41,18 @@ __all__ = ["EXTRA", "OWNER", "PREFIX", "SketchPooler", "make_request", "make_tea
 PREFIX = "Softshard"
 """A teacher of architecture X is registered as SoftshardX."""
 EXTRA = "softshard"
-"""Key of what this module is told: of the engine in `additional_config`, of a request in `extra_kwargs`."""
+"""Key of this module's arguments: of the engine in `additional_config`, of a request in `extra_kwargs`."""
 
 OWNER = "SOFTSHARD_ENGINE_OWNER"
-"""Environment variable with the process that opened the engine; vLLM's compiled code is kept by its configuration."""
+"""Environment variable with the id of the process that opened the engine. It is no part of vLLM's configuration, by
+which vLLM caches its compiled code."""
 
 _DECORATE = "_decorate_for_torch_compile"
 _SETTINGS: TypeAdapter[list[SketchSettings]] = TypeAdapter(list[SketchSettings])
 
 
 def register() -> None:
-    """The entry point: give every architecture that vLLM has a teacher, whose class is made when it is asked for."""
+    """The entry point: register a teacher for every architecture of vLLM; its class is made on first use."""
     for architecture in sorted(ModelRegistry.get_supported_archs()):
         if not architecture.startswith(PREFIX):
             ModelRegistry.register_model(PREFIX + architecture, f"{__name__}:{PREFIX}{architecture}")
@@ -59,14 +61,14 @@ def register() -> None:
 
 
 def make_teacher(architecture: str, *, compiled_here: bool) -> str:
-    """Name of an architecture's teacher, registered as a class: vLLM need not start a process to look at it.
+    """Name of an architecture's teacher, registered as a class, so that vLLM starts no process to inspect it.
 
     Args:
-        architecture: as the model's config has it.
-        compiled_here: vLLM will compile the model in this very process.
+        architecture: name of the model's class, from its config.
+        compiled_here: vLLM will compile the model in this process.
 
     Raises:
-        ArchitectureUnsupported: the architecture cannot be a teacher; the error says why.
+        ArchitectureUnsupported: the architecture cannot be a teacher; the error gives the reason.
     """
     register()
     made = teacher_class(architecture)
@@ -88,27 +90,27 @@ def __getattr__(name: str) -> Any:
 
 @lru_cache(maxsize=32)
 def teacher_class(architecture: str) -> Any:
-    """The pooling model of an architecture: the same class, with a pooler.
+    """The pooling model of an architecture: a subclass of vLLM's class with a `SketchPooler`.
 
     Raises:
-        ArchitectureUnsupported: the architecture cannot be a teacher; the error says why.
+        ArchitectureUnsupported: the architecture cannot be a teacher; the error gives the reason.
     """
     base = _decoder_class(architecture)
     own: dict[str, Any] = {"__module__": __name__, "is_pooling_model": True}
     if hasattr(base, _DECORATE):
-        own[_DECORATE] = _leave_class_alone
+        own[_DECORATE] = _decorate_only_for_compilation
 
     def build(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
-        told = get_current_vllm_config().additional_config[EXTRA]
-        _end_with(int(os.environ[OWNER]))
+        settings = get_current_vllm_config().additional_config[EXTRA]
+        _exit_with_owner(int(os.environ[OWNER]))
         base.__init__(self, vllm_config=vllm_config, prefix=prefix)
-        self.pooler = SketchPooler(self.compute_logits, chunk_rows=told["chunk_rows"], vocab_size=told["vocab_size"])
+        self.pooler = SketchPooler(self.compute_logits, **settings)
 
     return type(PREFIX + architecture, (base,), {**own, "__init__": build})
 
 
-def _end_with(owner: int) -> None:
-    """End this process of vLLM's once the one that opened the engine is gone: it would wait for orders for ever."""
+def _exit_with_owner(owner: int) -> None:
+    """Exit this process of vLLM when the process that opened the engine has ended, and do not wait forever."""
 
     def watch() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -119,11 +121,11 @@ def _end_with(owner: int) -> None:
         threading.Thread(target=watch, name="softshard-owner-watch", daemon=True).start()
 
 
-def _leave_class_alone(model: Any) -> None:
-    """Stands for vLLM's own preparation of a transformers class for compilation, where that is asked for alone.
+def _decorate_only_for_compilation(model: Any) -> None:
+    """Overrides vLLM's preparation of a transformers class for compilation, and does it only where vLLM compiles.
 
-    Some architectures vLLM runs through transformers' class, which it then changes so that it cannot be made without
-    vLLM again: in a worker that is to train or to score with transformers later, all that would fail.
+    vLLM runs some architectures through transformers' own class, and this preparation changes the class so that it can
+    no longer be instantiated without vLLM: a worker that later trains or scores with transformers would fail.
     """
     if not get_current_vllm_config().model_config.enforce_eager:
         getattr(super(type(model), model), _DECORATE)()
@@ -153,7 +155,7 @@ def _decoder_class(architecture: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
-    """One sequence, as the teacher asks for it."""
+    """One sequence to sketch."""
 
     sequence_id: str
     label_spans: Sequence[tuple[int, int]]
@@ -171,16 +173,16 @@ def make_request(sequence: TokenSequence, *, seed: int, settings: list[SketchSet
 
 
 @lru_cache(maxsize=64)
-def _settings_of(text: str) -> list[SketchSettings]:
+def _parse_settings(text: str) -> list[SketchSettings]:
     return _SETTINGS.validate_json(text)
 
 
 class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when types are checked
-    """Rows of hidden states to records of targets, `chunk_rows` rows of logits at a time.
+    """Turns rows of hidden states into records of targets, `chunk_rows` rows of logits at a time.
 
     Args:
-        compute_logits: [n, d] hidden states to [n, at least vocab_size] logits, or to None where another rank of a
-            tensor-parallel engine has them.
+        compute_logits: maps [n, d] hidden states to [n, at least vocab_size] logits, or to None where another rank of
+            a tensor-parallel engine has them.
         chunk_rows: most rows of logits that exist at one time.
         vocab_size: tokens of the vocabulary; logits beyond them are padding.
     """
@@ -191,18 +193,18 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
         self._chunk_rows, self._vocab_size = chunk_rows, vocab_size
 
     def get_supported_tasks(self) -> set[str]:
-        """The task whose output vLLM passes on as it is."""
+        """The task whose output vLLM passes on unchanged."""
         return {"token_classify"}
 
     def get_pooling_updates(self, task: str) -> PoolingParamsUpdate:
-        """Ask for the token ids: they are the labels, also of the last row of a piece."""
+        """Request the token ids: the label of the last row of a piece is the first token of the next."""
         return PoolingParamsUpdate(requires_token_ids=True)
 
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> list[Tensor | None]:
-        """For each request of a batch, its chain of records, or None where its prompt goes on in another batch.
+        """For each request of a batch, its chain of records, or None where its prompt continues in another batch.
 
-        A request with no sketch settings is the bare forward pass: logits of every row, and an empty chain. vLLM's
-        memory profile comes without requests of ours: it is answered by a rehearsal at full chunk size.
+        A request without sketch settings is a bare forward pass: the logits of every label's row, and an empty chain.
+        vLLM's memory profile has no requests of softshard; a rehearsal at full chunk size stands in for them.
         """
         params = pooling_metadata.pooling_params
         if any(EXTRA not in (param.extra_kwargs or {}) for param in params):
@@ -231,7 +233,7 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
         spans = [(max(first - 1, start), min(stop - 1, start + len(states))) for first, stop in request.label_spans]
         positions = torch.cat([torch.arange(first, max(first, stop)) for first, stop in spans])
         for chunk in torch.split(positions, self._chunk_rows) if len(positions) else ():
-            # Every rank of a tensor-parallel engine has to take part in this.
+            # Every rank of a tensor-parallel engine must take part in this.
             logits = self._compute_logits(states[(chunk - start).to(states.device)])
             if logits is not None and get_tensor_model_parallel_rank() == 0:
                 yield from self._records(logits, ids[chunk + 1], positions=chunk, request=request)
@@ -239,7 +241,7 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
     def _records(self, logits: Tensor, labels: Tensor, *, positions: Tensor, request: _Request) -> Iterator[Tensor]:
         labels = labels.to(device=logits.device, dtype=torch.int64)
         places = [(request.sequence_id, position) for position in positions.tolist()]
-        for number, settings in enumerate(_settings_of(request.settings)):
+        for number, settings in enumerate(_parse_settings(request.settings)):
             uniforms = draw_uniforms(
                 positions.numpy() + 1,
                 seed=request.seed,
@@ -257,13 +259,13 @@ class SketchPooler(Pooler):  # type: ignore[misc]  # vLLM is not there when type
                     temperature=settings.temperature,
                 )
             except LogitsInvalid as error:
-                # An error here would end the engine; a record reaches the teacher, which raises it.
+                # An exception here would end the engine; a record reaches `VllmTeacher`, which raises it.
                 yield pack_invalid(position=error.position, value=error.value, setting=number)
                 return
             yield pack_targets(targets, sums, setting=number)
 
     def _rehearse(self, hidden_states: Tensor) -> None:
-        """Take what the largest chunk takes: all its rows at once, and the kind that stores every token."""
+        """Use as much memory as the largest chunk does: all its rows at once, with the kind that stores every token."""
         rows = hidden_states[: self._chunk_rows]
         request = _Request(
             sequence_id="",

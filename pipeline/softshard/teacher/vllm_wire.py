@@ -1,8 +1,8 @@
-"""Targets as they leave the process that vLLM runs the model in: one flat tensor of 32-bit words a sequence.
+"""The wire format of targets between vLLM's process and softshard: one flat tensor of 32-bit words per sequence.
 
-In: the targets of some of a sequence's labels, run after run, as they are sketched. Out: the same targets, joined. The
-tensor is a chain of records, each of which names its own lengths, so that a sequence that the engine takes in several
-pieces is a longer chain and nothing else. Every number keeps its bits: floats are viewed as int32 and back.
+In: the targets of a sequence's labels, a chunk at a time. Out: the same targets, joined. The tensor is a chain of
+records, each with its own lengths, so that a sequence that the engine takes in several pieces is only a longer chain.
+Every number keeps its bits: floats are viewed as int32 and back.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLOATS = {"label_logprob", "entropy", "tail_mass", "head_logprobs"}
 
 
 def _layout(labels: int, draws: int, heads: int, tails: int) -> dict[str, int]:
-    """Words of each array of a record, in their order."""
+    """Words of each array of a record, in order."""
     return {
         "label_logprob": labels,
         "entropy": labels,
@@ -45,7 +45,7 @@ def _layout(labels: int, draws: int, heads: int, tails: int) -> dict[str, int]:
 
 
 def pack_targets(targets: SequenceTargets, sums: FidelitySums, *, setting: int) -> Tensor:
-    """[words] int32 record of the targets of some labels; `setting` is the place of their sketch settings."""
+    """[words] int32 record of the targets of some labels; `setting` is the index of their sketch settings."""
     lengths = targets.num_labels, targets.draws, len(targets.head_ids), len(targets.tail_ids)
     header = np.array([_TARGETS, setting, *lengths], dtype=np.int32)
     measured = np.array([getattr(sums, name) for name in _SUMS], dtype=np.float64)
@@ -54,7 +54,7 @@ def pack_targets(targets: SequenceTargets, sums: FidelitySums, *, setting: int) 
 
 
 def pack_invalid(*, position: int, value: float, setting: int) -> Tensor:
-    """[words] int32 record that says that the logits of a position are not finite."""
+    """[words] int32 record which states that the logits of a position are not finite."""
     bits = int(np.array(value, dtype=np.float32).view(np.int32))
     return torch.tensor([_INVALID, setting, position, bits, 0, 0], dtype=torch.int32)
 
@@ -65,10 +65,10 @@ def unpack(chain: Tensor, *, sequence_id: str, num_settings: int) -> list[tuple[
     Args:
         chain: [words] int32.
         sequence_id: for the error.
-        num_settings: how many settings the sequence was sketched with.
+        num_settings: number of sketch settings that the sequence was sketched with.
 
     Raises:
-        LogitsInvalid: a record says so.
+        LogitsInvalid: a record states that logits are not finite.
     """
     words: NDArray[np.int32] = chain.numpy()
     pieces: list[list[SequenceTargets]] = [[] for _ in range(num_settings)]
