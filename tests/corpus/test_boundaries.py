@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-from softshard.corpus.boundaries import SliceCut
+from softshard.corpus.boundaries import SliceCutter
 
 
 def ends(ids, *, most):
     """Places after which a slice ends, that of the last one included."""
-    cut, found, before = SliceCut(most=most), [], 0
+    cut, found, before = SliceCutter(max_length=most), [], 0
     for sequence_id in ids:
         if length := cut.add(sequence_id):
             before += length

@@ -184,7 +184,7 @@ def _(place):
 def _(place):
     """a mass that is not a number
     NaN as the tail mass of one label; receipt and manifest updated to match
-    OUT/targets/data/train/part-00000-….parquet: sequence …: a label has a mass that is not 1
+    OUT/targets/data/train/part-00000-….parquet: sequence …: the mass of a label is not 1
     """
     vouched(place, with_row(lambda row, metadata: row["tail_mass"].__setitem__(0, float("nan"))))
 
@@ -193,7 +193,7 @@ def _(place):
 def _(place):
     """a token outside the vocabulary
     999,999 as a token of the text; receipt and manifest updated to match
-    OUT/targets/data/train/part-00000-….parquet: sequence …: a token of the text lies outside the vocabulary …
+    OUT/targets/data/train/part-00000-….parquet: sequence …: a token of the text is outside the vocabulary …
     """
     vouched(place, with_row(lambda row, metadata: row["token_ids"].__setitem__(0, 999_999)))
 
@@ -202,7 +202,7 @@ def _(place):
 def _(place):
     """lists of inconsistent lengths
     one label's entropy is dropped; receipt and manifest updated to match
-    OUT/targets/data/train/part-00000-….parquet: sequence …: entropy does not fit its tokens; …
+    OUT/targets/data/train/part-00000-….parquet: sequence …: entropy does not match its tokens; …
     """
     vouched(place, with_row(lambda row, metadata: row["entropy"].pop()))
 
@@ -306,7 +306,7 @@ def _(place):
 def _(place):
     """a manifest with the same content in other bytes
     a space at its end
-    OUT/targets/manifests/….json: says what it should, but in other bytes than it was written in
+    OUT/targets/manifests/….json: has the right content, but not the bytes that were written
     """
     place.manifest().write_text(place.manifest().read_text() + " ")
 

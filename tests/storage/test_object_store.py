@@ -40,16 +40,16 @@ from softshard.errors import (
     StoreUnusable,
 )
 from softshard.records.digest import sha256_hex
-from softshard.storage import LocalStore, ObjectStore, Patience, open_store
+from softshard.storage import LocalStore, ObjectStore, RetryPolicy, open_store
 
-QUICK = Patience(attempts=5, first_seconds=0.01, read_seconds=20.0)
+QUICK = RetryPolicy(attempts=5, first_pause_seconds=0.01, read_timeout_seconds=20.0)
 MIB = 2**20
 
 
 @pytest.fixture
 def store(proxy, request):  # noqa: F811
     """A store that has seen that its server keeps conditions, so that only what a test does is counted."""
-    made = ObjectStore(f"s3://box/{hashlib.sha256(request.node.name.encode()).hexdigest()[:16]}", patience=QUICK)
+    made = ObjectStore(f"s3://box/{hashlib.sha256(request.node.name.encode()).hexdigest()[:16]}", retry=QUICK)
     assert made.create_exclusive("first", b"")
     made.remove("first")
     proxy.seen.clear()
@@ -95,11 +95,11 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("fault", PASSING)
+@pytest.mark.parametrize("failure", PASSING)
 @pytest.mark.parametrize("write", ["put_once", "create_exclusive", "replace"])
-def test_a_write_that_fails_twice_in_passing_succeeds(store, proxy, write, fault):  # noqa: F811
+def test_a_write_that_fails_twice_in_passing_succeeds(store, proxy, write, failure):  # noqa: F811
     content = os.urandom(100_000)
-    proxy.spoil(PASSING[fault], "PUT", times=2)
+    proxy.spoil(PASSING[failure], "PUT", times=2)
     assert getattr(store, write)("object", content) in {None, True}
     assert store.read("object") == content
     assert proxy.spoiled >= 1
@@ -113,7 +113,7 @@ def test_a_creation_whose_reply_was_lost_is_ones_own(store, proxy):  # noqa: F81
 
 
 def test_a_refusal_whose_reply_was_lost_is_still_a_refusal_though_the_bytes_are_equal(store, proxy):  # noqa: F811
-    assert ObjectStore(store.uri, patience=QUICK).create_exclusive("receipt", b"1")
+    assert ObjectStore(store.uri, retry=QUICK).create_exclusive("receipt", b"1")
     proxy.spoil(lose_reply, "PUT")
     assert store.create_exclusive("receipt", b"1") is False
 
@@ -123,20 +123,20 @@ def test_what_was_in_the_way_and_is_gone_is_created_anew(store, proxy):  # noqa:
     assert store.create_exclusive("receipt", b"1") is True
 
 
-@pytest.mark.parametrize("fault", [slow_down, refuse("InternalError", 500), cut_reply, lose_reply])
-def test_a_read_that_fails_twice_in_passing_gives_the_whole_object(store, proxy, fault):  # noqa: F811
+@pytest.mark.parametrize("failure", [slow_down, refuse("InternalError", 500), cut_reply, lose_reply])
+def test_a_read_that_fails_twice_in_passing_gives_the_whole_object(store, proxy, failure):  # noqa: F811
     content = os.urandom(100_000)
     store.put_once("object", content)
-    proxy.spoil(fault, "GET", times=2)
+    proxy.spoil(failure, "GET", times=2)
     assert store.read("object") == content
-    proxy.spoil(fault, "HEAD", times=2)
+    proxy.spoil(failure, "HEAD", times=2)
     assert store.size("object") == len(content)
-    proxy.spoil(fault, "GET", having="list-type", times=2)
+    proxy.spoil(failure, "GET", having="list-type", times=2)
     assert store.list(".") == ["object"]
 
 
 def test_a_server_that_is_silent_is_asked_again(store, proxy):  # noqa: F811
-    hasty = ObjectStore(store.uri, patience=Patience(attempts=8, first_seconds=0.01, read_seconds=1.0))
+    hasty = ObjectStore(store.uri, retry=RetryPolicy(attempts=8, first_pause_seconds=0.01, read_timeout_seconds=1.0))
     store.put_once("object", b"1")
     proxy.spoil(wait(3.0), "GET")
     assert hasty.read("object") == b"1"
@@ -178,20 +178,20 @@ def test_what_cannot_pass_is_said_at_once(store, proxy, answer, error, says):  #
 
 def test_a_bucket_that_is_not_there_is_named(proxy):  # noqa: F811
     with pytest.raises(StoreUnusable, match=r"s3://nowhere/run/object.*no such bucket"):
-        ObjectStore("s3://nowhere/run", patience=QUICK).replace("object", b"1")
+        ObjectStore("s3://nowhere/run", retry=QUICK).replace("object", b"1")
 
 
 @pytest.mark.parametrize("answer", [ignore_condition, refuse("NotImplemented", 501)])
 def test_a_server_that_ignores_the_condition_is_refused_before_anything_is_written(proxy, answer):  # noqa: F811
     make_bucket("careless")
-    careless = ObjectStore("s3://careless/run", patience=QUICK)
+    careless = ObjectStore("s3://careless/run", retry=QUICK)
     proxy.spoil(answer, "PUT", times=100)
     for write in (careless.put_once, careless.create_exclusive):
         with pytest.raises(StoreUnusable, match="ignores `If-None-Match") as caught:
             write("receipt", b"1")
         assert caught.value.exit_code == EXIT_JOB
     proxy.seen.clear()
-    everything = list(ObjectStore("s3://careless", patience=QUICK)._s3.pages(bucket="careless", prefix="", about=""))
+    everything = list(ObjectStore("s3://careless", retry=QUICK)._s3.pages(bucket="careless", prefix="", about=""))
     assert [page.get("Contents") for page in everything] == [None], "no probe is left"
 
 
@@ -199,13 +199,13 @@ def test_a_server_is_probed_once_by_a_process(proxy):  # noqa: F811
     make_bucket("probed")
     proxy.seen.clear()
     for name in ("one", "two", "three"):
-        ObjectStore(f"s3://probed/{name}", patience=QUICK).create_exclusive("receipt", b"1")
+        ObjectStore(f"s3://probed/{name}", retry=QUICK).create_exclusive("receipt", b"1")
     assert proxy.count("PUT", having=".probe-") == 2
     assert proxy.count("DELETE", having=".probe-") == 1
 
 
 def test_listings_go_on_over_pages_in_order_and_stay_in_the_folder(store):
-    pages = ObjectStore(store.uri, patience=QUICK, keys_per_page=2)
+    pages = ObjectStore(store.uri, retry=QUICK, keys_per_page=2)
     paths = [f"a/{n}" for n in range(5)] + ["a/sub/6", "ab/7", "b"]
     for path in paths:
         store.replace(path, b"")
@@ -257,7 +257,7 @@ def test_paths_cannot_leave_the_store(store, tmp_path, path):
 
 
 def test_a_large_file_is_sent_in_parts_and_only_what_did_not_arrive_is_sent_again(store, proxy, tmp_path):  # noqa: F811
-    large = ObjectStore(store.uri, patience=QUICK, part_bytes=5 * MIB)
+    large = ObjectStore(store.uri, retry=QUICK, part_bytes=5 * MIB)
     file = tmp_path / "large"
     file.write_bytes(os.urandom(12 * MIB))
     proxy.spoil(cut_upload, "PUT", having="partNumber=2")
@@ -273,11 +273,11 @@ def test_a_large_file_is_sent_in_parts_and_only_what_did_not_arrive_is_sent_agai
         large.put_file_once("large", file)
 
 
-@pytest.mark.parametrize("fault", [lose_reply, slow_down, refuse("ConditionalRequestConflict", 409)])
-def test_a_large_object_is_there_once_whole_whatever_becomes_of_its_completion(store, proxy, fault):  # noqa: F811
-    large = ObjectStore(store.uri, patience=QUICK, part_bytes=5 * MIB)
+@pytest.mark.parametrize("failure", [lose_reply, slow_down, refuse("ConditionalRequestConflict", 409)])
+def test_a_large_object_is_there_once_whole_whatever_becomes_of_its_completion(store, proxy, failure):  # noqa: F811
+    large = ObjectStore(store.uri, retry=QUICK, part_bytes=5 * MIB)
     content = os.urandom(6 * MIB)
-    proxy.spoil(fault, "POST", having="uploadId")
+    proxy.spoil(failure, "POST", having="uploadId")
     assert large.create_exclusive("large", content) is True
     assert large.read("large") == content
     assert large.create_exclusive("large", content) is False
@@ -329,7 +329,7 @@ def race(uri: str, who: int, rounds: int) -> list[list[bool]]:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         created = []
         for number in range(rounds):
-            stores = [ObjectStore(uri, patience=Patience(attempts=12, first_seconds=0.01)) for _ in range(8)]
+            stores = [ObjectStore(uri, retry=RetryPolicy(attempts=12, first_pause_seconds=0.01)) for _ in range(8)]
             content = [b"equal" if number % 2 else f"{who} {thread}".encode() for thread in range(8)]
             path = f"receipts/{number}"
             created.append(

@@ -16,7 +16,7 @@ from softshard.config import SourceSettings
 from softshard.errors import EXIT_TRY_AGAIN, SourceUnreadable, StoreUnavailable, StoreUnusable
 from softshard.sources.read import list_source, read_documents
 from softshard.storage import ObjectStore, list_inputs, open_input
-from softshard.storage.s3 import Patience
+from softshard.storage.s3 import RetryPolicy
 
 TEXTS = [f"Document {n}. It rained. " * 20 for n in range(40)]
 
@@ -47,14 +47,14 @@ def packed(ending):
     }[ending]()
 
 
-@pytest.mark.parametrize("fault", [None, slow_down, cut_reply, refuse("InternalError", 500)])
+@pytest.mark.parametrize("failure", [None, slow_down, cut_reply, refuse("InternalError", 500)])
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
-def test_documents_are_read_whole_whatever_fails_in_passing(bucket, proxy, ending, fault):  # noqa: F811
+def test_documents_are_read_whole_whatever_fails_in_passing(bucket, proxy, ending, failure):  # noqa: F811
     bucket.replace(f"tales.{ending}", packed(ending))
-    if fault is not None:
-        proxy.spoil(fault, "GET", "HEAD", times=2)
+    if failure is not None:
+        proxy.spoil(failure, "GET", "HEAD", times=2)
     assert texts_of(f"{bucket.uri}/tales.{ending}") == TEXTS
-    assert proxy.spoiled == (2 if fault else 0)
+    assert proxy.spoiled == (2 if failure else 0)
 
 
 def test_folders_and_globs_are_listed_in_order_without_hidden_files(bucket):
@@ -108,7 +108,9 @@ def test_what_is_not_there_is_named(bucket):
 
 
 def test_a_server_that_is_away_is_a_reason_to_try_again_and_not_bad_data(bucket, proxy, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("softshard.storage.inputs.Patience", lambda: Patience(attempts=3, first_seconds=0.01))
+    monkeypatch.setattr(
+        "softshard.storage.inputs.RetryPolicy", lambda: RetryPolicy(attempts=3, first_pause_seconds=0.01)
+    )
     bucket.replace("a.jsonl", packed("jsonl"))
     documents = read_documents(source(f"{bucket.uri}/a.jsonl"), max_document_bytes=10**6)
     proxy.spoil(slow_down, "GET", times=100)

@@ -1,33 +1,33 @@
-"""Where slices end: ids of sequences in, in the order of one split and fold, the lengths of its slices out.
+"""Content-defined boundaries of slices: cuts the sequences of one split and fold where their ids say.
 
-A slice ends after the sequence whose id is the least of those from the half of `most` to `most` that it could end
-after. Ids are digests, so the end is settled by what the sequences are and not by how many there were before: where
-sequences are added or taken away, the next cuts differ until two of them fall on one sequence, and from there all are
-what they were. No slice is longer than `most`; but for the last, none is shorter than half of it.
+A slice has between half of `max_length` and `max_length` sequences, and the last one may be shorter. Of the sequences
+that it could end with, it ends with the one whose id is smallest. Ids are digests, so a boundary depends on the content
+of the sequences and not on their number: after sequences are added or removed, the cuts differ until two of them fall
+on the same sequence, and from there on all slices are unchanged.
 """
 
 from __future__ import annotations
 
-__all__ = ["SliceCut"]
+__all__ = ["SliceCutter"]
 
 
-class SliceCut:
-    """Cuts the sequences of one split and fold; `most` ids are held."""
+class SliceCutter:
+    """Cuts the sequences of one split and fold; at most `max_length` ids are in memory."""
 
-    def __init__(self, *, most: int) -> None:
-        self._most, self._least = most, -(-most // 2)
+    def __init__(self, *, max_length: int) -> None:
+        self._max_length, self._min_length = max_length, -(-max_length // 2)
         self._waiting: list[str] = []
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that no slice has taken; at the end of the corpus, they are the last slice."""
+        """Number of sequences that are in no slice yet; at the end of the corpus, they are the last slice."""
         return len(self._waiting)
 
     def add(self, sequence_id: str) -> int:
-        """Length of the slice that the first of those that wait are, now that this one has come; 0: none yet."""
+        """Add a sequence; the length of the slice that is now complete, made of the oldest sequences, or 0 for none."""
         self._waiting.append(sequence_id)
-        if len(self._waiting) < self._most:
+        if len(self._waiting) < self._max_length:
             return 0
-        length = 1 + min(range(self._least - 1, self._most), key=self._waiting.__getitem__)
+        length = 1 + min(range(self._min_length - 1, self._max_length), key=self._waiting.__getitem__)
         del self._waiting[:length]
         return length

@@ -1,8 +1,8 @@
-"""The corpus stage: settings and a tokenizer in, slices of sequences, the list of documents and a manifest out.
+"""Builds a corpus: reads the sources and writes slices of sequences, the list of documents and a manifest.
 
-Documents are streamed: screened, tokenised in small batches, cut into windows, dealt into slices. What is held does not
-grow with the corpus, but for 16 bytes and a set's entry a document, and a counter's an author. Same input, same bytes;
-a corpus that is complete and was made from the same input is not read again.
+Documents are streamed: screened, tokenised in small batches, cut into windows and written in slices. Memory grows with
+the corpus only by one set entry of 16 bytes per document and one counter per author. The same input gives the same
+bytes, and a complete corpus from the same input is not made again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softshard.config import CorpusSettings
-from softshard.corpus.counts import CorpusCount, Tally
+from softshard.corpus.counts import CorpusCount, CorpusCounter
 from softshard.corpus.documents import DocumentsWriter, corpus_statistics
 from softshard.corpus.manifest import (
     CORPUS_VERSION,
@@ -43,11 +43,11 @@ _BATCH_DOCUMENTS = 256
 
 TokenisedDocument = tuple[ScreenedDocument, NDArray[np.int32]]
 Encode = Callable[[Iterable[list[str]]], Iterator[list[NDArray[np.int32]]]]
-"""Batches of texts to their ids, in the order of the batches; it may take a bounded number of them ahead."""
+"""Tokenises batches of texts, in their order; it may take a bounded number of batches in advance."""
 
 
 def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, seed: int) -> str:
-    """Digest of everything that a corpus is made from; input files count by URI, size and time of change.
+    """Digest of everything that a corpus is made from; an input file is identified by its URI and version.
 
     Raises:
         SourceUnreadable: a source cannot be listed.
@@ -63,22 +63,22 @@ def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, se
 def current_corpus(
     *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, store: Store
 ) -> CorpusManifest | None:
-    """The corpus that is there, if it is complete and was made from the same input; no text is read.
+    """The existing corpus, if it is complete and was made from the same input; no text is read.
 
     Raises:
         SourceUnreadable: a source cannot be listed.
-        PartCorrupt: the manifest that is there cannot be read.
+        PartCorrupt: the existing manifest cannot be read.
     """
-    return _complete(store, corpus_key(settings, tokenizer=tokenizer, folds=folds, seed=seed))
+    return _find_complete(store, corpus_key(settings, tokenizer=tokenizer, folds=folds, seed=seed))
 
 
-def _complete(store: Store, key: str) -> CorpusManifest | None:
-    there = read_corpus_manifest(store)
-    if there is None or there.key != key:
+def _find_complete(store: Store, key: str) -> CorpusManifest | None:
+    existing = read_corpus_manifest(store)
+    if existing is None or existing.key != key:
         return None
     found = {path for folder in ("sequences", "documents") for path in store.list(folder)}
-    named = itertools.chain((part.path for part in there.slices), (file.path for file in there.documents))
-    return there if all(path in found for path in named) else None
+    named = itertools.chain((part.path for part in existing.slices), (file.path for file in existing.documents))
+    return existing if all(path in found for path in named) else None
 
 
 def build_corpus(
@@ -91,24 +91,24 @@ def build_corpus(
     reporter: Reporter,
     encode: Encode | None = None,
 ) -> CorpusManifest:
-    """Write the corpus below `store`, or give the one that is there if it was made from the same input.
+    """Write the corpus to `store`, or return the existing one if it was made from the same input.
 
     Args:
-        folds: K; train documents are dealt into K folds, 0: none.
-        encode: tokenises the texts as `tokenizer` does; without it, this process does.
+        folds: K; the train documents are divided into K folds, or none with 0.
+        encode: tokenises the texts as `tokenizer` does; None: this process does it.
 
     Raises:
         SourceUnreadable: a source cannot be listed or read.
         CorpusEmpty: nothing is left after screening, or a split is empty.
         FoldEmpty: a fold's style teacher would have no document.
-        PartCorrupt: the manifest that is there cannot be read.
+        PartCorrupt: the existing manifest cannot be read.
         StorageFull: no space is left.
     """
     key = corpus_key(settings, tokenizer=tokenizer, folds=folds, seed=seed)
-    there = _complete(store, key)
-    if there is not None:
-        return there
-    screen, tally = Screen(settings, folds=folds, seed=seed), Tally(settings, tokenizer=tokenizer)
+    existing = _find_complete(store, key)
+    if existing is not None:
+        return existing
+    screen, counter = Screen(settings, folds=folds, seed=seed), CorpusCounter(settings, tokenizer=tokenizer)
     windows: dict[str, str | int] = {
         "schema_version": CORPUS_VERSION,
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -120,17 +120,17 @@ def build_corpus(
     documents = DocumentsWriter(store)
     for document, token_ids in _tokenised(settings, encode or _encoder(tokenizer), screen, reporter):
         num_tokens = num_document_tokens(token_ids, tokenizer=tokenizer)
-        num_sequences = tally.add(document, num_tokens=num_tokens)
+        num_sequences = counter.add(document, num_tokens=num_tokens)
         documents.add(document, num_tokens=num_tokens, num_sequences=num_sequences)
         slices.add(document, _windows(document, token_ids, tokenizer, settings))
-    tally.checked(screen.counts, folds=folds)
+    counter.finish(screen.counts, folds=folds)
     files = documents.finish()
     manifest = CorpusManifest(
         **windows,
         key=key,
         folds=folds,
         seed=seed,
-        sources=_rights(settings),
+        sources=_list_rights(settings),
         counts=screen.counts,
         train_digests=documents.train_digests(folds=folds),
         slices=slices.finish(),
@@ -144,17 +144,17 @@ def build_corpus(
 def count_corpus(
     *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, reporter: Reporter
 ) -> CorpusCount:
-    """What `build_corpus` would write, counted on the same path, with nothing written. Raises what it raises."""
-    screen, tally = Screen(settings, folds=folds, seed=seed), Tally(settings, tokenizer=tokenizer)
+    """Count what `build_corpus` would write, with the same code and without writing. Raises what it raises."""
+    screen, counter = Screen(settings, folds=folds, seed=seed), CorpusCounter(settings, tokenizer=tokenizer)
     for document, token_ids in _tokenised(settings, _encoder(tokenizer), screen, reporter):
-        tally.add(document, num_tokens=num_document_tokens(token_ids, tokenizer=tokenizer))
-    return tally.checked(screen.counts, folds=folds)
+        counter.add(document, num_tokens=num_document_tokens(token_ids, tokenizer=tokenizer))
+    return counter.finish(screen.counts, folds=folds)
 
 
 def first_sequences(
     *, settings: CorpusSettings, tokenizer: Tokenizer, seed: int, num_tokens: int
 ) -> list[TokenSequence]:
-    """The first sequences of the corpus, at least `num_tokens` tokens of them if there are so many.
+    """The first sequences of the corpus, with at least `num_tokens` tokens together if the corpus has so many.
 
     Raises:
         SourceUnreadable: a source cannot be listed or read.
@@ -186,10 +186,10 @@ def _windows(
     )
 
 
-def _rights(settings: CorpusSettings) -> tuple[SourceRights, ...]:
+def _list_rights(settings: CorpusSettings) -> tuple[SourceRights, ...]:
     return tuple(
-        SourceRights(name=s.name, style=s.style, license=s.license, rights_basis=s.rights_basis)
-        for s in settings.sources
+        SourceRights(name=source.name, style=source.style, license=source.license, rights_basis=source.rights_basis)
+        for source in settings.sources
     )
 
 
@@ -200,7 +200,7 @@ def _encoder(tokenizer: Tokenizer) -> Encode:
 def _tokenised(
     settings: CorpusSettings, encode: Encode, screen: Screen, reporter: Reporter
 ) -> Iterator[TokenisedDocument]:
-    """Kept documents with the ids of their text, in the order of the sources; then a line on what was left out."""
+    """Yield the kept documents with their token ids, in the order of the sources; then report what was left out."""
     ahead: deque[list[ScreenedDocument]] = deque()
 
     def texts() -> Iterator[list[str]]:
@@ -220,7 +220,7 @@ def _tokenised(
 
 
 def _batches(settings: CorpusSettings, screen: Screen) -> Iterator[list[ScreenedDocument]]:
-    """Kept documents in batches of bounded bytes, or one document."""
+    """Yield the kept documents in batches of bounded size; a larger document is a batch of its own."""
     batch: list[ScreenedDocument] = []
     num_bytes = 0
     for source in settings.sources:

@@ -1,4 +1,4 @@
-"""The tally of a corpus by split and fold, and the refusal of one that cannot be trained on."""
+"""Counts a corpus by split, fold and group, and refuses one that cannot be trained on."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from softshard.config import CorpusSettings
-from softshard.corpus.boundaries import SliceCut
+from softshard.corpus.boundaries import SliceCutter
 from softshard.corpus.screen import ScreenedDocument, Split
 from softshard.corpus.windows import make_sequence_id, window_starts
 from softshard.errors import CorpusEmpty, FoldEmpty
 from softshard.models import Tokenizer
 from softshard.records.record import Record
 
-__all__ = ["CorpusCount", "GroupCount", "SplitCount", "Tally"]
+__all__ = ["CorpusCount", "CorpusCounter", "GroupCount", "SplitCount"]
 
 
 class GroupCount(NamedTuple):
@@ -28,7 +28,7 @@ class GroupCount(NamedTuple):
 
 
 class SplitCount(Record):
-    """What one fold of one split holds."""
+    """Counts of one fold of one split."""
 
     split: Literal["train", "test"]
     fold: int
@@ -37,14 +37,14 @@ class SplitCount(Record):
     num_bytes_text: int = 0
     """UTF-8 bytes of the documents."""
     num_tokens: int = 0
-    """Tokens of the sequences, those that windows share counted in each: what a model has to read."""
+    """Tokens of the sequences, with the tokens that windows share counted in each: what a model has to read."""
     num_labels: int = 0
     num_sequences: int = 0
     num_slices: int = 0
 
 
 class CorpusCount(Record):
-    """What a corpus would be, without one having been written."""
+    """Counts of a whole corpus, which need not have been written."""
 
     counts: dict[str, int]
     """Documents by outcome of the screening."""
@@ -61,10 +61,10 @@ class CorpusCount(Record):
 
 
 @dataclass(slots=True)
-class _Counted:
-    """What a split and fold has had so far; `cut` knows what is in no slice yet."""
+class _FoldCounts:
+    """Counts of one split and fold so far; the sequences in `cutter` are in no slice yet."""
 
-    cut: SliceCut
+    cutter: SliceCutter
     num_documents: int = 0
     num_bytes_text: int = 0
     num_tokens: int = 0
@@ -73,21 +73,21 @@ class _Counted:
     num_full_slices: int = 0
 
 
-class Tally:
-    """Counts documents, their windows and the slices that these are cut into, as they pass."""
+class CorpusCounter:
+    """Counts documents, their windows and the slices of these, one document after another."""
 
     def __init__(self, settings: CorpusSettings, *, tokenizer: Tokenizer) -> None:
         self._settings, self._tokenizer = settings, tokenizer
-        self._parts: dict[tuple[Split, int], _Counted] = {}
+        self._parts: dict[tuple[Split, int], _FoldCounts] = {}
         self._groups: Counter[tuple[str, str, str, int]] = Counter()
 
     def add(self, document: ScreenedDocument, *, num_tokens: int) -> int:
-        """Count a document of num_tokens tokens, opening and closing ones counted; the number of its windows."""
+        """Count a document, of `num_tokens` tokens including BOS and EOS; the number of its windows."""
         context, overlap = self._settings.context_tokens, self._settings.overlap_tokens
         place = (document.split, document.fold)
         part = self._parts.get(place)
         if part is None:
-            part = self._parts[place] = _Counted(cut=SliceCut(most=self._settings.sequences_per_part))
+            part = self._parts[place] = _FoldCounts(cutter=SliceCutter(max_length=self._settings.sequences_per_part))
         starts = window_starts(num_tokens, context_tokens=context, overlap_tokens=overlap)
         for start in starts:
             sequence_id = make_sequence_id(
@@ -97,7 +97,7 @@ class Tally:
                 context_tokens=context,
                 overlap_tokens=overlap,
             )
-            part.num_full_slices += part.cut.add(sequence_id) > 0
+            part.num_full_slices += part.cutter.add(sequence_id) > 0
         if document.split == "train":
             self._groups[document.source, document.style, document.group, document.fold] += num_tokens - 1
         part.num_documents += 1
@@ -107,11 +107,12 @@ class Tally:
         part.num_sequences += len(starts)
         return len(starts)
 
-    def checked(self, counts: dict[str, int], *, folds: int) -> CorpusCount:
-        """The tally of a corpus that can be trained on.
+    def finish(self, counts: dict[str, int], *, folds: int) -> CorpusCount:
+        """The counts of a corpus that can be trained on.
 
         Raises:
-            CorpusEmpty: there is no document, none to train on, or none held out though a share was to be.
+            CorpusEmpty: there is no document, no train document, or no test document although `holdout_fraction` is
+                above 0.
             FoldEmpty: all train documents are in one fold, so the style teacher of that fold has none.
         """
         if not self._parts:
@@ -133,7 +134,7 @@ def _order(place: tuple[Split, int]) -> tuple[bool, int]:
     return split == "test", fold
 
 
-def _split_count(place: tuple[Split, int], part: _Counted) -> SplitCount:
+def _split_count(place: tuple[Split, int], part: _FoldCounts) -> SplitCount:
     split, fold = place
     return SplitCount(
         split=split,
@@ -143,5 +144,5 @@ def _split_count(place: tuple[Split, int], part: _Counted) -> SplitCount:
         num_tokens=part.num_tokens,
         num_labels=part.num_labels,
         num_sequences=part.num_sequences,
-        num_slices=part.num_full_slices + (part.cut.num_waiting > 0),
+        num_slices=part.num_full_slices + (part.cutter.num_waiting > 0),
     )

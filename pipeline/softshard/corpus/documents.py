@@ -1,6 +1,6 @@
-"""The list of documents: screened documents in, Parquet files with a row each out, and statistics of these.
+"""The list of documents: Parquet files with one row per document, and statistics of them.
 
-A file holds a bounded number of rows, and no more than one file's rows are held.
+A file has a bounded number of rows, and the rows of one file are in memory at a time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DOCUMENTS_SCHEMA = pa.schema(
 
 
 class DocumentsWriter:
-    """Writes a row a document, in the order given; some megabytes are held at a time."""
+    """Writes one row per document, in the order given; some megabytes are in memory."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -58,7 +58,7 @@ class DocumentsWriter:
         self._train_ids = defaultdict[int, "hashlib._Hash"](hashlib.sha256)
 
     def add(self, document: ScreenedDocument, *, num_tokens: int, num_sequences: int) -> None:
-        """Take a document of num_tokens tokens, opening and closing ones counted. Raises StorageFull, PartConflict."""
+        """Add a document, of `num_tokens` tokens including BOS and EOS. Raises StorageFull, PartConflict."""
         self._rows.append(
             {
                 "document_id": document.document_id,
@@ -81,11 +81,11 @@ class DocumentsWriter:
             self._write()
 
     def train_digests(self, *, folds: int) -> tuple[str, ...]:
-        """Of each fold: SHA-256 of the ids of its train documents so far, 16 bytes each, in their order."""
+        """By fold: SHA-256 of the ids of its train documents so far, 16 bytes each, in their order."""
         return tuple(self._train_ids[fold].hexdigest() for fold in range(folds))
 
     def finish(self) -> tuple[DocumentsFile, ...]:
-        """Write what waits. All files, in order."""
+        """Write the remaining rows; all files, in order."""
         if self._rows:
             self._write()
         return tuple(self._files)
@@ -102,7 +102,7 @@ class DocumentsWriter:
 
 
 def train_documents_outside(store: Store, files: Sequence[DocumentsFile], *, fold: int) -> pl.Series:
-    """Ids, 16 bytes each, of the train documents that are not of a fold.
+    """Ids, 16 bytes each, of the train documents that are not in a fold.
 
     Raises:
         PartCorrupt: a list of documents is missing or is not the one that the manifest names.
@@ -137,7 +137,7 @@ def train_groups(store: Store, files: Sequence[DocumentsFile]) -> tuple[GroupCou
 def corpus_statistics(store: Store, files: Sequence[DocumentsFile]) -> tuple[CorpusStatistics, ...]:
     """Statistics by style, source and split, sorted by these.
 
-    One file is held at a time, and what grows with the corpus is the number of different lengths alone.
+    One file is in memory at a time; beyond that, memory grows with the number of different document lengths only.
     """
     import polars as pl
 
@@ -150,17 +150,17 @@ def corpus_statistics(store: Store, files: Sequence[DocumentsFile]) -> tuple[Cor
         found = rows.group_by(*place, "tokens").agg(counts)
         by_length = pl.concat([by_length, found]).group_by(*place, "tokens").agg(pl.exclude(*place, "tokens").sum())
     return tuple(
-        _statistics_of(dict(zip(place, names, strict=True)), lengths)
+        _make_statistics(dict(zip(place, names, strict=True)), lengths)
         for names, lengths in sorted(by_length.partition_by(*place, as_dict=True).items())
     )
 
 
-def _statistics_of(place: dict[str, Any], lengths: pl.DataFrame) -> CorpusStatistics:
-    """Of a table with a row for each length of a document: tokens, documents, sequences, labels."""
+def _make_statistics(place: dict[str, Any], lengths: pl.DataFrame) -> CorpusStatistics:
+    """Statistics from a table with one row per document length: tokens, documents, sequences, labels."""
     ordered = lengths.sort("tokens")
     tokens, documents = ordered["tokens"], ordered["documents"].cast(int)
     num_documents, num_tokens = int(documents.sum()), int((tokens * documents).sum())
-    # The two in the middle, which are one where the number is odd.
+    # The two documents in the middle; the same one twice when the number is odd.
     middle = [
         int(tokens[int(documents.cum_sum().search_sorted(n + 1))])
         for n in ((num_documents - 1) // 2, num_documents // 2)

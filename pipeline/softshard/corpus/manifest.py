@@ -1,6 +1,6 @@
 """The record of a corpus: what it was made from, what was left out, its slices and its statistics.
 
-`manifest.json` is written last; a corpus folder without one is not complete.
+`manifest.json` is written last; a corpus folder without it is not complete.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class CorpusSlice(Record):
     num_sequences: int
     num_labels: int
     num_tokens: int
-    """Tokens of its sequences, those that windows share counted in each."""
+    """Tokens of its sequences, with the tokens that windows share counted in each."""
     num_bytes_text: int
     """UTF-8 bytes of the documents that start in this slice."""
 
 
 class DocumentsFile(Record):
-    """One file with a row a document."""
+    """One file with one row per document."""
 
     path: str = Field(pattern=r"^documents/[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Path below the corpus folder, and nowhere else."""
@@ -68,11 +68,11 @@ class CorpusStatistics(Record):
     split: Literal["train", "test"]
     num_documents: int
     num_tokens: int
-    """Tokens of the documents, opening and closing ones counted, each once."""
+    """Tokens of the documents, including BOS and EOS, each counted once."""
     num_sequences: int
     num_labels: int
     mean_tokens: float
-    """Tokens a document."""
+    """Tokens per document."""
     median_tokens: float
     max_tokens: int
 
@@ -80,8 +80,8 @@ class CorpusStatistics(Record):
 class CorpusManifest(SpooledRecord):
     """The record of a whole corpus.
 
-    Its digest is of what the corpus holds: of all but `key` and `documents`, which also say where each text lay, so
-    that a file that is touched, or a folder that is moved, leaves the digest as it is.
+    Its digest covers the content of the corpus: everything but `key` and `documents`, which also say where each text
+    was read, so that touching a file or moving a folder does not change the digest.
     """
 
     left_out_of_digest = frozenset({"key", "documents"})
@@ -116,17 +116,17 @@ class CorpusManifest(SpooledRecord):
 
 
 def write_corpus_manifest(store: Store, manifest: CorpusManifest) -> None:
-    """Make the corpus complete: write `manifest.json` in place of an older one."""
+    """Write `manifest.json`, over an older one; the corpus is then complete."""
     content = io.BytesIO()
     write_canonical_json(content, manifest.members())
     store.replace(_PATH, content.getvalue())
 
 
 def read_corpus_manifest(store: Store) -> CorpusManifest | None:
-    """The manifest of a corpus folder; None when the corpus is not complete.
+    """Read the manifest of a corpus folder; None when the corpus is not complete.
 
     Raises:
-        PartCorrupt: it is not JSON, of another version, or lacks something.
+        PartCorrupt: it is not JSON, has another version, or lacks a key.
     """
     uri = f"{store.uri}/{_PATH}"
     try:

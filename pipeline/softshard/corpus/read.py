@@ -26,9 +26,9 @@ def read_listed(store: Store, file: CorpusSlice | DocumentsFile) -> bytes:
 def iter_sequences(
     store: Store, manifest: CorpusManifest, *, split: str | None, folds_excluded: Collection[int] = ()
 ) -> Iterator[TokenSequence]:
-    """Sequences of a split, or of both for None, without those of some folds, in the manifest's order.
+    """Sequences of a split, or of both for None, without those of some folds, in the order of the manifest.
 
-    One slice is held at a time. Raises PartCorrupt.
+    One slice is in memory at a time. Raises PartCorrupt.
     """
     for part in manifest.slices:
         if split in {None, part.split} and part.fold not in folds_excluded:

@@ -1,11 +1,11 @@
-"""Screening: raw documents in, normalised documents of one split and one fold out, each text once.
+"""Screens raw documents: normalises them, drops unusable ones and duplicates, and assigns a split and a fold.
 
-The hold-out is chosen from a hash of (seed, text) right after normalisation, before anything else looks at the text, so
-it depends on nothing but the seed, the text and the fraction: not on the order, not on other documents. A larger
-fraction only adds to it. About 100 bytes a document are kept, for telling duplicates.
+The hold-out is chosen by a hash of (seed, text) directly after normalisation, so it depends only on the seed, the text
+and the fraction, and not on the order or on other documents. A larger fraction only adds documents to it. About 100
+bytes per document are kept in memory, to find duplicates.
 
-Whatever the Unicode form asked for, line ends become LF and NUL characters are dropped: neither is writing, and a
-corpus that differs in them alone would have its duplicates twice.
+With every Unicode form, line ends become LF and NUL characters are dropped: neither is part of the writing, and texts
+that differ only in them are duplicates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScreenedDocument:
-    """A document that is used."""
+    """A document that is kept."""
 
     document_id: str
     """blake2b-128, in hex, of the text in UTF-8."""
@@ -44,7 +44,7 @@ class ScreenedDocument:
 
 
 def normalise(text: str, *, form: Literal["NFC", "NFKC", "none"]) -> str:
-    """Text with LF line ends, without NUL, in a Unicode form; doing it twice changes nothing."""
+    """Text with LF line ends, without NUL, in a Unicode form; idempotent."""
     plain = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "")
     return plain if form == "none" else unicodedata.normalize(form, plain)
 
@@ -70,7 +70,7 @@ def _hash(seed: int, document_id: str, purpose: str) -> int:
 
 
 class Screen:
-    """Counts what is left out, and why; gives what is kept its split and its fold."""
+    """Keeps or drops documents one after another, and counts the outcomes."""
 
     def __init__(self, settings: CorpusSettings, *, folds: int, seed: int) -> None:
         self._settings, self._folds, self._seed = settings, folds, seed
@@ -85,11 +85,11 @@ class Screen:
 
     @property
     def num_seen(self) -> int:
-        """Documents so far, whatever became of them."""
+        """Number of documents so far, kept or not."""
         return sum(self._counts.values())
 
     def admit(self, raw: RawDocument, *, source: SourceSettings) -> ScreenedDocument | None:
-        """The document as it is used, or None for one that is left out; of equal texts the first is kept."""
+        """The screened document, or None for one that is dropped; of equal texts the first is kept."""
         if raw.text is None:
             assert raw.problem is not None
             self._leave_out(raw.problem, raw.name)
@@ -119,7 +119,7 @@ class Screen:
         )
 
     def withdraw(self, document: ScreenedDocument) -> None:
-        """Count a kept document as empty after all: the tokenizer sees nothing in its text."""
+        """Count a kept document as empty, because its text has no token."""
         self._counts["kept"] -= 1
         self._leave_out("empty", document.name)
 
@@ -135,5 +135,5 @@ class Screen:
 
     def _leave_out(self, outcome: str, name: str) -> None:
         self._counts[outcome] += 1
-        # A file's name may hold a newline, and what is said of it is one line.
+        # A file name may contain a newline, and the summary is one line.
         self._first.setdefault(outcome, " ".join(name.split()))

@@ -1,7 +1,7 @@
-"""Slices: sequences to the bytes of a Parquet file, and back; and the writer that deals sequences into slices.
+"""Slices: Parquet files of sequences, encoded and decoded, and the writer that divides a corpus into them.
 
-A slice has the columns of a part that are known before the teacher runs. Its metadata says which tokenizer and which
-windows made it. Same sequences, same bytes, for one version of pyarrow.
+A slice has the columns of a part that are known before the teacher runs. Its metadata names the tokenizer and the
+settings of the windows. With one version of pyarrow, the same sequences give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softshard.corpus.boundaries import SliceCut
+from softshard.corpus.boundaries import SliceCutter
 from softshard.corpus.manifest import CORPUS_VERSION, CorpusSlice
 from softshard.corpus.screen import ScreenedDocument, Split
 from softshard.errors import PartCorrupt
@@ -36,7 +36,7 @@ SLICE_SCHEMA = pa.schema([PART_SCHEMA.field(name) for name in (*_PLAIN, "first_l
 
 
 def encode_slice(sequences: Sequence[TokenSequence], *, metadata: dict[str, str | int]) -> bytes:
-    """A whole slice, one row a sequence in the order given. Raises LabelsNotStorable as `encode_part` does."""
+    """A whole slice, one row per sequence in the order given. Raises LabelsNotStorable as `encode_part` does."""
     columns = [pa.array([getattr(s, name) for s in sequences], SLICE_SCHEMA.field(name).type) for name in _PLAIN]
     columns.append(pa.array([stored_first_label(s) for s in sequences], pa.int32()))
     offsets = np.cumsum([0, *(len(s.token_ids) for s in sequences)], dtype=np.int32)
@@ -79,37 +79,37 @@ def decode_slice(content: bytes, *, uri: str) -> list[TokenSequence]:
 
 @dataclass(slots=True)
 class _Waiting:
-    """What waits to be written of a split and fold."""
+    """Sequences of one split and fold that are not written yet."""
 
-    cut: SliceCut
+    cutter: SliceCutter
     sequences: list[TokenSequence] = field(default_factory=list)
     num_bytes_text: list[int] = field(default_factory=list)
-    """For each sequence: bytes of the document that starts with it, else 0."""
+    """For each sequence: bytes of the document that starts with it, or 0."""
 
 
 class SliceWriter:
-    """Deals sequences into slices by split and fold, cuts them where `SliceCut` says, and writes them.
+    """Writes sequences in slices by split and fold, cut by `SliceCutter`.
 
-    Of each split and fold, the sequences of one slice are held at most.
+    Of each split and fold, at most the sequences of one slice are in memory.
     """
 
     def __init__(self, store: Store, *, sequences_per_slice: int, metadata: dict[str, str | int]) -> None:
-        self._store, self._most, self._metadata = store, sequences_per_slice, metadata
+        self._store, self._sequences_per_slice, self._metadata = store, sequences_per_slice, metadata
         self._waiting: dict[tuple[Split, int], _Waiting] = {}
         self._written: dict[tuple[bool, int], Spool[CorpusSlice]] = {}
 
     def add(self, document: ScreenedDocument, sequences: Iterable[TokenSequence]) -> None:
-        """Take the sequences of a document, which may end in another slice. Raises StorageFull, PartConflict."""
+        """Add the sequences of a document, which may span two slices. Raises StorageFull, PartConflict."""
         place = (document.split, document.fold)
-        waiting = self._waiting.setdefault(place, _Waiting(cut=SliceCut(most=self._most)))
+        waiting = self._waiting.setdefault(place, _Waiting(cutter=SliceCutter(max_length=self._sequences_per_slice)))
         for sequence in sequences:
             waiting.sequences.append(sequence)
             waiting.num_bytes_text.append(0 if sequence.start else document.num_bytes)
-            if length := waiting.cut.add(sequence.sequence_id):
+            if length := waiting.cutter.add(sequence.sequence_id):
                 self._write(place, length)
 
     def finish(self) -> Spool[CorpusSlice]:
-        """Write what waits. All slices: train by fold, then test, each in the order of writing."""
+        """Write the remaining sequences; all slices: train by fold, then test, each in the order of writing."""
         for place, waiting in self._waiting.items():
             if waiting.sequences:
                 self._write(place, len(waiting.sequences))

@@ -1,8 +1,8 @@
-"""Texts in, token ids out, in memory that does not grow with the longest document.
+"""Tokenises texts in memory that does not grow with the longest document.
 
-A tokenizer needs some 160 bytes for each byte of a text that it is given at once, so a long text is given in pieces.
-It is cut only where tokenising the two sides apart gives what tokenising them together gives, which is tried on the
-text around the cut. The ids are those of the whole text where no token depends on text further away than that.
+A tokenizer needs about 160 bytes for each byte of a text that is tokenised at once, so a long text is tokenised in
+pieces. A text is cut only where both sides, tokenised separately, give the same ids as together, which is checked on
+the text around the cut. The ids are those of the whole text if no token depends on text further away than that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["encode_texts"]
 
 _PIECE_CHARACTERS = 2**18
 _CONTEXT_CHARACTERS = 256
-_TRIES = 32
+_MAX_TRIES = 32
 _AFTER_WORD = re.compile(r"(?<=\w)\W")
 
 
@@ -39,23 +39,23 @@ def encode_texts(
 
 
 def _encode_long(text: str, tokenizer: Tokenizer, piece_characters: int) -> NDArray[np.int32]:
-    cuts = [0, *_cuts(text, tokenizer, piece_characters), len(text)]
+    cuts = [0, *_find_cuts(text, tokenizer, piece_characters), len(text)]
     pieces = (text[start:end] for start, end in itertools.pairwise(cuts))
     return np.concatenate([np.array(tokenizer.encode([piece])[0], dtype=np.int32) for piece in pieces])
 
 
-def _cuts(text: str, tokenizer: Tokenizer, piece_characters: int) -> Iterator[int]:
-    """Places to cut at, at least a piece apart; a stretch has none when none of the first few ends of words will do."""
+def _find_cuts(text: str, tokenizer: Tokenizer, piece_characters: int) -> Iterator[int]:
+    """Places where a text can be cut, at least a piece apart; the first few ends of words in each piece are tried."""
     start = piece_characters
     while start < len(text) - piece_characters:
-        found = itertools.islice(_AFTER_WORD.finditer(text, start, start + piece_characters), _TRIES)
-        cut = next((place.start() for place in found if _separable(text, place.start(), tokenizer)), None)
+        found = itertools.islice(_AFTER_WORD.finditer(text, start, start + piece_characters), _MAX_TRIES)
+        cut = next((place.start() for place in found if _is_safe_cut(text, place.start(), tokenizer)), None)
         if cut is not None:
             yield cut
         start = (start if cut is None else cut) + piece_characters
 
 
-def _separable(text: str, place: int, tokenizer: Tokenizer) -> bool:
+def _is_safe_cut(text: str, place: int, tokenizer: Tokenizer) -> bool:
     before, after = text[max(0, place - _CONTEXT_CHARACTERS) : place], text[place : place + _CONTEXT_CHARACTERS]
     together, left, right = tokenizer.encode([before + after, before, after])
     return together == left + right

@@ -49,7 +49,7 @@ def verify_corpus(store: Store, *, deep: bool = False) -> CorpusVerification:
         return CorpusVerification(manifest=None, findings=())
     lines: list[tuple[str, str]] = []
     if store.read(_MANIFEST) != canonical_json(manifest):
-        lines.append((_MANIFEST, "says what it should, but in other bytes than it was written in"))
+        lines.append((_MANIFEST, "has the right content, but not the bytes that were written"))
     for part in manifest.slices:
         problem_in = partial(_problem_in_slice, part=part, deep=deep)
         lines += [(part.path, problem) for problem in _check_file(store, part, problem_in)]

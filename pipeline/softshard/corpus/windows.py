@@ -1,7 +1,8 @@
-"""Windows: a document's token ids in, its sequences out.
+"""Cuts the token ids of a document into windows, its sequences.
 
 T is the document's tokens: the BOS if the tokenizer has one, the ids of its text, the EOS. Every token of T but the
-first is the label of exactly one window. A BOS is never a label, the EOS is the last one, nothing crosses a document.
+first is the label of exactly one window. A BOS is never a label, the EOS is the last label, and no window spans two
+documents.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _document_tokens(token_ids: NDArray[Any], *, tokenizer: Tokenizer) -> NDArra
 
 
 def num_windows(num_tokens: int, *, context_tokens: int, overlap_tokens: int) -> int:
-    """Windows of a document of num_tokens tokens, opening and closing ones counted; 0 where it has no label."""
+    """Number of windows of a document of `num_tokens` tokens including BOS and EOS; 0 without a label."""
     if num_tokens < 2:
         return 0
     beyond = max(0, num_tokens - context_tokens)
@@ -42,7 +43,7 @@ def num_windows(num_tokens: int, *, context_tokens: int, overlap_tokens: int) ->
 
 
 def window_starts(num_tokens: int, *, context_tokens: int, overlap_tokens: int) -> range:
-    """Where the windows of a document of num_tokens tokens start."""
+    """Start positions of the windows of a document of `num_tokens` tokens including BOS and EOS."""
     step = context_tokens - overlap_tokens
     count = num_windows(num_tokens, context_tokens=context_tokens, overlap_tokens=overlap_tokens)
     return range(0, count * step, step)
@@ -51,7 +52,7 @@ def window_starts(num_tokens: int, *, context_tokens: int, overlap_tokens: int) 
 def make_sequence_id(
     document_id: str, *, tokenizer: Tokenizer, start: int, context_tokens: int, overlap_tokens: int
 ) -> str:
-    """blake2b-128, in hex, of document, tokenizer fingerprint, start, context and overlap, one a line."""
+    """blake2b-128, in hex, of document, tokenizer fingerprint, start, context and overlap, one per line."""
     parts = (document_id, tokenizer.fingerprint, start, context_tokens, overlap_tokens)
     return hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
@@ -71,7 +72,7 @@ def document_windows(
     """
     tokens = _document_tokens(token_ids, tokenizer=tokenizer)
     for start in window_starts(len(tokens), context_tokens=context_tokens, overlap_tokens=overlap_tokens):
-        # A view would keep the whole document's tokens alive for as long as one window of it is waiting.
+        # A view would keep the tokens of the whole document in memory while one of its windows waits.
         own = tokens[start : start + context_tokens].copy()
         yield TokenSequence(
             sequence_id=make_sequence_id(

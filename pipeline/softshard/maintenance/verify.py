@@ -178,7 +178,7 @@ def _parsed(store: Store, path: str, kind: type[Record]) -> tuple[Record | None,
     except OSError as error:
         return None, f"cannot be read: {error}"
     if content != canonical_json(record):
-        return record, "says what it should, but in other bytes than it was written in"
+        return record, "has the right content, but not the bytes that were written"
     return record, None
 
 

@@ -1,4 +1,4 @@
-"""Random generators keyed by what they are for."""
+"""Random generators, keyed by their purpose."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A part's identity, and the order in which it becomes visible.
+"""The identity of a part, and the order in which it is committed.
 
-Bytes are built, hashed and put once; then the receipt is created exclusively. A part without a receipt is not
-committed: the next run computes it again, finds equal bytes and adopts them.
+The part's bytes are built, hashed and put once; then its receipt is created exclusively. A part without a receipt is
+not committed: the next run computes it again, finds equal bytes and keeps them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["PartSpec", "build_part", "commit_part", "find_receipt", "part_fideli
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartSpec:
-    """A part before it is computed: everything that can change its bytes."""
+    """What a part is computed from: everything that can change its bytes."""
 
     index: int
-    """Place in the corpus; for the file's name alone."""
+    """Place in the corpus, which is only used in the file name."""
     split: Literal["train", "test"]
     fold: int
     """Style teacher that scores it; -1: all, averaged."""
@@ -46,7 +46,7 @@ class PartSpec:
 
     @property
     def part_id(self) -> str:
-        """128 bits, in hex, of a SHA-256 over all of it but the index."""
+        """First 128 bits, in hex, of a SHA-256 of everything but the index."""
         return canonical_digest(
             {
                 "schema_version": SCHEMA_VERSION,
@@ -74,10 +74,10 @@ def receipt_path(part_id: str) -> str:
 
 
 def find_receipt(store: Store, part_id: str) -> Receipt | None:
-    """Receipt of a committed part whose file is there; None if it has to be computed.
+    """Receipt of a committed part whose file exists; None if the part has to be computed.
 
     Raises:
-        PartCorrupt: the receipt cannot be read, or the part has another size than it names.
+        PartCorrupt: the receipt cannot be read, or the part has another size than the receipt names.
     """
     receipt = _read_receipt(store, part_id)
     if receipt is None:
@@ -98,7 +98,7 @@ def _read_receipt(store: Store, part_id: str) -> Receipt | None:
 
 
 def part_fidelity(sums: FidelitySums, *, covers_all: bool) -> Fidelity:
-    """Means of what was summed over the labels of a part; `covers_all`: the kind stores every token."""
+    """Means of sums over the labels of a part. `covers_all`: the sketch stores every token, so its KL is defined."""
     by_rank = {str(rank): getattr(sums, f"mass_{rank}") / max(sums.num_ranked, 1) for rank in RANKS}
     return Fidelity(
         mean_squared_error=sums.squared_error / sums.num_labels,
@@ -111,33 +111,33 @@ def part_fidelity(sums: FidelitySums, *, covers_all: bool) -> Fidelity:
 
 
 def build_part(
-    plan: PartSpec, rows: Sequence[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums
+    spec: PartSpec, rows: Sequence[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums
 ) -> tuple[bytes, Receipt]:
-    """Bytes of a part, and the receipt that will say so."""
+    """Encode a part; its bytes and its receipt."""
     labels = fidelity.num_labels
-    measured = part_fidelity(fidelity, covers_all=plan.sketch.covers_vocabulary)
+    measured = part_fidelity(fidelity, covers_all=spec.sketch.covers_vocabulary)
     metadata = PartMetadata(
         schema_version=SCHEMA_VERSION,
-        part_id=plan.part_id,
-        kind=plan.sketch.kind,
-        tau=plan.sketch.tail_weight,
-        draws=plan.sketch.num_draws,
-        step=plan.sketch.step,
-        temperature=plan.sketch.temperature,
-        seed=plan.seed,
-        tokenizer_fingerprint=plan.tokenizer_fingerprint,
-        vocab_size=plan.vocab_size,
-        teacher=plan.teacher,
+        part_id=spec.part_id,
+        kind=spec.sketch.kind,
+        tau=spec.sketch.tail_weight,
+        draws=spec.sketch.num_draws,
+        step=spec.sketch.step,
+        temperature=spec.sketch.temperature,
+        seed=spec.seed,
+        tokenizer_fingerprint=spec.tokenizer_fingerprint,
+        vocab_size=spec.vocab_size,
+        teacher=spec.teacher,
         fidelity=measured,
-        **plan.sketch.part_settings,
+        **spec.sketch.part_settings,
     )
-    content = encode_part(rows, fold=plan.fold, metadata=metadata)
+    content = encode_part(rows, fold=spec.fold, metadata=metadata)
     receipt = Receipt(
-        part_id=plan.part_id,
-        path=plan.path,
-        split=plan.split,
-        fold=plan.fold,
-        slice=plan.slice,
+        part_id=spec.part_id,
+        path=spec.path,
+        split=spec.split,
+        fold=spec.fold,
+        slice=spec.slice,
         sha256=sha256_hex(content),
         num_bytes=len(content),
         num_sequences=len(rows),
@@ -151,11 +151,11 @@ def build_part(
 
 
 def commit_part(store: Store, content: bytes, receipt: Receipt) -> Receipt:
-    """Put the part, then its receipt; the first commit of a part wins and is returned.
+    """Put the part, then its receipt. The first commit of a part wins, and its receipt is returned.
 
     Raises:
-        PartConflict: a file with other bytes has the part's name, or a receipt of other bytes its id.
-        StorageFull: nothing is visible that is not whole.
+        PartConflict: a file of that name, or the part of an existing receipt, has other bytes.
+        StorageFull: no space is left; nothing incomplete is visible.
     """
     there = _read_receipt(store, receipt.part_id)
     if there is not None and there.sha256 != receipt.sha256:

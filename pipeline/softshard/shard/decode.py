@@ -1,7 +1,7 @@
-"""The bytes of a part to sequences and their targets, row by row or a record batch at once.
+"""Decodes the bytes of a part into sequences and their targets, row by row or one record batch at once.
 
-Whatever the bytes hold, what comes out fits together: lists as long as they must be, tokens of the vocabulary, no token
-twice in a tail. Anything else is a PartCorrupt that names the part and, where one row is to blame, its sequence.
+What is decoded is consistent: lists have the lengths that they must have, tokens are in the vocabulary, no token is
+twice in a tail. Everything else raises PartCorrupt, which names the part and, if a single row is wrong, its sequence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SEQUENCE = ("sequence_id", "document_id", "source", "style", "group", "start")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """R rows decoded together, with L tokens and P labels in all and one draw of the tails, row after row."""
+    """R rows decoded together, row after row: L tokens and P labels in total, and one draw of the tails."""
 
     token_ids: NDArray[np.int32]
     """[L]"""
@@ -41,7 +41,7 @@ class Block:
     label_counts: NDArray[np.int64]
     """[R] labels of each row."""
     targets: SequenceTargets
-    """Of P labels. Log-probabilities of labels and entropies are NaN where they were not asked for."""
+    """Of P labels. Log-probabilities of labels and entropies are NaN when they were not read."""
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -59,18 +59,18 @@ class Decoder:
 
     @staticmethod
     def columns(*, with_scores: bool) -> list[str]:
-        """Columns that a block is decoded from; `with_scores`: log-probabilities of labels and entropies too."""
+        """Columns to read for `block`; `with_scores` adds log-probabilities of labels and entropies."""
         scores = () if with_scores else ("label_logprob", "entropy")
         return ["first_label", *(name for name in _LISTS if name not in scores)]
 
     def block(self, batch: pa.RecordBatch, *, draw: int = 0) -> Block:
-        """All rows of a record batch, which has `columns`. `draw` counts from 0 and starts again after the last.
+        """Decode all rows of a record batch that has `columns`, with draw `draw` modulo the number of draws.
 
         Raises:
-            PartCorrupt: the lists of a row do not fit together, or a token lies outside the vocabulary.
+            PartCorrupt: the lists of a row are inconsistent, or a token is not in the vocabulary.
         """
         lists = self._lists(batch)
-        counts, gaps = lists.of_draw(draw % self.metadata.draws)
+        counts, gaps = lists.select_draw(draw % self.metadata.draws)
         unknown = np.broadcast_to(np.float32(np.nan), lists.flat["head_count"].shape)
         targets = SequenceTargets(
             label_logprob=lists.flat.get("label_logprob", unknown),
@@ -93,7 +93,7 @@ class Decoder:
         )
 
     def rows(self, batch: pa.RecordBatch) -> list[tuple[TokenSequence, SequenceTargets]]:
-        """Each row of a record batch that has all columns, with all draws. Raises PartCorrupt."""
+        """Decode each row of a record batch that has all columns, with all draws. Raises PartCorrupt."""
         lists = self._lists(batch)
         decoded = {
             **{name: lists.flat[name] for name in ("token_ids", *_PER_LABEL, "tail_count")},
@@ -115,12 +115,12 @@ class Decoder:
         return rows
 
     def _lists(self, batch: pa.RecordBatch) -> _Lists:
-        lists = _Lists.of(batch, draws=self.metadata.draws, uri=self._uri)
+        lists = _Lists.read(batch, draws=self.metadata.draws, uri=self._uri)
         tokens, size = lists.flat["token_ids"], len(self._by_rank)
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
             place = int(np.argmax((tokens < 0) | (tokens >= size)))
             row = int(np.searchsorted(counts_to_offsets(lists.lengths["token_ids"]), place, side="right")) - 1
-            raise _corrupt(batch, row, f"a token of the text lies outside the vocabulary of {size}", uri=self._uri)
+            raise _make_error(batch, row, f"a token of the text is outside the vocabulary of {size}", uri=self._uri)
         return lists
 
     def _logprobs(self, lists: _Lists) -> NDArray[np.float32]:
@@ -129,16 +129,16 @@ class Decoder:
         return logprobs
 
     def _ids(self, ranks: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Ids of ranks. A sum that left int32 has passed a rank outside the vocabulary, so the bounds see it."""
+        """Token ids of ranks. A running sum that overflows int32 has passed a rank that these bounds refuse."""
         if len(ranks) and not 0 <= int(ranks.min()) <= int(ranks.max()) < len(self._by_rank):
-            problem = f"an entry lies outside the vocabulary of {len(self._by_rank)}"
+            problem = f"an entry is outside the vocabulary of {len(self._by_rank)}"
             raise PartCorrupt(uri=self._uri, problem=problem)
-        # Clipping does nothing to ranks in bounds, and spares them a second check.
+        # The ranks are in bounds; mode="clip" saves a second check.
         return np.take(self._by_rank, ranks, mode="clip")
 
 
 def open_part(content: bytes | pa.Buffer | BinaryIO, *, uri: str) -> tuple[pq.ParquetFile, PartMetadata]:
-    """A part's file and metadata, nothing decoded yet. Raises PartCorrupt."""
+    """Open a part and read its metadata; no row is decoded. Raises PartCorrupt."""
     with parquet_errors(uri):
         source = pa.BufferReader(content) if isinstance(content, bytes | pa.Buffer) else content
         file = pq.ParquetFile(source, page_checksum_verification=True)
@@ -148,7 +148,7 @@ def open_part(content: bytes | pa.Buffer | BinaryIO, *, uri: str) -> tuple[pq.Pa
 def decode_part(
     content: bytes | pa.Buffer, *, uri: str
 ) -> tuple[list[tuple[TokenSequence, SequenceTargets]], PartMetadata]:
-    """All rows of a part, with what the file holds of the targets. Raises PartCorrupt."""
+    """Decode all rows of a part, with all draws. Raises PartCorrupt."""
     file, metadata = open_part(content, uri=uri)
     with parquet_errors(uri):
         table = file.read()
@@ -156,8 +156,8 @@ def decode_part(
     return [row for batch in table.to_batches() for row in decoder.rows(batch)], metadata
 
 
-def _corrupt(batch: pa.RecordBatch, row: int | None, what: str, *, uri: str) -> PartCorrupt:
-    """What to raise of a row of a batch; no row where none is to blame."""
+def _make_error(batch: pa.RecordBatch, row: int | None, what: str, *, uri: str) -> PartCorrupt:
+    """The error of a row of a batch; `row` is None when no single row is wrong."""
     known = "sequence_id" in batch.schema.names
     who = f"sequence {batch.column('sequence_id')[row].as_py()}: " if known and row is not None else ""
     return PartCorrupt(uri=uri, problem=who + what)
@@ -165,7 +165,7 @@ def _corrupt(batch: pa.RecordBatch, row: int | None, what: str, *, uri: str) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Lists:
-    """The lists of a record batch as they are stored, end to end; they are known to fit together."""
+    """The list columns of a record batch as they are stored, concatenated and known to be consistent."""
 
     flat: dict[str, NDArray[Any]]
     lengths: dict[str, NDArray[np.int32]]
@@ -175,7 +175,7 @@ class _Lists:
     draws: int
 
     @classmethod
-    def of(cls, batch: pa.RecordBatch, *, draws: int, uri: str) -> _Lists:
+    def read(cls, batch: pa.RecordBatch, *, draws: int, uri: str) -> _Lists:
         names = [name for name in _LISTS if name in batch.schema.names]
         columns = {name: batch.column(name) for name in names}
         lists = cls(
@@ -185,11 +185,11 @@ class _Lists:
             draws=draws,
         )
         if (problem := lists._problem()) is not None:
-            raise _corrupt(batch, *problem, uri=uri)
+            raise _make_error(batch, *problem, uri=uri)
         return lists
 
     def _problem(self) -> tuple[int | None, str] | None:
-        """The first row whose lists do not fit together, and what is wrong; no row where none is to blame."""
+        """The first row with inconsistent lists, and what is wrong; the row is None when no single row is wrong."""
         flat, lengths = self.flat, self.lengths
         labels = lengths["token_ids"] - self.first_labels
         for name in (*_PER_LABEL, "tail_count"):
@@ -197,7 +197,7 @@ class _Lists:
                 wanted = labels * self.draws if name == "tail_count" else labels
                 bad = (lengths[name] != wanted) | (labels < 1) | (self.first_labels < 1)
                 if bad.any():
-                    return int(np.argmax(bad)), f"{name} does not fit its tokens"
+                    return int(np.argmax(bad)), f"{name} does not match its tokens"
         heads, tails = flat["head_count"], flat["tail_count"]
         entries = {
             "head_ranks": (heads, "head_count"),
@@ -207,16 +207,16 @@ class _Lists:
         for name, (counts, owner) in entries.items():
             bad = np.diff(counts_to_offsets(counts)[counts_to_offsets(lengths[owner])]) != lengths[name]
             if (bad := bad | (counts.min(initial=0) < 0)).any():
-                return int(np.argmax(bad)), "entries and counts do not fit together"
+                return int(np.argmax(bad)), "its entries do not match their counts"
         if flat["head_steps"].min(initial=0) < 0:
-            return None, "the steps of a head do not fall"
+            return None, "the probabilities of a head do not fall"
         gaps, firsts = flat["tail_gaps"], flat["tail_gaps"][counts_to_offsets(tails)[:-1][tails > 0]]
         if gaps.min(initial=0) < 0 or np.count_nonzero(gaps) - np.count_nonzero(firsts) < len(gaps) - len(firsts):
-            return None, "a tail holds a token twice"
+            return None, "a tail has a token twice"
         return None
 
-    def of_draw(self, draw: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Counts [P] and gaps of the tails in one draw."""
+    def select_draw(self, draw: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Counts [P] and gaps of one draw of the tails."""
         counts, gaps = self.flat["tail_count"], self.flat["tail_gaps"]
         if self.draws == 1:
             return counts, gaps

@@ -1,7 +1,7 @@
-"""Sequences and their targets to the bytes of a part.
+"""Encodes sequences and their targets as the bytes of a part.
 
-The bytes are a function of the rows, the metadata and the version of pyarrow. Encodings are per column: pyarrow wants
-the leaf's whole name and ignores another in silence, so a test reads them back.
+The bytes are a function of the rows, the metadata and the version of pyarrow. Encodings are per column: pyarrow expects
+the full name of the leaf and silently ignores any other name, so a test reads the encodings back.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _LISTS = tuple(PART_SCHEMA.names[10:])
 _PER_LABEL = ("label_logprob", "entropy", "tail_mass", "head_count")
 _ROWS_PER_GROUP = 128
 _LEVEL = 9
-"""What BYTE_STREAM_SPLIT leaves to zstd is skewed bytes without repeats, so levels differ little: level 3 takes 1% more
-bytes and two thirds of the time to encode, level 15 takes 1.5% less and three times as long."""
+"""BYTE_STREAM_SPLIT gives zstd skewed bytes without repetitions, so levels differ little: level 3 makes 1% more bytes
+in two thirds of the time, level 15 makes 1.5% fewer in three times the time."""
 
 
 def encode_part(rows: Sequence[tuple[TokenSequence, SequenceTargets]], *, fold: int, metadata: PartMetadata) -> bytes:
-    """A whole part: Parquet, zstd, one row a sequence in the order given, 128 rows a row group.
+    """A whole part: Parquet, zstd, one row per sequence in the order given, 128 rows per row group.
 
-    The part's frequent ids are chosen here; those of `metadata` are not looked at.
+    The part's frequent ids are chosen here; those of `metadata` are ignored.
 
     Raises:
         LabelsNotStorable: the labels of a sequence do not run to its end, which version 1 cannot describe.
@@ -62,7 +62,7 @@ def encode_part(rows: Sequence[tuple[TokenSequence, SequenceTargets]], *, fold: 
     table, frequent = _table(rows, fold, metadata)
     complete = metadata.model_copy(update={"frequent_ids": tuple(frequent.tolist())})
     sink = io.BytesIO()
-    # Without the Arrow schema, which would hold the metadata once more: Parquet's own types say it all.
+    # Without the Arrow schema, which would repeat the metadata: Parquet's own types are enough.
     with pq.ParquetWriter(
         sink,
         table.schema,

@@ -1,8 +1,8 @@
 """Receipts, and the manifest of a whole run.
 
-A receipt says that a part is committed; the manifest lists all receipts of a run and is what readers go by. Neither
-carries a time or a worker's name: the same run gives the same bytes. `manifest.json` points at the newest of
-`manifests/<digest>.json` and is replaced last.
+A receipt records that a part is committed. The manifest lists all receipts of a run, and readers take the list of parts
+from it. Neither contains a time or a worker's name, so the same run gives the same bytes. `manifest.json` points at the
+newest `manifests/<digest>.json` and is replaced last.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ __all__ = [
     "SourceRights",
     "Totals",
     "bytes_per_position",
+    "make_pointer",
     "manifest_path",
     "mean_fidelity",
-    "pointer_to",
     "read_manifest",
     "read_receipt",
     "sum_receipts",
@@ -123,7 +123,7 @@ class Manifest(SpooledRecord):
         return parse_sketch(self.target)
 
     def of_split(self, split: str) -> tuple[Receipt, ...]:
-        """Receipts of one split."""
+        """Receipts of one split, in a pass over all parts."""
         return tuple(part for part in self.parts if part.split == split)
 
 
@@ -138,7 +138,7 @@ def sum_receipts(receipts: Iterable[Receipt]) -> Totals:
 
 
 def mean_fidelity(receipts: Collection[Receipt]) -> Fidelity | None:
-    """Fidelity of many parts: means weighted by labels. None where there is no label."""
+    """Fidelity of many parts: means weighted by their labels; None without a label."""
     labels = num_ranked = 0
     has_kl = True
     for receipt in receipts:
@@ -166,16 +166,16 @@ def mean_fidelity(receipts: Collection[Receipt]) -> Fidelity | None:
 
 
 def bytes_per_position(receipts: Collection[Receipt]) -> float | None:
-    """Bytes of all parts over their labels. None where there is no label."""
+    """Bytes of all parts per label; None without a label."""
     totals = sum_receipts(receipts)
     return totals.num_bytes / totals.num_labels if totals.num_labels else None
 
 
 def read_receipt(store: Store, path: str) -> Receipt:
-    """A receipt.
+    """Read a receipt.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         PartCorrupt: it cannot be read.
     """
     try:
@@ -189,15 +189,15 @@ def manifest_path(digest: str) -> str:
     return f"manifests/{digest}.json"
 
 
-def pointer_to(digest: str) -> bytes:
-    """Content of the `manifest.json` that makes a manifest the newest."""
+def make_pointer(digest: str) -> bytes:
+    """Content of the `manifest.json` that points at a manifest."""
     return (json.dumps({"manifest": manifest_path(digest), "digest": digest}) + "\n").encode()
 
 
 def write_manifest(store: Store, manifest: Manifest) -> bool:
-    """Write `manifests/<digest>.json`, then point `manifest.json` at it; False if it pointed there already."""
+    """Write `manifests/<digest>.json`, then point `manifest.json` at it; False if it already did."""
     digest = manifest.digest
-    pointer = pointer_to(digest)
+    pointer = make_pointer(digest)
     with tempfile.NamedTemporaryFile() as file:
         with temporary_disk():
             write_canonical_json(file, manifest.members())
@@ -210,31 +210,31 @@ def write_manifest(store: Store, manifest: Manifest) -> bool:
 
 
 def read_manifest(targets: Store | str | Path, *, digest: str | None = None) -> Manifest:
-    """The newest manifest of a `targets/` folder, or the one of a digest.
+    """Read the newest manifest of a `targets/` folder, or the one with a digest.
 
     Raises:
-        ManifestMissing: the targets are not complete.
-        PartCorrupt: the pointer, or the manifest that it names, is not what it should be.
+        ManifestMissing: the targets are not complete, or have no manifest with that digest.
+        PartCorrupt: the pointer or the manifest cannot be read, or the manifest has another digest than its name.
     """
     store = targets if not isinstance(targets, str | Path) else open_store(targets)
     uri = f"{store.uri}/manifest.json"
     if digest is not None:
         if not store.exists(manifest_path(digest)):
             raise ManifestMissing(uri=f"{store.uri}/{manifest_path(digest)}", stage="targets")
-        return _whole_manifest(store, digest)
+        return _read_verified(store, digest)
     try:
-        digest = _digest_in(json.loads(store.read("manifest.json")))
+        digest = _parse_pointer(json.loads(store.read("manifest.json")))
     except FileNotFoundError as error:
         raise ManifestMissing(uri=uri, stage="targets") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartCorrupt(uri=uri, problem=f"does not point at a manifest: {error}") from error
-    return _whole_manifest(store, digest)
+    return _read_verified(store, digest)
 
 
-def _whole_manifest(store: Store, digest: str) -> Manifest:
+def _read_verified(store: Store, digest: str) -> Manifest:
     uri = f"{store.uri}/{manifest_path(digest)}"
     try:
-        manifest = _manifest_at(store, manifest_path(digest))
+        manifest = _parse_manifest(store, manifest_path(digest))
     except FileNotFoundError as error:
         raise PartCorrupt(uri=uri, problem="is missing, and manifest.json points at it") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -251,15 +251,15 @@ def _whole_manifest(store: Store, digest: str) -> Manifest:
     return manifest
 
 
-def _digest_in(pointer: Any) -> str:
-    """Digest that a pointer names. Raises ValueError: a pointer from elsewhere could name any file."""
+def _parse_pointer(pointer: Any) -> str:
+    """Digest in a pointer. Raises ValueError for a pointer that names another file than that digest's manifest."""
     digest = str(pointer["digest"])
     if not re.fullmatch("[0-9a-f]{64}", digest) or pointer["manifest"] != manifest_path(digest):
         raise ValueError(f"it names {pointer['manifest']!r}")
     return digest
 
 
-def _manifest_at(store: Store, path: str) -> Manifest:
+def _parse_manifest(store: Store, path: str) -> Manifest:
     parts = Spool(Receipt)
     with store.open(path) as file:
         values = read_json_items(file, name="parts", on_item=lambda item: parts.append(Receipt.model_validate(item)))

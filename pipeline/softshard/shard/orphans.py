@@ -1,7 +1,7 @@
-"""Files of a `targets/` folder that its manifest does not name, and what each of them is.
+"""Finds the files of a `targets/` folder that its manifest does not name, and says what each of them is.
 
-No reader opens them: they are of earlier settings, of a run that was stopped, or were set aside. Parts that an older
-manifest names are told apart, since whoever read that manifest may still read them.
+No reader of the newest manifest opens them: they come from earlier settings or from a run that was stopped, or were
+moved aside. Parts of an older manifest have a kind of their own, because a reader of that manifest may still open them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def find_orphans(store: Store, named: Collection[str]) -> tuple[Orphan, ...]:
 
     Args:
         store: the folder.
-        named: paths of the manifest that readers go by, of its parts and of their receipts; before there is one, of all
-            that is committed.
+        named: paths of the newest manifest, of its parts and of their receipts; without a manifest, of all committed
+            parts and their receipts.
     """
     manifests = [path for path in store.list("manifests") if path not in named]
     kinds: dict[str, OrphanKind] = {}
@@ -60,7 +60,7 @@ def find_orphans(store: Store, named: Collection[str]) -> tuple[Orphan, ...]:
     parts, rest = store.list("data"), store.list("receipts")
     for path in rest:
         if path not in named and path not in kinds:
-            for file, kind in _kinds_of_receipt(store, path, set(parts)).items():
+            for file, kind in _classify_receipt(store, path, set(parts)).items():
                 kinds.setdefault(file, kind)
     found = [path for path in (*parts, *rest, *manifests) if path not in named]
     orphans = [
@@ -69,7 +69,7 @@ def find_orphans(store: Store, named: Collection[str]) -> tuple[Orphan, ...]:
     return tuple(sorted(orphans, key=lambda orphan: (orphan.kind, orphan.path)))
 
 
-def _kinds_of_receipt(store: Store, path: str, parts: set[str]) -> dict[str, OrphanKind]:
+def _classify_receipt(store: Store, path: str, parts: set[str]) -> dict[str, OrphanKind]:
     try:
         receipt = read_receipt(store, path)
     except PartCorrupt:

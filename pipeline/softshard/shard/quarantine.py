@@ -1,7 +1,7 @@
-"""Where a file goes that is not what it should be, so that a right one can take its name.
+"""Moves damaged files aside, so that a repaired file can take their names.
 
-It is copied before it is removed: nothing is lost that could still tell what happened, and the same damage twice is one
-file. `softshard gc` removes what lies there.
+A file is copied before it is removed, so nothing is lost that helps to find the cause. Copies are named by content, so
+the same damage is stored once. `softshard gc` removes them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ QUARANTINE = ".quarantine"
 
 
 class Quarantine:
-    """The quarantine of an output; `taken` says where what it has taken lies."""
+    """The quarantine of an output; `taken` lists the paths of the files that were moved here."""
 
     def __init__(self, store: Store, *, before_each: Callable[[], None] = lambda: None) -> None:
         self._store, self._before_each = store, before_each
         self.taken: list[str] = []
 
     def take(self, path: str) -> None:
-        """Move an object of the output here, if there is one.
+        """Move an object of the output here, if it exists.
 
         Raises:
-            DataInvalid: it cannot be read, so it cannot be moved.
+            DataInvalid: it cannot be read, and so not be moved.
         """
         self._before_each()
         try:

@@ -1,7 +1,7 @@
 """The columns and the metadata of a part, version 1.
 
-One row a sequence. Per-label values are single-level, non-nullable lists over the whole sequence. The metadata says
-all that decoding needs, so that a part can be read alone.
+One row per sequence. Per-label values are single-level, non-nullable lists over the whole sequence. The metadata has
+everything that decoding needs, so a part can be read without any other file.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ PART_SCHEMA = pa.schema(
 
 
 class Fidelity(BaseModel):
-    """How near the stored sketches of a part are to the teacher's distributions."""
+    """How close the stored sketches of a part are to the teacher's distributions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,7 +72,7 @@ class Fidelity(BaseModel):
     mean_kl_nats: float | None
     """Mean KL(target || stored), where the stored form covers every token (`full`); else null."""
     mean_entries: float
-    """Mean entries a label, in one draw."""
+    """Mean entries per label, in one draw."""
     mass_by_rank: dict[str, float] | None
     """Mean mass of the 1, 8, 64 and 512 most likely tokens, over a random sample of the labels; null without one."""
     num_ranked: int
@@ -125,10 +125,10 @@ class PartMetadata(BaseModel):
 
 
 def read_metadata(schema: pa.Schema, *, uri: str) -> PartMetadata:
-    """Metadata of a part that was read.
+    """Read the metadata of a part from its Arrow schema.
 
     Raises:
-        PartCorrupt: there is none, it is of another version, or the columns are not those of version 1.
+        PartCorrupt: there is none, it has another version, or the columns are not those of version 1.
     """
     from pydantic import ValidationError
 
@@ -163,5 +163,5 @@ def stored_first_label(sequence: TokenSequence) -> int:
 
 
 def schema_text() -> str:
-    """The Arrow schema of a part as text, a line a column."""
+    """The Arrow schema of a part as text, one line per column."""
     return "\n".join(str(field) for field in PART_SCHEMA) + "\n"

@@ -1,8 +1,8 @@
-"""Whether what is on the disk is what the manifest and the receipts say.
+"""Compares a `targets/` folder with its manifest and receipts.
 
-Every part is read again, hashed, and compared with its receipt and the manifest by what its Parquet footer says; `deep`
-decodes every sketch and checks its mass. Findings are collected, not raised, so that one bad part does not hide
-another. Manifest, pointer and receipts are compared byte by byte, so no bit of what readers go by can flip unseen.
+Every part is read and hashed, and its Parquet footer is compared with its receipt and the manifest; `deep` decodes
+every sketch and checks its mass. Findings are collected and not raised, so that one bad part does not hide another.
+Manifest, pointer and receipts are compared byte by byte, so every flipped bit in them is found.
 """
 
 from __future__ import annotations
@@ -20,58 +20,58 @@ from softshard.records.canonical import canonical_json
 from softshard.shard.commit import receipt_path
 from softshard.shard.decode import Decoder, open_part
 from softshard.shard.files import check_size, parquet_errors
-from softshard.shard.manifest import Manifest, Receipt, manifest_path, pointer_to, read_manifest, read_receipt
+from softshard.shard.manifest import Manifest, Receipt, make_pointer, manifest_path, read_manifest, read_receipt
 from softshard.shard.orphans import Orphan, find_orphans
 from softshard.shard.read import read_part
 from softshard.shard.schema import PartMetadata
-from softshard.shard.soundness import find_problems
+from softshard.shard.validation import find_impossible
 from softshard.storage import Store
 
 __all__ = ["Finding", "Verification", "verify_targets"]
 
 _ROWS_AT_ONCE = 64
 _AT_ONCE = 4
-"""Parts in memory. Reading, hashing and most of decoding run beside each other."""
+"""Parts that are in memory and checked at the same time. Reading, hashing and most of decoding run in parallel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A file that is not what it should be."""
+    """A file that is missing, damaged or wrong."""
 
     path: str
-    """Below the folder that was verified."""
+    """Path below the folder that was verified."""
     problem: str
-    """One line, which names the file."""
+    """One line, which begins with the file's URI."""
     part_id: str | None = None
-    """Of the part that the file, or the receipt, is of."""
+    """Id of the part whose data or receipt the file is; None for other files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What was looked at, and what is wrong."""
+    """What was checked, and what is wrong."""
 
     manifest: Manifest | None
-    """None: there is none, or it is a finding."""
+    """None when there is none or when it cannot be read, which is a finding."""
     num_parts: int
     num_sequences: int
     num_labels: int
     num_bytes: int
     deep: bool
     findings: tuple[Finding, ...]
-    """Empty: all is as it claims."""
+    """Empty when everything is right."""
     unnamed: tuple[Orphan, ...]
-    """Files that the manifest does not name, of earlier settings or of a run that was stopped; no reader opens them."""
+    """Files that the manifest does not name, from earlier settings or a run that was stopped; no reader opens them."""
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """One line each; empty: all is as it claims."""
+        """One line per finding; empty when everything is right."""
         return tuple(finding.problem for finding in self.findings)
 
 
 def verify_targets(
     store: Store, *, deep: bool = False, on_part: Callable[[int, int], None] = lambda done, total: None
 ) -> Verification:
-    """Verify a `targets/` folder against its manifest, or, before there is one, against its receipts."""
+    """Verify a `targets/` folder against its manifest, or without a manifest against its receipts."""
     manifest, findings = _read_manifest(store)
     receipts: Collection[Receipt] = manifest.parts if manifest else _receipts(store, findings)
     named = {manifest_path(manifest.digest)} if manifest else set()
@@ -104,10 +104,10 @@ def _read_manifest(store: Store) -> tuple[Manifest | None, list[Finding]]:
         return None, [Finding(path="manifest.json", problem=_line(store, "manifest.json", error))]
     findings = []
     digest = manifest.digest
-    # Two decimal forms may be one number, so a digest of what was parsed does not see every bit.
-    for name, expected in (("manifest.json", pointer_to(digest)), (manifest_path(digest), canonical_json(manifest))):
+    # A number has more than one decimal form, so the digest of the parsed manifest does not cover every bit of it.
+    for name, expected in (("manifest.json", make_pointer(digest)), (manifest_path(digest), canonical_json(manifest))):
         if store.read(name) != expected:
-            problem = f"{store.uri}/{name}: says what it should, but in other bytes than it was written in"
+            problem = f"{store.uri}/{name}: has the right content, but not the bytes that were written"
             findings.append(Finding(path=name, problem=problem))
     return manifest, findings
 
@@ -135,7 +135,7 @@ def _receipts(store: Store, findings: list[Finding]) -> list[Receipt]:
 def _checked(
     store: Store, receipts: Iterable[Receipt], manifest: Manifest | None, *, deep: bool
 ) -> Iterator[tuple[Receipt, list[Finding]]]:
-    """Each receipt with what is wrong with it and with its part, in order; a few parts are looked into at a time."""
+    """Each receipt with its findings and those of its part, in order; a few parts are checked at a time."""
 
     def check(receipt: Receipt) -> tuple[Receipt, list[Finding]]:
         findings = _check_receipt(store, receipt) if manifest else []
@@ -166,7 +166,7 @@ def _check_receipt(store: Store, receipt: Receipt) -> list[Finding]:
 def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, deep: bool) -> list[Finding]:
     uri = f"{store.uri}/{receipt.path}"
     try:
-        # Before it is read: what stands in a part's place can be of any size.
+        # Checked before reading: a file in the place of a part can be of any size.
         check_size(store.size(receipt.path), expected=receipt.num_bytes, uri=uri)
         file, metadata = open_part(read_part(store, receipt), uri=uri)
         problems = _check_footer(file, metadata, receipt)
@@ -183,12 +183,12 @@ def _check_part(store: Store, receipt: Receipt, manifest: Manifest | None, *, de
 
 
 def _check_footer(file: pq.ParquetFile, metadata: PartMetadata, receipt: Receipt) -> list[str]:
-    """What the footer says, against the receipt. Every sequence has a label, so its values are the labels."""
+    """Compare the footer with the receipt. Every sequence has a label, so the values of a column are the labels."""
     problems = []
     if metadata.part_id != receipt.part_id:
         problems.append(f"says it is part {metadata.part_id}, its receipt says {receipt.part_id}")
     if not receipt.path.startswith(f"data/{receipt.split}/"):
-        problems.append(f"lies outside the folder of its split, {receipt.split}")
+        problems.append(f"is outside the folder of its split, {receipt.split}")
     names = [file.schema.column(index).path for index in range(len(file.schema))]
     column = names.index("label_logprob.list.element")
     groups = (file.metadata.row_group(index) for index in range(file.num_row_groups))
@@ -223,7 +223,7 @@ def _check_rows(file: pq.ParquetFile, metadata: PartMetadata, receipt: Receipt, 
             heads += len(draws[0].targets.head_ids)
             tails += sum(len(block.targets.tail_ids) for block in draws)
             sequence_ids = batch.column("sequence_id").to_pylist()
-            problems += find_problems(draws, sequence_ids=sequence_ids, metadata=metadata)
+            problems += find_impossible(draws, sequence_ids=sequence_ids, metadata=metadata)
     if (heads, tails) != (receipt.num_head_entries, receipt.num_tail_entries):
         said = f"{receipt.num_head_entries} and {receipt.num_tail_entries}"
         problems.append(f"has {heads} head and {tails} tail entries, its receipt says {said}")

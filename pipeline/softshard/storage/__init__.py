@@ -1,19 +1,19 @@
-"""Where bytes are read from and written to; the one package that knows file systems and object stores.
+"""File systems and object stores: the only package that reads and writes bytes.
 
     open_store(OUT) -> LocalStore | ObjectStore        list_inputs(uri), open_input(uri) -> bytes of a source
                        local.py     objects.py                           inputs.py
-                       a disk       \\___ s3.py, reader.py: requests, tried again while they may pass
+                       a disk       \\___ s3.py, object_reader.py: requests with a retry policy
 
-Inputs are opened as a stream and decompressed on the way. Outputs go through `Store`, which writes whole objects only:
-`put_once` and `create_exclusive` never overwrite, `replace` is for pointers and reports. Nothing is visible before it
-is complete and kept. Credentials come from the environment alone, and no error, name or record holds them.
+Inputs are opened as streams and decompressed while they are read. Outputs are written through `Store`, whole objects
+only: `put_once` and `create_exclusive` never overwrite, `replace` is for pointers and reports. An object is visible
+only when it is complete and synced. Credentials come from the environment; no error, name or record contains them.
 """
 
 from softshard.storage.inputs import InputFile, list_inputs, open_input
 from softshard.storage.local import LocalStore
 from softshard.storage.location import OUTPUT_FORMS, find_store_kind, find_uri_problem, open_store
 from softshard.storage.objects import ObjectStore
-from softshard.storage.s3 import Patience
+from softshard.storage.s3 import RetryPolicy
 from softshard.storage.store import Store
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "InputFile",
     "LocalStore",
     "ObjectStore",
-    "Patience",
+    "RetryPolicy",
     "Store",
     "find_store_kind",
     "find_uri_problem",

@@ -14,12 +14,12 @@ from pathlib import Path
 from softshard.errors import PartCorrupt
 from softshard.records.digest import canonical_digest, sha256_hex
 from softshard.storage.folders import new_folder
-from softshard.storage.local import named_errors
+from softshard.storage.local import disk_errors
 
-__all__ = ["copied_folder"]
+__all__ = ["copy_folder"]
 
 
-def copied_folder(read: Callable[[str], bytes], files: Mapping[str, str], *, uri: str) -> Path:
+def copy_folder(read: Callable[[str], bytes], files: Mapping[str, str], *, uri: str) -> Path:
     """A local folder with a copy of each file.
 
     Args:
@@ -38,7 +38,7 @@ def copied_folder(read: Callable[[str], bytes], files: Mapping[str, str], *, uri
     if _is_whole(folder, files):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    with named_errors(cache), new_folder(folder, keep_existing=True) as copy:
+    with disk_errors(cache), new_folder(folder, keep_existing=True) as copy:
         for name, expected in files.items():
             content = read(name)
             if sha256_hex(content) != expected:

@@ -1,7 +1,7 @@
 """A store in a local folder, on a disk or on a file system that several machines share.
 
-A write goes to a temporary file in `.tmp/`, is synced, and is linked to its final name, which fails if that exists; a
-rename, which would overwrite, is used by `replace` alone.
+Content is written to a temporary file in `.tmp/`, synced, and linked to its final name, which fails when that name
+exists. A rename would overwrite, so only `replace` uses one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from softshard.errors import OutputUnusable, PartConflict, StorageFull
 from softshard.records.digest import sha256_hex, sha256_of_file
 from softshard.storage.store import confined
 
-__all__ = ["LocalStore", "named_errors"]
+__all__ = ["LocalStore", "disk_errors"]
 
 _BLOCK_BYTES = 2**20
 _TEMPORARY = ".tmp"
@@ -55,7 +55,7 @@ class LocalStore:
                 raise PartConflict(uri=str(self.local_path(path)), expected=expected, actual=actual)
 
     def put_file_once(self, path: str, file: Path) -> None:
-        """`put_once` of a local file's content; a block of it is held at a time. Raises PartConflict, StorageFull."""
+        """`put_once` of a local file's content, copied block by block. Raises PartConflict, StorageFull."""
         with file.open("rb") as source:
             if not self._link(path, source):
                 expected, actual = sha256_of_file(file), sha256_of_file(self.local_path(path))
@@ -100,7 +100,7 @@ class LocalStore:
         return self.local_path(path).stat().st_size
 
     def names(self, prefix: str) -> list[str]:
-        """Names of what lies directly in a folder, sorted; none where there is no folder."""
+        """Names of the files and folders directly in a folder, sorted; empty when there is no such folder."""
         try:
             return sorted(name for name in os.listdir(self.local_path(prefix)) if name != _TEMPORARY)
         except FileNotFoundError:
@@ -131,7 +131,7 @@ class LocalStore:
         folder = self._root / _TEMPORARY
         temporary = folder / f"{target.name}.{uuid.uuid4().hex}"
         try:
-            with named_errors(target):
+            with disk_errors(target):
                 folder.mkdir(parents=True, exist_ok=True)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with temporary.open("xb") as file:
@@ -139,14 +139,16 @@ class LocalStore:
                     _sync(file)
                 yield temporary
         finally:
-            # A disk that is read-only says so of a file that is not there, too; what is left is garbage.
+            # A read-only disk refuses to unlink even a file that does not exist; what is left is garbage.
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
 def _files_below(folder: Path | str, shown: str) -> Iterator[str]:
-    """Paths of the files below a folder that is itself called `shown`; what a folder says of its entries is enough, so
-    that no file is looked at. Nothing where there is no folder."""
+    """Paths of the files below a folder, each beginning with `shown`; empty when there is no such folder.
+
+    Only folders are read: their entries tell files from folders, so no file is opened or measured.
+    """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             name = f"{shown}/{entry.name}" if shown else entry.name
@@ -157,8 +159,8 @@ def _files_below(folder: Path | str, shown: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def named_errors(target: Path) -> Iterator[None]:
-    """What the disk says while a file is written, as StorageFull or OutputUnusable, which name the file."""
+def disk_errors(target: Path) -> Iterator[None]:
+    """Inside this context, raise StorageFull or OutputUnusable, with the file's path, for errors of the disk."""
     try:
         yield
     except OSError as error:

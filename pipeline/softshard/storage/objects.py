@@ -1,9 +1,9 @@
 """A store in a bucket of an S3-compatible server.
 
-What must not overwrite is put on the condition `If-None-Match: *`, which the server keeps for all writers at once; a
-server that does not is found out before the first such write, and refused. Each object carries, in its metadata, a
-token of the write that made it. So a writer whose reply was lost can tell its own object from another's, and exactly
-one of many is told that it has created it, even where all write the same bytes.
+Writes that must not overwrite carry the condition `If-None-Match: *`, which the server enforces among all writers.
+Before the first such write, a probe checks that the server does, and a server that does not is refused. Each object has
+a random token of its write in its metadata. With it, a writer whose reply was lost can tell its own object from
+another's, and exactly one of many writers learns that it created the object, even when all write the same bytes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 from softshard.errors import JobInvalid, PartConflict, StoreUnusable
 from softshard.records.digest import sha256_hex, sha256_of_file, sha256_of_stream
-from softshard.storage.copies import copied_folder
-from softshard.storage.reader import open_object
-from softshard.storage.s3 import S3, Passing, Patience, Taken, Unsupported
+from softshard.storage.copies import copy_folder
+from softshard.storage.object_reader import open_object
+from softshard.storage.s3 import S3, ConditionFailed, RetryPolicy, TransientFailure, UnsupportedRequest
 from softshard.storage.store import confined
-from softshard.storage.uploads import Content, FileContent, send, write_token
+from softshard.storage.uploads import Content, FileContent, read_write_token, send
 
 __all__ = ["ObjectStore"]
 
@@ -30,7 +30,7 @@ _PART_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**18
 _HASHED_BYTES = 8 * 2**20
 _CONTROL = re.compile("[\\x00-\\x1f\\x7f]")
-"""Servers differ in what they make of these in a key."""
+"""Servers treat these characters in a key differently."""
 
 
 class ObjectStore:
@@ -38,28 +38,28 @@ class ObjectStore:
 
     Args:
         uri: `s3://bucket/prefix`.
-        patience: how long a server that fails is tried.
+        retry: how often and how long a failing server is tried.
         part_bytes: a larger object is sent in parts of this size, at least 5 MiB for most servers.
-        keys_per_page: most keys of one answer of a listing.
+        keys_per_page: largest number of keys in one page of a listing.
     """
 
     def __init__(
         self,
         uri: str,
         *,
-        patience: Patience | None = None,
+        retry: RetryPolicy | None = None,
         part_bytes: int = _PART_BYTES,
         keys_per_page: int = 1000,
     ) -> None:
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         self._bucket, self._prefix = bucket, confined(prefix.strip("/"), uri=uri)
         self._options: dict[str, Any] = {
-            "patience": patience or Patience(),
+            "retry": retry or RetryPolicy(),
             "part_bytes": part_bytes,
             "keys_per_page": keys_per_page,
         }
         self._part_bytes, self._keys_per_page = part_bytes, keys_per_page
-        self._s3 = S3(uri=self.uri, patience=self._options["patience"])
+        self._s3 = S3(uri=self.uri, retry=self._options["retry"])
 
     @property
     def uri(self) -> str:
@@ -78,25 +78,25 @@ class ObjectStore:
             StorageFull, StoreUnavailable, StoreUnusable.
         """
         if not self.create_exclusive(path, content):
-            self._refuse_other(path, sha256_hex(content))
+            self._check_equal(path, sha256_hex(content))
 
     def put_file_once(self, path: str, file: Path) -> None:
-        """`put_once` of a local file's content, a part of which is held at a time."""
+        """`put_once` of a local file's content, with one upload part in memory at a time."""
         if not self._create(path, FileContent(file)):
-            self._refuse_other(path, sha256_of_file(file))
+            self._check_equal(path, sha256_of_file(file))
 
-    def _refuse_other(self, path: str, expected: str) -> None:
+    def _check_equal(self, path: str, expected: str) -> None:
         with self._open(path, block_bytes=_HASHED_BYTES) as stream:
             actual = sha256_of_stream(stream)
         if actual != expected:
-            raise PartConflict(uri=self._named(path), expected=expected, actual=actual)
+            raise PartConflict(uri=self._uri_at(path), expected=expected, actual=actual)
 
     def create_exclusive(self, path: str, content: bytes) -> bool:
-        """Write a new object whole; False if one is there, unless this call has put it there and the reply was lost."""
+        """Write a new object whole; False if one exists, unless this call created it and only the reply was lost."""
         return self._create(path, Content(content))
 
     def _create(self, path: str, content: Content) -> bool:
-        self._refuse_without_conditions()
+        self._check_conditional_writes()
         return self._create_on_condition(self._key(path), content, about=path)
 
     def _create_on_condition(self, key: str, content: Content, *, about: str) -> bool:
@@ -105,40 +105,40 @@ class ObjectStore:
 
         def attempt() -> bool:
             nonlocal is_first
-            # An attempt without an answer may have succeeded; to look is cheaper than to send all of it again. That is
-            # not enough: aiohttp too sends a PUT again, by itself, where a kept connection was cut.
-            if not is_first and (there := self._token_of(key, about)) is not None:
+            # An attempt without an answer may have succeeded, and looking is cheaper than sending all of it again. The
+            # token is needed all the same: aiohttp itself repeats a PUT when a kept connection was cut.
+            if not is_first and (there := self._read_token(key, about)) is not None:
                 return there == token
             is_first = False
             try:
                 self._send(key, content, about=about, token=token, is_new=True)
-            except Taken:
-                there = self._token_of(key, about)
+            except ConditionFailed:
+                there = self._read_token(key, about)
                 if there is None:
-                    raise Passing("what was in the way is gone") from None
+                    raise TransientFailure("the object that was in the way is gone") from None
                 return there == token
             return True
 
-        return self._s3.retry(attempt, about=about)
+        return self._s3.call_with_retries(attempt, about=about)
 
-    def _token_of(self, key: str, about: str) -> str | None:
-        return write_token(self._s3, {"Bucket": self._bucket, "Key": key, "about": about})
+    def _read_token(self, key: str, about: str) -> str | None:
+        return read_write_token(self._s3, {"Bucket": self._bucket, "Key": key, "about": about})
 
     def replace(self, path: str, content: bytes) -> None:
         """Write an object whole in place of what is there."""
         key, token = self._key(path), uuid.uuid4().hex
         whole = Content(content)
-        self._s3.retry(lambda: self._send(key, whole, about=path, token=token, is_new=False), about=path)
+        self._s3.call_with_retries(lambda: self._send(key, whole, about=path, token=token, is_new=False), about=path)
 
     def _send(self, key: str, content: Content, *, about: str, token: str, is_new: bool) -> None:
         place = {"Bucket": self._bucket, "Key": key, "about": about}
         send(self._s3, content, place=place, token=token, is_new=is_new, part_bytes=self._part_bytes)
 
-    def _refuse_without_conditions(self) -> None:
-        """Before the first conditional write of a process to a bucket: see that a second object of one name is refused.
+    def _check_conditional_writes(self) -> None:
+        """Check, once per process and bucket, that the server refuses a second object of one name.
 
         Raises:
-            StoreUnusable: it is not.
+            StoreUnusable: the server overwrites it.
         """
         if self._bucket in self._s3.conditional:
             return
@@ -148,7 +148,7 @@ class ObjectStore:
             self._create_on_condition(key, Content(b"1"), about=name)
             keeps = not self._create_on_condition(key, Content(b"2"), about=name)
             self.remove(name)
-        except Unsupported:
+        except UnsupportedRequest:
             keeps = False
         if not keeps:
             problem = (
@@ -184,20 +184,20 @@ class ObjectStore:
         return int(head["ContentLength"])
 
     def names(self, prefix: str) -> list[str]:
-        """Names of what lies directly in a folder, sorted; none where there is no folder."""
+        """Names of the objects and folders directly in a folder, sorted; empty when there is no such folder."""
         found: set[str] = set()
         for page in self._pages(prefix, Delimiter="/"):
             keys = [item["Key"] for item in page.get("Contents", ())]
             keys += [item["Prefix"].removesuffix("/") for item in page.get("CommonPrefixes", ())]
-            found |= {key.rsplit("/", 1)[-1] for key in keys if _can_be_named(self._path(key))}
+            found |= {key.rsplit("/", 1)[-1] for key in keys if _is_valid_path(self._path(key))}
         return sorted(found)
 
     def list(self, prefix: str) -> list[str]:
-        """Paths of the objects below a folder, sorted; those that no path of ours can name are left out."""
+        """Paths of the objects below a folder, sorted; keys that are no valid path are left out."""
         found = []
         for page in self._pages(prefix):
             found += [self._path(item["Key"]) for item in page.get("Contents", ())]
-        return sorted(path for path in found if _can_be_named(path))
+        return sorted(path for path in found if _is_valid_path(path))
 
     def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         folder = self._key(prefix)
@@ -217,10 +217,10 @@ class ObjectStore:
     def local_folder(self, path: str, files: Mapping[str, str]) -> Path:
         """A copy in the user's cache; see `Store.local_folder`."""
         folder = self.below(path)
-        return copied_folder(folder.read, files, uri=folder.uri)
+        return copy_folder(folder.read, files, uri=folder.uri)
 
     def _key(self, path: str) -> str:
-        """Key of a path. Raises JobInvalid for one that would leave the store, or that no key can spell."""
+        """Key of a path. Raises JobInvalid for a path that would leave the store or that cannot be a key."""
         inside = confined(path, uri=self.uri)
         key = "/".join(part for part in (self._prefix, inside) if part)
         try:
@@ -236,11 +236,11 @@ class ObjectStore:
     def _path(self, key: str) -> str:
         return key[len(self._prefix) + 1 :] if self._prefix else key
 
-    def _named(self, path: str) -> str:
+    def _uri_at(self, path: str) -> str:
         return f"{self.uri}/{path}"
 
 
-def _can_be_named(path: str) -> bool:
-    """Whether a path of the store is one that `confined` leaves as it is, and no probe that is being made."""
+def _is_valid_path(path: str) -> bool:
+    """Whether `confined` leaves a path unchanged, and it is not a probe of `_check_conditional_writes`."""
     parts = path.split("/")
     return not (_CONTROL.search(path) or any(part in {"", ".", ".."} or part.startswith(_PROBE) for part in parts))

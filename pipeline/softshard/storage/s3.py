@@ -1,9 +1,9 @@
-"""Requests to an S3-compatible server, tried again while they may pass.
+"""Requests to an S3-compatible server, with a retry policy.
 
-Endpoint, region and credentials are those of the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, or the machine's role. One connection pool a process is kept for
-each. Tries again with pauses that double and are drawn at random below that, so that workers which were refused
-together do not come back together.
+Endpoint, region and credentials come from the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE, or the machine's role. A process keeps one connection pool for
+each of these environments. Pauses between attempts are random, below a limit that doubles, so that workers which failed
+together do not retry together.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from softshard.errors import ExtraMissing, StorageFull, StoreUnavailable, StoreUnusable
-from softshard.storage.faults import Fault, classify_fault
+from softshard.storage.failures import Failure, classify_failure
 
-__all__ = ["S3", "Passing", "Patience", "Taken", "Unsupported"]
+__all__ = ["S3", "ConditionFailed", "RetryPolicy", "TransientFailure", "UnsupportedRequest"]
 
 Result = TypeVar("Result")
 
 
-class Taken(Exception):
-    """The condition of a request did not hold."""
+class ConditionFailed(Exception):
+    """The condition of a request did not hold: an object exists, or has changed."""
 
 
-class Unsupported(StoreUnusable):
-    """The server cannot do what a request asks for."""
+class UnsupportedRequest(StoreUnusable):
+    """The server does not implement the request."""
 
 
-class Passing(Exception):
-    """A request that is worth another try; the message says why, without what it held."""
+class TransientFailure(Exception):
+    """A request failed and a retry may succeed; the message gives the reason, without what the request contained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How often a request is tried, and how long it is waited for."""
+class RetryPolicy:
+    """How often a request is tried, the pauses between attempts, and the timeouts of each attempt."""
 
     attempts: int = 10
-    first_seconds: float = 0.2
+    first_pause_seconds: float = 0.2
     """Longest pause before the second attempt; twice that before the third, and so on."""
-    most_seconds: float = 15.0
-    """Longest pause of all."""
-    connect_seconds: float = 10.0
-    read_seconds: float = 60.0
-    """Longest silence of a server that has the request."""
+    max_pause_seconds: float = 15.0
+    """Longest pause."""
+    connect_timeout_seconds: float = 10.0
+    read_timeout_seconds: float = 60.0
+    """Longest silence of a server that has received the request."""
 
 
 @dataclass(slots=True)
 class _Connection:
-    """What a process keeps for one set of credentials."""
+    """The connection of a process for one set of credentials."""
 
     file_system: Any
     conditional: set[str] = field(default_factory=set)
-    """Buckets that were seen to keep a condition."""
+    """Buckets whose server was found to enforce conditions."""
 
 
 class S3:
@@ -65,38 +65,39 @@ class S3:
 
     Args:
         uri: of the store, for errors.
+        retry: of every request.
     """
 
-    def __init__(self, *, uri: str, patience: Patience) -> None:
-        self._uri, self._patience = uri, patience
+    def __init__(self, *, uri: str, retry: RetryPolicy) -> None:
+        self._uri, self._retry = uri, retry
         self._random = random.Random(os.urandom(16))  # noqa: S311 - for pauses, which no two processes should share
 
     @property
     def conditional(self) -> set[str]:
-        """Buckets that were seen to keep a condition, in this process."""
+        """Buckets whose server was found to enforce conditions, in this process."""
         return self._connection().conditional
 
     def call(self, method: str, *, about: str = "", **arguments: Any) -> dict[str, Any]:
-        """A request, tried again while it may pass.
+        """Send a request, with retries.
 
         Args:
             method: of botocore's client.
-            about: path that it concerns, for errors.
-            arguments: of the method; a None is left out.
+            about: path of the object, for errors.
+            arguments: of the method; those that are None are left out.
 
         Returns:
-            The answer; what it streams is read whole and is its `Content`.
+            The answer; a streamed body is read whole into its `Content`.
 
         Raises:
-            FileNotFoundError, Taken, Unsupported, StorageFull, StoreUnusable: as `once`.
-            StoreUnavailable: it did not pass in all attempts.
+            FileNotFoundError, ConditionFailed, UnsupportedRequest, StorageFull, StoreUnusable: as `call_once`.
+            StoreUnavailable: all attempts failed.
         """
-        return self.retry(lambda: self.once(method, about=about, **arguments), about=about)
+        return self.call_with_retries(lambda: self.call_once(method, about=about, **arguments), about=about)
 
     def pages(
         self, *, bucket: str, prefix: str, about: str, keys_per_page: int = 1000, **options: str
     ) -> Iterator[dict[str, Any]]:
-        """Answers of a listing of the keys that start with a prefix, one after another until it is complete."""
+        """Pages of the listing of all keys that start with a prefix."""
         token = None
         while True:
             page = self.call(
@@ -113,31 +114,31 @@ class S3:
             if not page.get("IsTruncated") or token is None:
                 return
 
-    def retry(self, function: Callable[[], Result], *, about: str = "") -> Result:
-        """What a function returns once it does not raise `Passing`. Raises StoreUnavailable, and what it raises."""
-        patience = self._patience
-        for attempt in range(1, patience.attempts):
+    def call_with_retries(self, function: Callable[[], Result], *, about: str = "") -> Result:
+        """Call a function again while it raises TransientFailure; StoreUnavailable when all attempts failed."""
+        retry = self._retry
+        for attempt in range(1, retry.attempts):
             try:
                 return function()
-            except Passing:
-                longest = min(patience.first_seconds * 2 ** (attempt - 1), patience.most_seconds)
+            except TransientFailure:
+                longest = min(retry.first_pause_seconds * 2 ** (attempt - 1), retry.max_pause_seconds)
                 time.sleep(self._random.uniform(0, longest))
         try:
             return function()
-        except Passing as error:
-            reason = f"{error}, {patience.attempts} attempts"
-            raise StoreUnavailable(uri=self._named(about), reason=reason) from None
+        except TransientFailure as error:
+            reason = f"{error}, {retry.attempts} attempts"
+            raise StoreUnavailable(uri=self._uri_at(about), reason=reason) from None
 
-    def once(self, method: str, *, about: str = "", **arguments: Any) -> dict[str, Any]:
-        """A request, tried once.
+    def call_once(self, method: str, *, about: str = "", **arguments: Any) -> dict[str, Any]:
+        """Send a request, without a retry.
 
         Raises:
             FileNotFoundError: there is no such object.
-            Taken: its condition did not hold.
-            Unsupported: the server cannot do it.
-            Passing: it may pass another time.
+            ConditionFailed: the condition of the request did not hold.
+            UnsupportedRequest: the server does not implement the request.
+            TransientFailure: a retry may succeed.
             StorageFull: the store has no space left.
-            StoreUnusable: the server refuses it, or the environment has no credentials.
+            StoreUnusable: the server refuses the request, or the environment has no credentials.
         """
         from aiohttp import ClientError as HttpError
         from botocore.exceptions import BotoCoreError, ClientError
@@ -148,38 +149,42 @@ class S3:
             file_system = self._connection().file_system
             answer: dict[str, Any] = sync(file_system.loop, _send, file_system.s3, method, given)
         except (BotoCoreError, ClientError, HttpError, OSError, TimeoutError, EOFError, ValueError) as error:
-            fault = classify_fault(error)
+            failure = classify_failure(error)
         else:
             return answer
-        # Outside the handler, so that what a library said, which may hold credentials, is in no traceback of ours.
-        raise self._error(fault, about)
+        # Outside the handler, so that the library's message, which may hold credentials, is in no traceback of ours.
+        raise self._error(failure, about)
 
-    def _error(self, fault: Fault, about: str) -> Exception:
-        uri = self._named(about)
-        if fault.kind == "missing":
+    def _error(self, failure: Failure, about: str) -> Exception:
+        uri = self._uri_at(about)
+        if failure.kind == "missing":
             return FileNotFoundError(uri)
-        if fault.kind == "full":
+        if failure.kind == "full":
             return StorageFull(uri=uri)
-        if fault.kind in {"taken", "passing"}:
-            return Taken(fault.reason) if fault.kind == "taken" else Passing(fault.reason)
-        kind = Unsupported if fault.kind == "unsupported" else StoreUnusable
-        return kind(uri=uri, problem=fault.reason)
+        if failure.kind in {"condition_failed", "transient"}:
+            return (
+                ConditionFailed(failure.reason)
+                if failure.kind == "condition_failed"
+                else TransientFailure(failure.reason)
+            )
+        kind = UnsupportedRequest if failure.kind == "unsupported" else StoreUnusable
+        return kind(uri=uri, problem=failure.reason)
 
-    def _named(self, about: str) -> str:
+    def _uri_at(self, about: str) -> str:
         return f"{self._uri}/{about}" if about else self._uri
 
     def _connection(self) -> _Connection:
         environment = repr(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
         key = hashlib.sha256(environment.encode(errors="surrogateescape")).digest()
         try:
-            return _connect(os.getpid(), key, self._patience.connect_seconds, self._patience.read_seconds)
+            return _connect(os.getpid(), key, self._retry.connect_timeout_seconds, self._retry.read_timeout_seconds)
         except ImportError:
             raise ExtraMissing(what=self._uri, package="s3fs", extra="s3") from None
 
 
 @lru_cache(maxsize=16)
-def _connect(pid: int, environment: bytes, connect_seconds: float, read_seconds: float) -> _Connection:
-    """One for a process and its variables: neither a pool nor an event loop outlives a fork."""
+def _connect(pid: int, environment: bytes, connect_timeout_seconds: float, read_timeout_seconds: float) -> _Connection:
+    """The connection of one process and environment: neither a pool nor an event loop survives a fork."""
     import s3fs
 
     own_server = bool(os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3"))
@@ -187,14 +192,14 @@ def _connect(pid: int, environment: bytes, connect_seconds: float, read_seconds:
     file_system = s3fs.S3FileSystem(
         client_kwargs={"region_name": region} if region else {},
         config_kwargs={
-            "connect_timeout": connect_seconds,
-            "read_timeout": read_seconds,
+            "connect_timeout": connect_timeout_seconds,
+            "read_timeout": read_timeout_seconds,
             "max_pool_connections": 32,
-            # Tries are counted here, in one place.
+            # Retries are made by S3.call_with_retries alone.
             "retries": {"total_max_attempts": 1, "mode": "standard"},
             # Each request carries a digest in a header; botocore's own way, a trailer, is unknown to many servers.
             "request_checksum_calculation": "when_required",
-            # Few servers but Amazon's have a name of their own for every bucket.
+            # Few servers other than Amazon's have a host name for every bucket.
             "s3": {"addressing_style": "path" if own_server else "auto"},
         },
         skip_instance_cache=True,

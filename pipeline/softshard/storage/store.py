@@ -1,7 +1,7 @@
-"""What a store promises, whatever it lies on.
+"""The interface of every store.
 
-Paths are relative, with forward slashes, and cannot leave the store. Every write is of a whole object, and an object is
-there whole or not at all.
+Paths are relative, with forward slashes, and cannot leave the store. Objects are written whole, and a reader finds an
+object complete or not at all.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["Store", "confined"]
 
 
 def confined(path: str, *, uri: str) -> str:
-    """The path without `.` parts, and empty for the store itself.
+    """The path without empty and `.` parts; the empty path is the store itself.
 
     Raises:
-        JobInvalid: it would leave the store that lies at `uri`, or holds a NUL, which nothing can be named with.
+        JobInvalid: the path would leave the store at `uri`, or contains a NUL, which no file name can.
     """
     parts = [part for part in path.split("/") if part not in {"", "."}]
     if path.startswith("/") or ".." in parts:
@@ -34,28 +34,28 @@ class Store(Protocol):
 
     @property
     def uri(self) -> str:
-        """Where the store is, for messages and for `open_store` on another machine."""
+        """URI of the store, for messages and for `open_store` on another machine."""
 
     def put_once(self, path: str, content: bytes) -> None:
-        """Write a new object whole. An equal one that is there is adopted; another is a `PartConflict`."""
+        """Write a new object whole. An equal object that exists is kept; another one raises PartConflict."""
 
     def put_file_once(self, path: str, file: Path) -> None:
-        """`put_once` of a local file's content, which may be larger than the memory."""
+        """`put_once` of a local file's content, which may be larger than memory."""
 
     def create_exclusive(self, path: str, content: bytes) -> bool:
-        """Write a new object whole; False, and nothing written, if one is there.
+        """Write a new object whole; return False and write nothing when one exists.
 
-        Of any number of callers at the same time exactly one is told True, equal content or not.
+        Of any number of concurrent callers exactly one gets True, whether their contents are equal or not.
         """
 
     def replace(self, path: str, content: bytes) -> None:
-        """Write an object whole in place of what is there."""
+        """Write an object whole, over one that exists."""
 
     def read(self, path: str) -> bytes:
         """Content of an object; FileNotFoundError if there is none."""
 
     def open(self, path: str) -> BinaryIO:
-        """An object as a stream with random access, of which only what is read is fetched; FileNotFoundError."""
+        """An object as a stream with random access, which fetches only what is read; raises FileNotFoundError."""
 
     def exists(self, path: str) -> bool:
         """Whether there is such an object."""
@@ -64,28 +64,28 @@ class Store(Protocol):
         """Bytes of an object; FileNotFoundError if there is none."""
 
     def names(self, prefix: str) -> list[str]:
-        """Names of what lies directly in a folder, objects and folders, sorted."""
+        """Names of the objects and folders directly in a folder, sorted."""
 
     def list(self, prefix: str) -> list[str]:
         """Paths of all objects below a folder, sorted."""
 
     def remove(self, path: str) -> None:
-        """Delete an object, if it is there."""
+        """Delete an object if it exists."""
 
     def below(self, path: str) -> Store:
         """The store of a folder inside this one."""
 
     def local_folder(self, path: str, files: Mapping[str, str]) -> Path:
-        """A folder on this machine with some files of a folder, for libraries that open files of their own.
+        """A local folder with some files of a folder, for libraries that open files themselves.
 
-        On a disk it is the folder itself, and nothing is checked. Else it is a copy in the user's cache, named by the
-        files' digests, compared with them, and made whole or not at all.
+        Of a local store it is the folder itself, and nothing is checked. Otherwise it is a complete copy in the user's
+        cache, whose files have been compared with their digests.
 
         Args:
             path: the folder.
-            files: name to SHA-256.
+            files: SHA-256 by name.
 
         Raises:
-            FileNotFoundError: a file is not there.
-            PartCorrupt: a file is not the one that its digest names.
+            FileNotFoundError: a file does not exist.
+            PartCorrupt: a file has another digest than `files` names.
         """

@@ -1,7 +1,7 @@
-"""What no stored target can be: rows of a part in, sequences that hold something impossible out.
+"""Checks decoded targets for values that no sketch can have.
 
-A hash says that bytes are those that were written; this says that what was written is a sketch. All rows of a batch are
-looked at together, since a sequence has hundreds of labels and a label few entries.
+A hash proves that bytes are those that were written; these checks prove that what was written is a sketch. All rows of
+a batch are checked together, because a sequence has hundreds of labels and a label few entries.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from softshard.shard.schema import PartMetadata
 from softshard.sketch.codec import LOGPROB_GRID, counts_to_offsets, head_weights, mass_grid
 from softshard.sketch.types import SequenceTargets
 
-__all__ = ["find_problems"]
+__all__ = ["find_impossible"]
 
 _ROUNDING = 1e-5
 
 
-def find_problems(draws: Sequence[Block], *, sequence_ids: Sequence[str], metadata: PartMetadata) -> list[str]:
-    """One line for each sequence that holds something impossible, with the first such thing.
+def find_impossible(draws: Sequence[Block], *, sequence_ids: Sequence[str], metadata: PartMetadata) -> list[str]:
+    """One line for each sequence with an impossible value, about the first one found.
 
     Args:
-        draws: the same R rows, at least one, with each draw of their tails.
+        draws: the same R rows, at least one, once with each draw of their tails.
         sequence_ids: [R]
         metadata: of their part.
     """
@@ -38,22 +38,22 @@ def find_problems(draws: Sequence[Block], *, sequence_ids: Sequence[str], metada
             found.setdefault(row, problem)
 
     finite = np.isfinite(first.targets.label_logprob) & (first.targets.label_logprob <= 0)
-    note(~finite, "a label has a log-probability above 0, or none")
+    note(~finite, "a label has a log-probability that is above 0 or not finite")
     most = np.log(metadata.vocab_size) + LOGPROB_GRID
     possible = (first.targets.entropy >= 0) & (first.targets.entropy <= most)
-    note(~possible, "an entropy is not one of a distribution over the vocabulary")
+    note(~possible, "an entropy is impossible for the vocabulary")
     for block in draws:
         twice, wrong = _check_entries(block.targets, metadata)
-        note(twice, "a label holds a token twice")
-        note(wrong, "a label has a mass that is not 1")
+        note(twice, "a label has a token twice")
+        note(wrong, "the mass of a label is not 1")
     return [f"sequence {sequence_ids[row]}: {found[row]}" for row in sorted(found)]
 
 
 def _check_entries(targets: SequenceTargets, metadata: PartMetadata) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """[P] labels that hold a token twice, and [P] labels whose mass is not 1 as a reader weighs their entries."""
+    """[P] labels that have a token twice, and [P] labels whose entries, as a reader weighs them, do not sum to 1."""
     tau, outside, counts = metadata.tau, targets.tail_mass.astype(np.float64), targets.tail_count
     labels = np.arange(targets.num_labels, dtype=np.int64) << 32
-    # Sorted neighbours: a hundred thousand entries take a tenth of the time that a hash table does.
+    # Comparing sorted neighbours takes a tenth of the time of a hash table, for a hundred thousand entries.
     heads = np.repeat(labels, targets.head_count) | targets.head_ids
     places = np.sort(np.concatenate([heads, np.repeat(labels, counts) | targets.tail_ids]))
     twice = np.zeros(targets.num_labels, dtype=np.bool_)

@@ -1,8 +1,8 @@
-"""What went wrong with a request to an object store, told without a word of what the request held.
+"""Classifies failed requests to an object store, without quoting what the request contained.
 
-In: an exception of botocore, aiohttp or the system. Out: a kind that callers act on, and a reason made of the store's
-error code, the HTTP status or the exception's class alone. What these libraries say in full may quote headers and
-addresses, and with them credentials, so none of it is passed on.
+An exception of botocore, aiohttp or the system becomes a kind that callers act on, and a reason made only of the
+store's error code, the HTTP status or the exception's class. The libraries' own messages may quote headers and
+addresses, and with them credentials, so they are dropped.
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Fault", "classify_fault"]
+__all__ = ["Failure", "classify_failure"]
 
-Kind = Literal["missing", "taken", "passing", "full", "unsupported", "refused"]
+Kind = Literal["missing", "condition_failed", "transient", "full", "unsupported", "refused"]
 
-_KINDS: dict[str, Kind] = {
+_KIND_BY_CODE: dict[str, Kind] = {
     "NoSuchKey": "missing",
-    "PreconditionFailed": "taken",
-    # The bytes arrived damaged, or not all of them.
-    "BadDigest": "passing",
-    "IncompleteBody": "passing",
-    "XAmzContentSHA256Mismatch": "passing",
-    # Another request to the same object had not ended.
-    "ConditionalRequestConflict": "passing",
-    "OperationAborted": "passing",
-    "NoSuchUpload": "passing",
-    "RequestTimeout": "passing",
-    "SlowDown": "passing",
-    "Throttling": "passing",
-    "ThrottlingException": "passing",
-    "RequestLimitExceeded": "passing",
-    # Credentials that a machine's role renews, and clocks that a service sets right.
-    "ExpiredToken": "passing",
-    "RequestTimeTooSkewed": "passing",
+    "PreconditionFailed": "condition_failed",
+    # The bytes arrived damaged or incomplete.
+    "BadDigest": "transient",
+    "IncompleteBody": "transient",
+    "XAmzContentSHA256Mismatch": "transient",
+    # Another request to the same object was still running.
+    "ConditionalRequestConflict": "transient",
+    "OperationAborted": "transient",
+    "NoSuchUpload": "transient",
+    "RequestTimeout": "transient",
+    "SlowDown": "transient",
+    "Throttling": "transient",
+    "ThrottlingException": "transient",
+    "RequestLimitExceeded": "transient",
+    # The machine's role renews credentials, and time services correct clocks.
+    "ExpiredToken": "transient",
+    "RequestTimeTooSkewed": "transient",
     "QuotaExceeded": "full",
     "QuotaExceededException": "full",
     "XMinioStorageFull": "full",
     "NotImplemented": "unsupported",
 }
-_OF_STATUS: dict[int, Kind] = {
+_KIND_BY_STATUS: dict[int, Kind] = {
     404: "missing",
-    409: "passing",
-    412: "taken",
-    429: "passing",
+    409: "transient",
+    412: "condition_failed",
+    429: "transient",
     501: "unsupported",
     507: "full",
 }
@@ -65,39 +65,42 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """`missing`: no such object; `taken`: a condition did not hold; `passing`: worth another try; `full`: no space;
-    `unsupported`: the store cannot do it; `refused`: it never will."""
+class Failure:
+    """A failed request.
+
+    Kinds: `missing`: there is no such object; `condition_failed`: a condition of the request did not hold; `transient`:
+    a retry may succeed; `full`: no space is left; `unsupported`: the server cannot do it; `refused`: a retry is no use.
+    """
 
     kind: Kind
     reason: str
 
 
-def classify_fault(error: BaseException) -> Fault:
-    """What an exception of a request means."""
+def classify_failure(error: BaseException) -> Failure:
+    """Classify an exception that a request raised."""
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
-        return _of_response(response)
+        return _classify_response(response)
     # botocore wraps what aiohttp and Python raise, and its own general class says nothing.
     inner = getattr(error, "kwargs", {}).get("error")
     if isinstance(inner, ValueError) or type(error).__name__ == "HTTPClientError":
         error = inner if isinstance(inner, BaseException) else error
     name = type(error).__name__
-    return Fault(kind="passing" if _may_pass(error) else "refused", reason=_with_remedy(name))
+    return Failure(kind="transient" if _is_transient(error) else "refused", reason=_with_remedy(name))
 
 
-def _of_response(response: dict[str, Any]) -> Fault:
+def _classify_response(response: dict[str, Any]) -> Failure:
     code = re.sub("[^A-Za-z0-9]", "", str(response.get("Error", {}).get("Code", "")))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    kind = _KINDS.get(code) or ("refused" if code == "NoSuchBucket" else _OF_STATUS.get(status))
+    kind = _KIND_BY_CODE.get(code) or ("refused" if code == "NoSuchBucket" else _KIND_BY_STATUS.get(status))
     if kind is None:
-        kind = "passing" if status >= 500 else "refused"
+        kind = "transient" if status >= 500 else "refused"
     reason = code if code and code != str(status) else f"HTTP {status}"
-    return Fault(kind=kind, reason=_with_remedy(reason))
+    return Failure(kind=kind, reason=_with_remedy(reason))
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether a request that got no whole answer may get one later."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether a retry may succeed of a request that got no complete answer."""
     import ssl
 
     from aiohttp import ClientConnectorCertificateError, ClientError, ClientSSLError

@@ -1,4 +1,4 @@
-"""An object as a stream with random access: what is read is fetched by range, from one version of the object."""
+"""Opens an object as a stream with random access, which fetches ranges of one version of the object."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import io
 import os
 from typing import BinaryIO, cast
 
-from softshard.storage.s3 import S3, Taken
+from softshard.storage.s3 import S3, ConditionFailed
 
 __all__ = ["open_object"]
 
 
 def open_object(s3: S3, *, bucket: str, key: str, about: str, block_bytes: int) -> BinaryIO:
-    """An object, fetched in blocks of at least so many bytes.
+    """Open an object; at least `block_bytes` are fetched at a time.
 
     Raises:
-        FileNotFoundError: there is none.
-        OSError: from the stream: it was replaced since it was opened.
-        StoreUnavailable, StoreUnusable: also from the stream.
+        FileNotFoundError: there is no such object.
+        OSError: while reading: the object was replaced after it was opened.
+        StoreUnavailable, StoreUnusable: also while reading.
     """
     head = s3.call("head_object", about=about, Bucket=bucket, Key=key)
     raw = _ObjectStream(s3, bucket=bucket, key=key, about=about, size=head["ContentLength"], etag=head["ETag"])
@@ -62,7 +62,7 @@ class _ObjectStream(io.RawIOBase):
         wanted = f"bytes={self._place}-{stop - 1}"
         try:
             content: bytes = self._s3.call("get_object", about=self._about, Range=wanted, **self._object)["Content"]
-        except Taken:
+        except ConditionFailed:
             raise OSError("the object was replaced while it was read") from None
         if len(content) != stop - self._place:
             raise OSError(f"the server answered {wanted} with {len(content)} bytes")
