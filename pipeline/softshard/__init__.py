@@ -1,7 +1,7 @@
 """softshard: from a corpus of human writing to stored next-token distributions, and to models trained on them.
 
     documents -> sequences -> teacher pass -> sketches -> parts -> batches -> KL + retention -> adapter -> report
-    corpus/      corpus/      teacher/        sketch/     shard/   data/      finetune/         finetune/  evaluate/
+    sources/     corpus/      teacher/        sketch/     shard/   data/      finetune/         finetune/  evaluate/
 
 `stages` runs these steps as the stages of a job, and `cluster` runs their tasks on Dask workers. The command
 `softshard` does all of it from a job file. The names below are the public interface for reading targets and training on
