@@ -1,6 +1,7 @@
-"""The settings of a job: what a run reads, computes and trains, frozen and checked one by one and against each other.
+"""The settings of a job: frozen models that check every value, and the values of different sections together.
 
-The core takes plain typed values from here. `config.job_file` reads them from a file and names what is wrong there.
+`config.job_file` reads them from a YAML file, and its errors name the line and the key. The stages pass plain typed
+values from here to the core.
 """
 
 from __future__ import annotations

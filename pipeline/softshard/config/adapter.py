@@ -1,4 +1,4 @@
-"""The shape of an adapter and how it is trained, for the style teacher and for the student."""
+"""The shape of an adapter, and its optimiser, for the style teacher and for the student."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LoraSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW with linear warm-up and a cosine down to a tenth."""
+    """AdamW with a linear warm-up, then cosine decay to a tenth of the highest learning rate."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Highest learning rate."""
@@ -60,10 +60,10 @@ class OptimizerSettings(Settings):
     batch_tokens: int = Field(default=4096, ge=1)
     """Token budget of a batch, padding included; a longer sequence is a batch of its own."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps over which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     checkpoint_steps: int = Field(default=50, ge=1)
-    """A stopped training goes on from the last multiple of this many steps."""
+    """Steps between checkpoints; a training that was stopped resumes from the last one."""

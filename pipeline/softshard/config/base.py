@@ -1,4 +1,4 @@
-"""What all settings have in common."""
+"""The base class of all settings, and the error with which they refuse a value."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ __all__ = [
 
 
 class AdaptiveSettings(Settings):
-    """Bounds between which the local cluster grows while parts wait, and shrinks when workers have nothing to do."""
+    """Bounds of a local cluster that grows while parts wait and shrinks when workers are idle."""
 
     minimum: int = Field(default=0, ge=0)
     """Fewest workers."""
@@ -28,7 +28,7 @@ class AdaptiveSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """Where the tasks run: a local Dask cluster, or a running one."""
+    """Where the tasks run: on a local Dask cluster, or on one that is already running."""
 
     workers: int = Field(default=1, ge=1)
     """Worker processes of the local cluster; each holds one engine."""
@@ -37,17 +37,17 @@ class ClusterSettings(Settings):
     scheduler: str | None = None
     """Address of a running scheduler (tcp://host:port, tls://host:port); its workers need the resource `teacher=1`."""
     scheduler_file: str | None = None
-    """File in which a running scheduler leaves its address (`dask scheduler --scheduler-file`); it may come later."""
+    """File to which a running scheduler writes its address (`dask scheduler --scheduler-file`); it may appear later."""
     max_attempts: int = Field(default=3, ge=1)
-    """How often a part is tried, on another worker each time where there is one, before it is set aside."""
+    """Attempts per part, each on another worker where there is one, before the part is set aside."""
     retry_seconds: float = Field(default=2.0, ge=0)
     """Longest pause before the second attempt; twice that before the third and so on, at most a minute."""
     grace_seconds: float = Field(default=20.0, ge=0)
-    """How long the parts in hand may take to finish after SIGTERM or Ctrl-C; what takes longer is dropped."""
+    """Seconds that parts in progress have to finish after SIGTERM or Ctrl-C; parts that take longer are dropped."""
 
     @property
     def most_workers(self) -> int:
-        """Workers that the local cluster has at most."""
+        """Most workers of the local cluster."""
         return self.adaptive.maximum if self.adaptive else self.workers
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What a corpus is read from, and how it is screened and cut."""
+"""The sources of a corpus, and how its documents are screened and cut into sequences."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SourceSettings(Settings):
     license: str
     """SPDX licence expression, for example CC0-1.0, MIT, CC-BY-4.0, LicenseRef-Owned."""
     rights_basis: Literal["public-domain", "owned", "licensed", "consented"]
-    """By what right the text is used."""
+    """The right by which the text is used."""
     text_field: str = "text"
     """Field or column that holds the text (JSON Lines, Parquet, datasets)."""
     group_field: str | None = None
@@ -86,19 +86,19 @@ class CorpusSettings(Settings):
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
     """Where the documents come from."""
     holdout_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the documents, chosen by a hash of each, that no teacher and no student trains on; the report needs one
-    above 0."""
+    """Share of the documents, chosen by a hash of each, on which no teacher and no student is trained; the report needs
+    a share above 0."""
     context_tokens: int = Field(default=512, ge=2)
     """Most tokens of a sequence."""
     overlap_tokens: int = Field(default=64, ge=1)
-    """Tokens that a window shares with the one before it: context that is not scored again."""
+    """Tokens that a window shares with the window before it: context, whose targets are not stored again."""
     normalisation: Literal["NFC", "NFKC", "none"] = "NFC"
     """Unicode normalisation."""
     max_document_bytes: int = Field(default=64 * 2**20, ge=1)
-    """A longer document is counted, reported and left out; it is never held in memory."""
+    """Longest document; a longer one is counted, reported and left out, and is never held in memory."""
     sequences_per_part: int = Field(default=256, ge=1)
-    """Most sequences of one slice of the corpus, and so of one part; a slice ends by what it holds, at half of this or
-    more, so that a change of the corpus moves the cuts beside it alone."""
+    """Most sequences of a slice of the corpus, and so of a part. The content of a slice decides where it ends, at half
+    of this or later, so that a change in the corpus moves only the cuts next to it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> CorpusSettings:
@@ -111,14 +111,14 @@ class CorpusSettings(Settings):
 
 
 def refuse_equal_names(sources: tuple[SourceSettings, ...]) -> None:
-    """Raise ValueError where two sources have one name."""
+    """Raise ValueError where two sources have the same name."""
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"source names must differ: {', '.join(twice)} is given more than once")
 
 
 def plain_uri(value: str) -> str:
-    """The URI, if it is fit to be written into an output; else ValueError."""
+    """The URI, if it can be written into an output, where others read it; ValueError if it holds a credential."""
     if (problem := find_uri_problem(value)) is not None:
         raise ValueError(problem)
     return value

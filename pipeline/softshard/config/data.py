@@ -1,4 +1,4 @@
-"""What a training is fed besides the job's own targets, which of them, and how much each counts."""
+"""Which targets a training reads, the job's own and those of other jobs, and how much each counts in the loss."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = [
 _Range = tuple[float, float]
 _NotNegative = Annotated[float, Field(ge=0)]
 WeightOverSteps = _NotNegative | tuple[tuple[Annotated[int, Field(ge=0)], _NotNegative], ...]
-"""A weight, or (step, weight) by rising step with straight lines between them."""
+"""A weight, or points (step, weight) in ascending order of steps, with linear interpolation between them."""
 
 
 class WhereSettings(Settings):
-    """Sequences that take part: all conditions must hold. Parquet's statistics rule out what need not be read."""
+    """A filter on sequences: all conditions must hold. Row groups that Parquet's statistics rule out are not read."""
 
     source: tuple[str, ...] | None = None
     """Names of sources."""
@@ -43,17 +43,17 @@ class WhereSettings(Settings):
     def _ranges(self) -> WhereSettings:
         for name in ("mean_entropy", "mean_label_logprob"):
             if (wanted := getattr(self, name)) is not None and wanted[0] > wanted[1]:
-                raise ValueError(f"{name} must be [least, most], {list(wanted)} lets nothing pass")
+                raise ValueError(f"{name} must be [least, most], and no sequence is within {list(wanted)}")
         return self
 
 
 class LabelWeightSettings(Settings):
-    """Weight of a label in the loss: the product of two functions, each given as [value, weight] by rising value."""
+    """Weight of a label in the loss: the product of two functions, each a list of [value, weight], values ascending."""
 
     entropy: tuple[tuple[float, _NotNegative], ...] = ()
-    """Of the target's entropy, in nats; straight lines between the points, flat outside them; empty: 1."""
+    """Weight by the target's entropy, in nats: linear between the points, constant outside them; 1 without points."""
     label_logprob: tuple[tuple[float, _NotNegative], ...] = ()
-    """Of the log-probability of the text's own token, in nats, likewise."""
+    """Weight by the log-probability of the text's own token, in nats, in the same form."""
 
     @field_validator("entropy", "label_logprob")
     @classmethod
@@ -72,10 +72,10 @@ class OtherSetSettings(Settings):
     manifest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """Digest of one of its manifests; without it, the newest."""
     weight: WeightOverSteps = 1.0
-    """Share of the tokens (`mix`) or of the target (`blend`), relative to the others'; of a mix it may be
-    [[step, weight], ...], by rising step, with straight lines between them."""
+    """Share of the tokens (`mix`) or of the target (`blend`), relative to those of the other sets. In a mix it may be
+    [[step, weight], ...], steps ascending, and is linear between the steps."""
     where: WhereSettings = WhereSettings()
-    """Sequences of it that take part; in a blend `train.where` decides."""
+    """Sequences of this set to train on; in a blend, `train.where` decides instead."""
 
     @field_validator("out")
     @classmethod
@@ -89,14 +89,15 @@ class OtherSetSettings(Settings):
 
 
 class MoreTargetsSettings(Settings):
-    """Targets of other jobs to train on beside this job's own, or in place of them."""
+    """Targets of other jobs to train on, together with this job's own or instead of them."""
 
     how: Literal["mix", "blend"] = "mix"
-    """`mix`: batches of the sets in turn, by shares of tokens; `blend`: the same sequences, the mean of the targets."""
+    """`mix`: batches alternate between the sets, by shares of tokens; `blend`: the sets hold the same sequences, and
+    the target of a label is the weighted mean of theirs."""
     own_weight: WeightOverSteps = 1.0
-    """Weight of this job's own targets; 0: they are left out, and give the hold-out alone."""
+    """Weight of this job's own targets; 0: they are not trained on, and only give the hold-out."""
     others: tuple[OtherSetSettings, ...] = Field(min_length=1)
-    """The other sets; of a blend, they must hold the same sequences."""
+    """The other sets; in a blend, they must hold the same sequences."""
 
     @field_validator("own_weight")
     @classmethod
@@ -110,7 +111,7 @@ class MoreTargetsSettings(Settings):
             if self.changes:
                 raise ValueError("the weights of a blend cannot change with the step; use `how: mix`")
             if any(other.where != WhereSettings() for other in self.others):
-                raise ValueError("the sets of a blend have one filter, `train.where`")
+                raise ValueError("the sets of a blend share one filter; use `train.where`")
         starts = {0, *(step for weight in weights if isinstance(weight, tuple) for step, _ in weight)}
         if any(all(weight_at(weight, step) == 0 for weight in weights) for step in starts):
             raise ValueError("at each step some set needs a weight above 0")
@@ -121,18 +122,20 @@ class MoreTargetsSettings(Settings):
     @property
     def changes(self) -> bool:
         """Whether a weight changes with the step."""
-        return any(isinstance(weight, tuple) for weight in (self.own_weight, *(one.weight for one in self.others)))
+        return any(isinstance(weight, tuple) for weight in (self.own_weight, *(other.weight for other in self.others)))
 
 
 class BalanceSettings(Settings):
-    """Weights in the loss that bring groups of sequences to given shares of it."""
+    """Weights that give groups of sequences fixed shares of the loss."""
 
     column: Literal["group", "source", "style", "document_id", "fold"] = "group"
-    """What makes a group: the author (`group`), or another plain column of the targets."""
+    """The column of the targets by which sequences are grouped; `group` is the author."""
     shares: dict[str, Annotated[float, Field(ge=0, le=1)]] | Literal["equal"] = "equal"
-    """Share of the loss by group; groups that are not named have the rest, by their size. `equal`: all the same."""
+    """Share of the loss by group; groups that are not named share the rest by size. `equal`: the same for every
+    group."""
     clip: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.25, 4.0)
-    """Least and most weight of a group; a share that needs another is not reached, which the card says."""
+    """Least and greatest weight of a group; where a share would need another weight it is not reached, and the
+    adapter's card says so."""
 
     @model_validator(mode="after")
     def _consistent(self) -> BalanceSettings:
@@ -146,7 +149,7 @@ class BalanceSettings(Settings):
 
 
 def _usable_weight(weight: WeightOverSteps) -> WeightOverSteps:
-    """The weight, as a number where it is the same at all steps. ValueError: there is none, or steps do not rise."""
+    """The weight, as a number where it is the same at all steps. Raises ValueError for no points or unsorted steps."""
     if not isinstance(weight, tuple):
         return weight
     if not weight:
@@ -157,7 +160,7 @@ def _usable_weight(weight: WeightOverSteps) -> WeightOverSteps:
 
 
 def weight_at(weight: WeightOverSteps, step: int) -> float:
-    """The weight at a step: on the straight lines between the points, and flat outside them."""
+    """The weight at a step: linear between the points, constant outside them."""
     if not isinstance(weight, tuple):
         return weight
     before = [point for point in weight if point[0] <= step] or [weight[0]]
@@ -168,4 +171,4 @@ def weight_at(weight: WeightOverSteps, step: int) -> float:
 
 def _refuse_unless_rising(values: list[float] | list[int]) -> None:
     if values != sorted(set(values)):
-        raise ValueError(f"points must be by rising value, not {values}")
+        raise ValueError(f"points must be in ascending order, not {values}")

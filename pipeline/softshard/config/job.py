@@ -1,4 +1,4 @@
-"""A whole job, and what its parts have to agree on."""
+"""A whole job, and the checks between its sections."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class EvaluateSettings(Settings):
     """What the report measures."""
 
     num_samples: int = Field(default=24, ge=1)
-    """Held-out beginnings that each model continues."""
+    """Held-out prompts that each model continues: the beginnings of documents."""
     prompt_tokens: int = Field(default=24, ge=1)
-    """Tokens of a beginning."""
+    """Tokens of a prompt."""
     sample_tokens: int = Field(default=96, ge=8)
     """Most tokens of a continuation."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; the whole distribution is sampled, nothing is cut."""
+    """Sampling temperature; samples come from the whole distribution, without top-k or nucleus truncation."""
     batch_tokens: int = Field(default=4096, ge=1)
     """Token budget of a scoring batch."""
     calibration_bins: int = Field(default=15, ge=2)
@@ -40,7 +40,7 @@ class Job(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the job; an output folder belongs to one name."""
     out: str = Field(min_length=1)
-    """Where the output goes: a folder, or `s3://bucket/prefix`."""
+    """Where the output is written: a folder, or `s3://bucket/prefix`."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the hold-out, the folds, the sketches, the order and the samples."""
     corpus: CorpusSettings
@@ -62,7 +62,8 @@ class Job(Settings):
         if shown > room:
             raise KeyInvalid(
                 "evaluate.sample_tokens",
-                f"with prompt_tokens makes {shown}, more than context_tokens ({room}): human text would be cut shorter",
+                f"with prompt_tokens makes {shown}, more than context_tokens ({room}): human text would be cut shorter;"
+                " lower it, or raise `corpus.context_tokens`",
             )
         return self
 

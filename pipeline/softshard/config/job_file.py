@@ -1,7 +1,6 @@
-"""The job file: read once at the edge, and what is wrong named with its line and key.
+"""Reads job files. Everything that reads one does it here, and errors name the line and the key.
 
-In: a path to YAML. Out: a frozen `Job`, or `JobInvalid`. Paths in it are relative to the folder in which the command
-runs.
+Paths in a job file are relative to the folder in which the command runs.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_job", "parse_job", "parse_values"]
 
-# A value in an error is shown in part: a few lines of YAML aliases can stand for gigabytes of it.
+# Values in errors are shortened: a few lines of YAML aliases can expand to gigabytes.
 _shown = reprlib.Repr()
 _shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 200, 200
 
@@ -30,7 +29,7 @@ _shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 200, 200
 def load_job(path: str | Path, *, check_paths: bool = True) -> Job:
     """Read and check a job file.
 
-    With `check_paths`, local sources and model folders must be there; without it, the job may be one that has run.
+    With `check_paths`, local sources and model folders must exist; leave it out to read the job of an earlier run.
 
     Raises:
         JobInvalid: the file cannot be read, is not YAML, or a value is unknown, missing, of the wrong type, outside
@@ -45,7 +44,7 @@ def load_job(path: str | Path, *, check_paths: bool = True) -> Job:
 
 
 def parse_job(text: bytes, *, file: str, check_paths: bool = True) -> Job:
-    """A job file's content, checked as `load_job` does; `file` is its name for errors. Raises JobInvalid."""
+    """Check the content of a job file as `load_job` does; `file` is its name in errors. Raises JobInvalid."""
     root, content = _read_yaml(text, file)
     _refuse_duplicate_keys(root, file)
     try:
@@ -119,7 +118,7 @@ def _is_there(uri: str) -> bool:
 
 
 def _is_path(model: str) -> bool:
-    """Whether a model's name can only be a folder: the hub's names are `name` or `owner/name`."""
+    """Whether a model's name can only be a folder: names on the hub are `name` or `owner/name`."""
     return model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
@@ -198,7 +197,7 @@ def _below(node: yaml.Node | None, part: str | int) -> tuple[int, yaml.Node] | N
 def _refuse_duplicate_keys(node: yaml.Node | None, file: str, prefix: str = "", known: set[int] | None = None) -> None:
     import yaml
 
-    # Aliases name a node many times over, and a few lines of aliases of aliases more often than could ever be walked.
+    # Aliases of aliases can repeat a node more often than could ever be visited, so each is visited once.
     known = set() if known is None else known
     if id(node) in known:
         return

@@ -1,4 +1,4 @@
-"""The model that gives the targets, its engine, and how it is adapted to the corpus."""
+"""The model that computes the targets, its engine, and how it is adapted to the corpus."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class VllmSettings(Settings):
     """How vLLM runs the teacher; only for `engine: vllm`. Every value is part of the parts' ids."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs of one engine, over which each layer is split."""
+    """GPUs of one engine; each layer is split over them."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, lt=1)
-    """Share of a GPU's memory that the engine takes, what the sketches need included."""
+    """Share of a GPU's memory that the engine takes, including what the sketches need."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
-    """Size of the cache of keys and values; without it, what `gpu_memory_utilization` leaves, and 1 on a CPU."""
+    """Size of the KV cache; without it, what `gpu_memory_utilization` leaves, and 1 on a CPU."""
     max_num_batched_tokens: int = Field(default=8192, ge=1)
-    """Tokens of one step of the engine; a longer sequence is taken in pieces."""
+    """Most tokens of one step of the engine; a longer sequence is processed in pieces."""
     max_num_seqs: int = Field(default=256, ge=1)
     """Most sequences of one step."""
     chunk_rows: int = Field(default=128, ge=1, le=8192)
     """Positions whose logits exist at one time."""
     enforce_eager: bool = True
-    """Run the model as it is; false: let vLLM compile it first, which takes minutes."""
+    """Run the model without compiling it; false: vLLM compiles it first, which takes minutes."""
     own_process: bool = False
-    """Run the engine in a process of its own, and not in the worker's."""
+    """Run the engine in its own process instead of the worker's."""
 
     @model_validator(mode="after")
     def _consistent(self) -> VllmSettings:
@@ -47,7 +47,7 @@ class VllmSettings(Settings):
 
 
 class TeacherSettings(Settings):
-    """The model that gives the targets, and how it is adapted to the corpus."""
+    """The model that computes the targets, and how it is adapted to the corpus."""
 
     model: str = Field(min_length=1)
     """Folder or hub name (`name`, `owner/name`) of a causal language model."""
@@ -66,7 +66,8 @@ class TeacherSettings(Settings):
     vllm: VllmSettings = VllmSettings()
     """How vLLM runs it."""
     folds: int = Field(default=2, ge=0)
-    """K adapters, each trained on the documents outside its fold, which it then scores; 0: the model as it is."""
+    """Number K of adapters, each trained on the documents outside its fold and then used to score the fold; 0: the
+    model is not adapted."""
     lora: LoraSettings = LoraSettings()
     """Shape of the adapters."""
     optimizer: OptimizerSettings = OptimizerSettings(epochs=2.0)
@@ -74,8 +75,8 @@ class TeacherSettings(Settings):
     training_dtype: DataType = "auto"
     """Type of the frozen weights while the adapters are trained."""
     retrain_growth: float = Field(default=0.1, ge=0)
-    """An adapter is kept while all that it was trained on is still in the corpus, outside its fold, and the text there
-    has grown by at most this share; 0: until there is a new document."""
+    """An adapter is kept while everything that it was trained on is still in the corpus and outside its fold, and the
+    text there has grown by at most this share; 0: until there is a new document."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherSettings:

@@ -1,4 +1,4 @@
-"""How the student is trained, on what besides the targets, and what it is compared with."""
+"""How the student is trained, on which retention text, and the baseline that it is compared with."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ LINEAR_DIVERGENCES: frozenset[Divergence] = frozenset(("forward",))
 
 
 class RetentionSettings(Settings):
-    """The loss on other data that keeps what the model knew."""
+    """A loss on other data, so that the model keeps what it knew."""
 
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
-    """Text outside the style; read and split as the corpus is."""
+    """Text outside the style, read and split like the corpus."""
     weight: float = Field(default=0.1, ge=0)
     """Retention weight lambda."""
     objective: Literal["kl", "ce"] = "kl"
     """`kl`: full KL to the frozen base model; `ce`: cross-entropy on the text."""
     batch_tokens: int = Field(default=512, ge=1)
-    """Token budget of the retention batch of a step."""
+    """Token budget of the retention batch of each step."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RetentionSettings:
@@ -56,26 +56,26 @@ class RetentionSettings(Settings):
 
 
 class BaselineSettings(Settings):
-    """Ordinary fine-tuning on the same tokens, with the same steps, at its own best learning rate."""
+    """Ordinary fine-tuning on the same tokens with the same number of steps, at its own best learning rate."""
 
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1e-4, 2e-4, 5e-4), min_length=1)
-    """Each is trained in full; the best on the hold-out is the baseline, which favours the baseline."""
+    """Each is trained in full; the best on the hold-out is the baseline, a choice that favours the baseline."""
     retention_weight: float = Field(default=0.0, ge=0)
     """Retention weight of the baseline; ordinary fine-tuning has none."""
 
 
 class SweepSettings(Settings):
-    """Trainings of one job with every combination of these values, on the same targets; the best one is the adapter.
+    """One training for every combination of these values, on the same targets; the best one gives the adapter.
 
-    The best has the least NLL on the hold-out. What each costs on the retention text is reported beside it.
+    The best has the lowest NLL on the hold-out. The loss of each on the retention text is reported with it.
     """
 
     alpha: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
-    """In place of `train.alpha`."""
+    """Values of `train.alpha`."""
     retention_weight: tuple[Annotated[float, Field(ge=0)], ...] = ()
-    """In place of `train.retention.weight`."""
+    """Values of `train.retention.weight`."""
     learning_rate: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """In place of `train.optimizer.learning_rate`."""
+    """Values of `train.optimizer.learning_rate`."""
 
     @model_validator(mode="after")
     def _varies(self) -> SweepSettings:
@@ -97,21 +97,21 @@ class TrainSettings(Settings):
     objective: Literal["kl", "ce"] = "kl"
     """`kl`: the stored targets; `ce`: the corpus's own tokens, the same as alpha 1."""
     alpha: float = Field(default=0.5, ge=0, le=1)
-    """Human weight: share of the corpus's own token in the target, mixed in at load."""
+    """Human weight: share of the corpus's own token in the target, mixed in when targets are loaded."""
     truncated: Literal["ghost", "renormalise"] = "ghost"
-    """What stands for the tokens that a `topk` or `nucleus` sketch leaves out: `ghost` is one token with the mass of
-    them all, `renormalise` scales the stored ones to 1, which teaches that the rest is impossible."""
+    """How the loss treats the tokens that a `topk` or `nucleus` sketch leaves out: `ghost` as one token with the mass
+    of all of them; `renormalise` scales the stored ones to 1, which teaches that the others are impossible."""
     temperature: float = Field(default=1.0, gt=0)
-    """Targets become p^(1 / temperature), renormalised, at load. Only where that is exact: with `full`, and with `topk`
-    and `truncated: renormalise`; for the other kinds, set the temperature in `target`. The report compares with the
-    targets as they are stored."""
+    """Targets become p^(1 / temperature), renormalised, when they are loaded. Only where this is exact: with `full`,
+    and with `topk` and `truncated: renormalise`; for the other kinds, set the temperature in `target`. The report
+    compares with the targets as they are stored."""
     match_temperature: bool = False
-    """Divide the student's logits by the targets' temperature too (that of `target` times that of `train`), and take
-    the loss times its square; only with alpha 0, for a label has no temperature."""
+    """Divide the student's logits by the targets' temperature too (that of `target` times that of `train`), and
+    multiply the loss by its square; only with alpha 0, because a label has no temperature."""
     divergence: Divergence = "forward"
-    """What is made small: `forward` KL(target || student), for every kind of target; `reverse` KL(student || target) or
-    `jensen_shannon`, of the distributions with `full`, of the head's tokens and the mass of the rest with `topk` and
-    `nucleus` and `truncated: ghost`. A `threshold` sketch would bias them."""
+    """The divergence to minimise: `forward` KL(target || student), for every kind of target; `reverse` KL(student ||
+    target) or `jensen_shannon`, of the distributions with `full`, of the head's tokens and the mass of the rest with
+    `topk` and `nucleus` and `truncated: ghost`. A `threshold` sketch would bias them."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """Beta of `jensen_shannon`: beta KL(target || m) + (1 - beta) KL(student || m), m being beta of the target and
     1 - beta of the student."""
@@ -122,48 +122,48 @@ class TrainSettings(Settings):
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads; without it, all cores."""
     chunk_positions: int = Field(default=512, ge=1)
-    """Positions whose logits exist at one time in the loss."""
+    """Positions whose logits are in memory at one time in the loss."""
     shuffle_buffer: int = Field(default=4096, ge=1)
-    """Sequences among which the stream shuffles."""
+    """Sequences in the buffer in which the stream is shuffled."""
     packing: bool = False
-    """One row of tokens a batch, without padding; no attention and no target crosses from one sequence to the next. A
-    student that would mix them is refused."""
+    """One row of tokens per batch, without padding; no attention and no target crosses from one sequence to the next. A
+    student whose architecture would mix them is refused."""
     where: WhereSettings = WhereSettings()
     """Which of the job's sequences are trained on."""
     label_weights: LabelWeightSettings = LabelWeightSettings()
-    """How much a label counts, by what the style teacher holds of it."""
+    """Weights of labels in the loss, by the style teacher's entropy and log-probability."""
     targets: MoreTargetsSettings | None = None
-    """Targets of other jobs; without it, the job's own alone."""
+    """Targets of other jobs; without it, only the job's own."""
     balance: BalanceSettings | None = None
-    """Weights of groups towards given shares of the loss; without it, each has its share of the tokens."""
+    """Fixed shares of the loss for groups; without it, each group has its share of the tokens."""
     author_cap: float = Field(default=0.6, gt=0, le=1)
-    """Most share that one author may have without `consent`, of the train tokens and of their weight in the loss; 1:
-    any."""
+    """Largest share that one author may have without `consent`, of the train tokens and of their weight in the loss; 1:
+    no limit."""
     sweep: SweepSettings | None = None
-    """Several trainings, of which the best is taken; without it, one."""
+    """Several trainings, of which the best gives the adapter; without it, one training."""
     adapter: AdapterKind = Field(
         default="lora",
         description=f"Where the adapter is: {'; '.join(f'`{kind}` {place}' for kind, place in ADAPTER_HELP.items())}.",
     )
     lora: LoraSettings = LoraSettings()
-    """Shape of the adapter: rank, alpha and dropout of every kind; which layers, for LoRA in the decoder."""
+    """Shape of the adapter: rank, alpha and dropout for every kind; the layers, for LoRA in the decoder."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """How it is trained."""
     retention: RetentionSettings | None = None
     """The loss on other data; without it, none."""
     baseline: BaselineSettings | None = BaselineSettings()
-    """The fine-tuning that everything is compared with; null: none."""
+    """The fine-tuning that the adapter is compared with; null: none."""
 
     @property
     def alphas(self) -> tuple[float, ...]:
-        """Every alpha that is trained with, the baseline's left out."""
+        """Every alpha of the trainings, without the baseline's."""
         if self.objective == "ce":
             return (1.0,)
         return (self.sweep.alpha if self.sweep is not None else ()) or (self.alpha,)
 
     @property
     def num_trainings(self) -> int:
-        """Trainings of which one is the adapter: 1 without a sweep."""
+        """Number of trainings of which one gives the adapter: 1 without a sweep."""
         sweep = self.sweep
         lists = () if sweep is None else (sweep.alpha, sweep.retention_weight, sweep.learning_rate)
         return math.prod(len(values) or 1 for values in lists)

@@ -1,1 +1,1 @@
-"""What a target costs and keeps, measured on a few sequences, and the search for tau."""
+"""Cost and fidelity of targets, measured on a few sequences, and the search for the threshold of a budget."""

@@ -1,7 +1,7 @@
-"""The pilot: a few sequences of a corpus through a teacher, and what each way of storing its targets costs and keeps.
+"""The pilot: the cost and fidelity of many sketch settings, measured on a few sequences of a corpus.
 
-In: a teacher that is ready, sequences, and a part as the job would have it. Out: a table of bytes, error and gradient
-angle for a ladder of settings, and the tau that a budget leads to. Same input, same table.
+Reads a teacher that is ready, sequences, and the spec of a part. Returns a table of bytes, error and gradient angle for
+a ladder of settings, and the tau for a budget. The same input gives the same table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 NUM_SEQUENCES = 16
-"""Sequences of a pilot that a budget asks for."""
+"""Sequences of a pilot that searches tau for a budget."""
 _SEQUENCES_AT_A_TIME = 64
 Item = TypeVar("Item")
 
@@ -51,26 +51,26 @@ class _Record(BaseModel):
 
 
 class Measured(_Record):
-    """What one setting costs and keeps."""
+    """Cost and fidelity of one setting."""
 
     sketch: SketchSettings
     mean_entries: float
-    """Entries a position, in one draw."""
+    """Entries per position, in one draw."""
     bytes_per_position: float
-    """Of everything in a part, in parts of the job's size, all draws together."""
+    """Bytes of a whole part per position, in parts of the job's size, all draws together."""
     mean_squared_error: float
     gradient_angle_degrees: float
     mean_mass_left_out: float
-    """Mass of a target that is never stored: the tail of a kind that cuts it off. A sampled tail is all there."""
+    """Mass of a target that is never stored: the tail, of a kind that cuts it off; 0 with a sampled tail."""
     num_bytes: int
-    """Of all parts of the run."""
+    """Bytes of all parts of the run."""
     bytes_of_a_part: float
-    """What a part takes whatever it holds."""
+    """Bytes that a part takes independently of its content."""
     bytes_of_a_position: float
-    """What each position takes beside that."""
+    """Bytes that each position adds."""
 
     def bytes_per_position_at(self, extent: Extent) -> float:
-        """`bytes_per_position` of a run of another extent."""
+        """`bytes_per_position` in a run of another extent."""
         return self.bytes_of_a_part * extent.num_parts / extent.num_labels + self.bytes_of_a_position
 
 
@@ -80,21 +80,21 @@ class Pilot(_Record):
     num_sequences: int
     num_labels: int
     num_run_labels: int
-    """Of the corpus that it was made for."""
+    """Labels of the corpus that the pilot was made for."""
     chosen: SketchSettings | None
-    """The job's setting, tau found where it has a budget; null where no tau keeps that."""
+    """The job's setting, with the tau that was found for its budget; null where no tau keeps the budget."""
     rows: tuple[Measured, ...] = Field(min_length=1)
     """By kind, then by entries."""
 
     @model_validator(mode="after")
     def _chosen_among_rows(self) -> Pilot:
         if self.chosen is not None and self.chosen not in [row.sketch for row in self.rows]:
-            raise ValueError("what it chose is not in its table")
+            raise ValueError("the chosen setting is not in the table")
         return self
 
 
 class _Tally:
-    """Sums of one setting, over the parts that are built with it."""
+    """Sums over the parts that are built with one setting."""
 
     def __init__(self, spec: PartSpec) -> None:
         self._spec = spec
@@ -103,7 +103,7 @@ class _Tally:
         self._num_parts = self._constant_bytes = self._growing_bytes = 0
 
     def add(self, rows: Sequence[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums) -> None:
-        """Build a part of these rows and count it."""
+        """Build a part of these rows and add its bytes and fidelity."""
         whole, *halves = (len(build_part(self._spec, some, fidelity)[0]) for some in (rows, rows[::2], rows[1::2]))
         constant = sum(halves) - whole
         self._num_parts += 1
@@ -114,7 +114,7 @@ class _Tally:
             self._left_out += sum(float(targets.tail_mass.sum(dtype="float64")) for _, targets in rows)
 
     def measured(self, extent: Extent) -> Measured:
-        """Means of all that was added, and the bytes of the whole run."""
+        """The means over all parts, and the bytes of the whole run."""
         fidelity, labels = self._fidelity, self._fidelity.num_labels
         means = part_fidelity(fidelity, covers_all=self._spec.sketch.covers_vocabulary)
         constant, growing = self._constant_bytes / self._num_parts, self._growing_bytes / labels
@@ -141,19 +141,20 @@ def measure(
     extent: Extent,
     reporter: Reporter,
 ) -> list[Measured]:
-    """What each of some settings costs and keeps on some sequences.
+    """Cost and fidelity of each setting on the sequences.
 
-    The sequences are built into real parts, 64 at a time. Metadata and dictionaries weigh more in so small a part than
-    in the job's. What a part takes for them is what two parts, each of every other row, take more than one of all rows;
-    the rest grows with the positions. The run is taken to have the former once a part, the latter once a position.
-    Measured on speeches, 16 sequences against a part of 198: 2 to 4% too much, where the bytes of the small part over
-    its positions are 9 to 10% too much. With one sequence there is nothing to halve, and the figure is too high.
+    The sequences are built into real parts, 64 at a time. Metadata and dictionaries take a larger share of so small a
+    part than of the job's. Their size is estimated as the bytes of two parts that hold every other row each, less the
+    bytes of one part with all rows; the remaining bytes grow with the positions. A run is estimated as the former per
+    part and the latter per position. Measured on speeches, 16 sequences against a part of 198: the estimate is 2 to 4%
+    too high, and bytes divided by positions of the small part 9 to 10%. One sequence cannot be halved, and its estimate
+    is higher still.
 
     Args:
         teacher: ready to score.
         sequences: at least one, better two.
-        sketches: each with its tau.
-        spec: any part of the run, for the seed and all that stands in the metadata.
+        sketches: the settings, each with its tau.
+        spec: any part of the run, for the seed and the metadata.
         extent: the parts of the run.
         reporter: where progress goes.
     """
@@ -175,8 +176,8 @@ def run_pilot(
 ) -> Pilot:
     """Measure a ladder of thresholds, some other kinds and the job's own setting, `spec.sketch`, on some sequences.
 
-    Where that has a budget, thresholds 1/n between 1/2 and 1/512 are measured until n holds and its neighbour does not.
-    For the rest see `measure`.
+    If it has a budget, thresholds 1/n between 1/2 and 1/512 are measured until 1/n keeps the budget and the adjacent
+    one does not. For the arguments see `measure`.
     """
     target = spec.sketch
 
@@ -219,7 +220,7 @@ def _search(target: ThresholdSketch, rows: Iterable[Measured]) -> ThresholdSearc
 
 
 def chosen_by(pilot: Pilot, *, target: SketchSettings, job: str) -> SketchSettings:
-    """The setting that a pilot found. Raises JobInvalid where none between 1/2 and 1/512 keeps the budget."""
+    """The setting that a pilot chose. Raises JobInvalid where no tau between 1/2 and 1/512 keeps the budget."""
     if pilot.chosen is not None:
         return pilot.chosen
     assert isinstance(target, ThresholdSketch)
@@ -235,6 +236,6 @@ def chosen_by(pilot: Pilot, *, target: SketchSettings, job: str) -> SketchSettin
 
 
 def spread(items: Sequence[Item], *, num: int) -> list[Item]:
-    """So many items at equal distances; all where there are fewer."""
+    """`num` items at equal distances; all of them where there are fewer."""
     num = min(num, len(items))
     return [items[at * len(items) // num] for at in range(num)]

@@ -1,7 +1,8 @@
-"""The search for the threshold 1/n that a budget leads to.
+"""The search for the threshold 1/n of a budget.
 
-In: bytes or angles measured at some whole n, and a goal. Out: at which n to measure next, and the answer once two
-neighbours lie on either side of the goal. Bytes rise and angles fall with n, both smoothly, nearly linear in log n.
+Reads bytes or angles measured at some integers n, and a goal. Gives the n to measure next, and the answer once two
+adjacent n lie on either side of the goal. Bytes rise and angles fall with n,
+both smoothly and nearly linearly in log n.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from math import floor
 __all__ = ["LARGEST_N", "SMALLEST_N", "ThresholdSearch"]
 
 SMALLEST_N, LARGEST_N = 2, 512
-"""Limits of the search."""
+"""Smallest and largest n of the search."""
 
 
 class ThresholdSearch:
-    """Two n: all that were measured up to `low` are short of the goal, `high` has reached it.
+    """An interval from `low`, the largest n that is short of the goal, to `high`, the smallest n that reaches it.
 
-    The goal is to exceed so many bytes (`rising`), or to come down to an angle. Where no n was measured on that side,
-    `low` or `high` lies just beyond the limits.
+    The goal is to exceed a number of bytes (`rising`), or to come down to an angle. Where no measured n lies on one
+    side of it, `low` or `high` is just outside the limits.
     """
 
     def __init__(self, values: Mapping[int, float], *, goal: float, rising: bool) -> None:
@@ -30,10 +31,10 @@ class ThresholdSearch:
 
     @property
     def wanted(self) -> list[int]:
-        """Where to measure next, inside the bracket; nowhere once it is closed.
+        """The n to measure next, inside the interval; empty once `low` and `high` are adjacent.
 
-        Between two that were measured, around the place where a line in log n meets the goal; beyond them, at a few n
-        with equal quotients.
+        Between two measured n: those around the point where a line in log n meets the goal. Outside the measured n: a
+        few in geometric progression.
         """
         low, high, values = self.low, self.high, self._values
         if low in values and high in values:
@@ -47,6 +48,9 @@ class ThresholdSearch:
 
     @property
     def found(self) -> int | None:
-        """The largest n within the bytes, or the smallest within the angle; None where no n is. It must be closed."""
+        """The largest n within the bytes, or the smallest within the angle; None where there is none.
+
+        Valid once nothing is `wanted`.
+        """
         n = self.low if self._rising else self.high
         return n if SMALLEST_N <= n <= LARGEST_N else None
