@@ -206,7 +206,7 @@ def test_a_result_that_does_not_come_is_made_again(cluster, tmp_path, monkeypatc
 
     monkeypatch.setattr(cluster.client, "gather", gather_too_late)
     monkeypatch.setattr(task_queue, "_SECONDS_TO_FETCH", 0.2)
-    monkeypatch.setattr(task_queue, "_SECONDS_TO_FETCH_ONE", 0.1)
+    monkeypatch.setattr(task_queue, "_SECONDS_TO_FETCH_SINGLE", 0.1)
     done = []
     failures = cluster.map_tasks(
         task,
