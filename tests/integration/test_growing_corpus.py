@@ -158,7 +158,7 @@ def assert_no_adapter_scores_what_it_has_trained_on(growing):
 
 
 def test_the_same_corpus_costs_nothing(growing):
-    """The list of documents says where each lies, and is written anew."""
+    """The list of documents says where each lies, so it is rewritten."""
     parts, files = growing.parts, growing.files("corpus/sequences", "teacher", "targets/data", "targets/receipts")
     growing.write("essays/2026-11-02.jsonl", range(40))
     growing.run()
@@ -362,7 +362,7 @@ def test_an_adapter_that_cannot_be_made_as_it_was_is_not_replaced_by_another_in_
 
 
 def test_targets_are_asked_of_the_adapters_that_made_them_though_a_run_would_choose_others(adapted):
-    """A run that trained anew and was stopped before its targets leaves both."""
+    """A run that retrained and was stopped before its targets leaves both."""
     adapted.write("essays/2026-11-01.jsonl", range(91, 120))
     run_job(load_job(adapted.job()), SilentReporter(), stages=STAGES[:2])
     assert len(list((adapted.out / "teacher").glob("fold-*"))) == 4

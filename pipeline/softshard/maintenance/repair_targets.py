@@ -106,7 +106,8 @@ def _as_missing(
     slices = {part.sha256: part for part in corpus.slices if part.sha256 in wanted}
     if lost := sorted(wanted - set(slices)):
         raise NotRepairable(
-            uri=uri, problem=f"has a bad part of slice {lost[0][:16]}, which the corpus no longer holds"
+            uri=uri,
+            problem=f"has a damaged part of slice {lost[0][:16]}, which the corpus no longer holds; run the job",
         )
     places, flags = [], bytearray(len(manifest.parts))
     for index, receipt in enumerate(manifest.parts):
@@ -139,8 +140,8 @@ def _why_another(manifest: Manifest, receipt: Receipt, spec: ScoringSpec) -> str
         differences.append("other adapters of the style teacher")
     made_with = differences[0] if differences else "another version of pyarrow or of softshard"
     return (
-        f"is bad, and computed now it would be another part: it was made with {made_with};"
-        " repair it where that is the same, or run the job, which then makes all parts anew"
+        f"is damaged and would now get another id, because it was made with {made_with};"
+        " repair it with the same settings and environment, or run the job, which then recomputes all parts"
     )
 
 
