@@ -374,7 +374,7 @@ def test_a_corpus_that_has_changed_keeps_its_tau_while_that_keeps_the_budget(job
     assert len(here.pilots) == 1
     said = capsys.readouterr().err
     tau = f"tau {pilot.chosen.setting} of an earlier corpus kept"
-    assert f"pilot: {tau}, {bytes_now(grown):.1f} bytes a position" in said
+    assert f"pilot: {tau}, {bytes_now(grown):.1f} bytes per position" in said
 
     smaller = targets_of(job({"budget_bytes": 40}, documents=29, sequences_per_part=8))
     assert bytes_now(smaller) > 40
