@@ -25,14 +25,14 @@ def any_corpus(monkeypatch):
 
 def test_workers_give_the_corpus_of_one_process(any_corpus, finished, tiny_job, tmp_path, monkeypatch):
     batches = []
-    in_order = Cluster.in_order
+    in_order = Cluster.map_in_order
 
     def counted(cluster, function, tasks, **names):
         for result in in_order(cluster, function, tasks, **names):
             batches.append(len(result))
             yield result
 
-    monkeypatch.setattr(Cluster, "in_order", counted)
+    monkeypatch.setattr(Cluster, "map_in_order", counted)
     run_job(load_job(tiny_job(tmp_path, cluster={"workers": 2})), SilentReporter(), stages=("corpus",))
     of = ("corpus", "retention")
     assert tree(tmp_path / "out", of=of) == tree(finished, of=of)
@@ -42,9 +42,9 @@ def test_workers_give_the_corpus_of_one_process(any_corpus, finished, tiny_job, 
 def test_a_worker_with_another_tokenizer_refuses(any_corpus, tiny_model, tiny_job, tmp_path, monkeypatch):
     monkeypatch.setattr(
         corpus_stage,
-        "_encode_on",
-        lambda workspace, cluster, store: encoding.encode_on(
-            cluster, model=workspace.teacher_model.folder, fingerprint="another", out=store.uri
+        "encode_on",
+        lambda cluster, *, model, fingerprint, out: encoding.encode_on(
+            cluster, model=model, fingerprint="another", out=out
         ),
     )
     with pytest.raises(PartsFailed, match="TokenizerMismatch"):

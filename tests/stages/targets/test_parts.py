@@ -204,7 +204,7 @@ def test_a_part_of_another_size_is_named_before_there_is_a_manifest(store, run, 
 
 def test_a_part_that_went_away_after_it_was_committed_is_named(store, run, done):
     store.remove(run.part_spec(2, done[2]).path)
-    with pytest.raises(PartCorrupt, match="was committed, and is gone"):
+    with pytest.raises(PartCorrupt, match="was committed, and is missing"):
         list(committed(store, run, done))
 
 
