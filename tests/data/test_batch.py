@@ -76,7 +76,7 @@ def masked_rows(kind):
 @pytest.mark.parametrize("kind", ["threshold", "topk"])
 def test_only_labels_have_targets_where_context_lies_between_them(kind, packing):
     rows = masked_rows(kind)
-    batch = collate(rows, metadata=metadata(kind), alpha=0.3, truncated="ghost", packing=packing)
+    batch = collate(rows, metadata=metadata(kind), mixing=Mixing(alpha=0.3, truncated="ghost"), packing=packing)
     starts = (0, 7, 11) if packing else (0, 9, 18)
     places = [at + i - 1 for at, spans in zip(starts, MASKS, strict=True) for span in spans for i in range(*span)]
     assert batch.positions.tolist() == places

@@ -217,7 +217,7 @@ def test_a_tail_mass_that_the_grid_took_for_nothing_leaves_the_divergence_finite
 def test_context_between_labels_has_no_part_in_loss_and_gradient(packing):
     rng, spans = np.random.default_rng(6), (((2, 4), (7, 9)), ((1, 3), (6, 7)))
     rows = [row(name, 9, rng, kind="full", label_spans=own) for name, own in zip("ab", spans, strict=True)]
-    batch = collate(rows, metadata=metadata("full"), alpha=0.2, truncated="ghost", packing=packing)
+    batch = collate(rows, metadata=metadata("full"), mixing=Mixing(alpha=0.2, truncated="ghost"), packing=packing)
     model, reference = student(), student().double()
     loss = Objective().loss(Decoder.of(model), batch, num_valid=50, chunk_positions=3)
     loss.backward()
