@@ -1,22 +1,20 @@
 """The GPU's benchmark where there is no GPU: it says so, and its rehearsal runs and leaves no record."""
 
-import importlib
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-harness = importlib.import_module("harness")
-gpu_capture = importlib.import_module("gpu_capture")
+from benchmarks import harness
+from benchmarks.gpu_capture import measure as gpu_capture
+from benchmarks.harness import runner
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "_RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
     return tmp_path / "results"
 
 
@@ -25,8 +23,8 @@ def command(results, monkeypatch):
     """`run` of a benchmark that offers a GPU and a CPU, with these arguments."""
 
     def call(measure, *arguments):
-        monkeypatch.setattr(sys, "argv", ["gpu_capture.py", *arguments])
-        return harness.run("gpu_capture", measure, description="What does it add?", devices=("cuda", "cpu"))
+        monkeypatch.setattr(sys, "argv", ["gpu_capture", *arguments])
+        return harness.run("gpu_capture", measure, devices=("cuda", "cpu"))
 
     return call
 
@@ -48,9 +46,9 @@ def named(options):
 
 def test_without_a_gpu_it_ends_with_2_and_one_line(command, results, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command(gpu_capture._measure) == 2
+    assert command(gpu_capture.measure) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("gpu_capture.py: --device cuda: no CUDA device is visible to torch")
+    assert line.startswith("gpu_capture: --device cuda: no CUDA device is visible to torch")
     assert not results.exists()
 
 
@@ -64,7 +62,7 @@ def test_a_full_run_is_recorded_on_the_first_device_alone(command, results, caps
 
 def test_its_rehearsal_on_a_cpu_gives_all_but_the_memory(command, results, cache, monkeypatch, capsys):
     monkeypatch.setattr(gpu_capture, "find_spec", lambda name: None)
-    assert command(gpu_capture._measure, "--quick", "--device", "cpu", "--cache", str(cache)) == 0
+    assert command(gpu_capture.measure, "--quick", "--device", "cpu", "--cache", str(cache)) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures.keys() == {
         *(f"transformers_{name}" for name in ("overhead", "tokens_per_second", "bare_tokens_per_second")),

@@ -1,18 +1,14 @@
-import importlib
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import harness
+from benchmarks.harness import runner
 from softshard.errors import JobInvalid
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-harness = importlib.import_module("harness")
-prose = importlib.import_module("prose")
 
 
 @pytest.fixture
@@ -101,7 +97,7 @@ def test_more_positions_than_the_text_has_are_refused(cache):
 
 def test_candidates_are_timed_in_alternation_and_the_least_counts(monkeypatch):
     clock = iter([0.0, 5.0, 10.0, 11.0, 20.0, 22.0, 30.0, 33.0])
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: next(clock))
     calls = []
 
     seconds = harness.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2)
@@ -113,11 +109,11 @@ def test_candidates_are_timed_in_alternation_and_the_least_counts(monkeypatch):
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """`run` of a benchmark with these arguments, its records below tmp_path."""
-    monkeypatch.setattr(harness, "_RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
 
     def call(measure, *arguments):
-        monkeypatch.setattr(sys, "argv", ["lakes.py", *arguments])
-        return harness.run("lakes", measure, description="How deep is a lake?")
+        monkeypatch.setattr(sys, "argv", ["lakes", *arguments])
+        return harness.run("lakes", measure)
 
     return call
 
@@ -139,7 +135,7 @@ def test_a_full_run_records_figures_machine_commit_and_command(command, tmp_path
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"depth": 7.5}
     record = json.loads((tmp_path / "results/lakes.json").read_text())
     assert (record["figures"], record["details"]) == ({"depth": 7.5}, {"lakes": ["Attersee"]})
-    assert record["command"] == "python benchmarks/lakes.py"
+    assert record["command"] == "python -m benchmarks.lakes"
     assert record["machine"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert set(record) == {"command", "commit", "seconds", "machine", "figures", "details"}
 
@@ -160,4 +156,4 @@ def test_a_missing_material_ends_with_2_on_one_line(command, cache, capsys):
 
     assert command(measure, "--cache", str(cache)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("lakes.py: ")
+    assert line.startswith("lakes: ")
