@@ -335,7 +335,7 @@ def _(place):
 def _(place):
     """a manifest in another order than its corpus
     two of its parts change places, under its own digest
-    OUT/targets/manifests/….json: part 0 is of slice …, the corpus has there slice …
+    OUT/targets/manifests/….json: part 0 is of slice …, the corpus has slice … there
     """
     first, second, *rest = read_manifest(place.targets).parts
     rewritten(place, parts=[second, first, *rest])
