@@ -266,7 +266,7 @@ def test_the_plan_tells_what_the_cap_will_say(tiny_job, tmp_path, capsys):
     path = tiny_job(tmp_path, train={"author_cap": 0.2})
     assert main(["plan", str(path), "--tokens-per-second", "1000"]) == 0
     said = capsys.readouterr().out
-    assert "authors         3 counted, the largest has" in said
+    assert "authors         3 counted, the largest share is" in said
     assert "before any teacher is trained: train.author_cap: author 'author" in said
     assert max(len(line) for line in said.replace(str(tmp_path), "/some/folder").splitlines()) <= 80
     with pytest.raises(AuthorDominates) as refused:
