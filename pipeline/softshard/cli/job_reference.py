@@ -44,7 +44,8 @@ def job_reference() -> str:
             here = f"{path}.{name}" if path else name
             for definition in _definitions(field):
                 place = f"{here}[]" if _is_list(field) else here
-                variant = f"{place} ({definition.removesuffix('Sketch').lower()})" if "oneOf" in field else place
+                kind = schema["$defs"][definition]["properties"].get("kind", {}).get("const")
+                variant = f"{place} ({kind})" if "oneOf" in field else place
                 if variant not in seen:
                     seen.add(variant)
                     queue.append((variant, schema["$defs"][definition]))
