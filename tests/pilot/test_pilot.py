@@ -229,12 +229,12 @@ def test_a_setting_is_named_in_a_few_characters(sketch, shown):
 
 
 class Here:
-    """A cluster that runs each task where it is asked to."""
+    """A cluster that executes each task in the test's own process."""
 
     def __init__(self):
         self.functions, self.pilots = [], []
 
-    def run(self, function, tasks, *, name, on_result, **rest):
+    def map_tasks(self, function, tasks, *, name, on_result, **rest):
         for task in tasks:
             self.functions.append(getattr(function, "func", function).__name__)
             if function is score_pilot:
