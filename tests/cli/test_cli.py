@@ -227,7 +227,7 @@ def test_summary_of_a_finished_run_is_json_when_asked(finished, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_run_ends_with_75_and_goes_on_to_its_end(tiny_job, tmp_path, number):
-    optimizer = {"epochs": 25, "batch_tokens": 128, "checkpoint_steps": 5}
+    optimizer = {"epochs": 10, "batch_tokens": 128, "checkpoint_steps": 5}
     path = tiny_job(tmp_path, teacher={"optimizer": optimizer}, cluster={})
     process = subprocess.Popen(
         [sys.executable, "-m", "softshard.cli", "run", str(path)],
@@ -237,12 +237,12 @@ def test_stopped_run_ends_with_75_and_goes_on_to_its_end(tiny_job, tmp_path, num
     )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob("teacher/.checkpoints/*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert errors.strip().splitlines()[-1].startswith(f"softshard: stopped by {signal.Signals(number).name}")
     assert "committed parts are kept" in errors
     assert "Traceback" not in errors
-    assert main(["run", str(path), "--quiet"]) == 0
+    assert main(["run", str(tiny_job(tmp_path, teacher={"optimizer": optimizer})), "--quiet"]) == 0
     assert (tmp_path / "out/report/index.html").exists()
