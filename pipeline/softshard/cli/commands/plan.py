@@ -89,7 +89,7 @@ def _render(plan: Plan) -> str:
     rows.append(("authors", _describe_authors(plan.authors)))
     lines = [f"{plan.out}: job {plan.job}", "", *(f"{name:<15} {value}" for name, value in rows)]
     if plan.authors is not None and plan.authors.refusal is not None:
-        lines += ["", *wrapped(f"The run will fail before any teacher is trained: {plan.authors.refusal}")]
+        lines += ["", *wrapped(f"The run fails before any teacher is trained: {plan.authors.refusal}")]
     if plan.pilot is not None:
         lines += ["", *_table(plan.pilot), "", *_measured_on(plan, plan.pilot)]
     return "\n".join(lines) + "\n"
