@@ -18,5 +18,5 @@ def render_sweep(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{mark} {row['alpha']:>8g}{row['retention_weight']:>10g}{row['learning_rate']:>16g}{nll:>15}{kept:>16}"
         )
-    lines.append(f"* the best of {len(rows)} trainings on this very hold-out, which favours it")
+    lines.append(f"* the best of {len(rows)} trainings on this same hold-out, which favours it")
     return lines

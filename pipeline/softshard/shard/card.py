@@ -63,7 +63,7 @@ def _fidelity(manifest: Manifest) -> list[str]:
         return []
     fidelity = manifest.fidelity
     return [
-        f"{manifest.bytes_per_position:.1f} bytes and {fidelity.mean_entries:.1f} entries a position; against the"
+        f"{manifest.bytes_per_position:.1f} bytes and {fidelity.mean_entries:.1f} entries per position; against the"
         f" teacher's whole distribution: mean squared error {fidelity.mean_squared_error:.4g}, gradient angle"
         f" {fidelity.gradient_angle_degrees:.1f} degrees."
     ]

@@ -64,8 +64,8 @@ def test_the_table_stands_in_the_report_the_status_and_the_summary(swept, capsys
     path, outcome = swept
     page = (path.parent / "out" / "report" / "index.html").read_text()
     assert "Trainings of the sweep" in page
-    assert "trainings on this very hold-out, which favours it" in page
-    assert "the best of 4 trainings on this very hold-out, which favours it" in render_summary(outcome)
+    assert "trainings on this same hold-out, which favours it" in page
+    assert "the best of 4 trainings on this same hold-out, which favours it" in render_summary(outcome)
     card = (path.parent / "out" / "adapter" / outcome.trained.adapter.folder / "README.md").read_text()
     assert "One of 4 trainings. The best on this hold-out was chosen" in card
     assert main(["status", outcome.out]) == 0
@@ -73,7 +73,7 @@ def test_the_table_stands_in_the_report_the_status_and_the_summary(swept, capsys
     lines = [line for line in shown.splitlines() if line.startswith(("*", "  ")) and "0.5" in line]
     assert len(lines) >= 2
     assert sum(line.startswith("*    ") for line in shown.splitlines()) == 1
-    assert "* the best of 4 trainings on this very hold-out" in shown
+    assert "* the best of 4 trainings on this same hold-out" in shown
     assert max(len(line) for line in shown.splitlines()) <= 80
     assert main(["status", "--json", outcome.out]) == 0
     (train,) = (stage for stage in json.loads(capsys.readouterr().out)["stages"] if stage["stage"] == "train")
