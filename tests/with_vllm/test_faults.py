@@ -22,16 +22,18 @@ from transformers import AutoModelForCausalLM
 
 from fakes.tiny_decoders import FAMILIES, open_vllm
 from softshard.cli import main
+from softshard.cluster import cluster
 from softshard.config.job_file import load_job
 from softshard.corpus.manifest import read_corpus_manifest
 from softshard.errors import EngineFailed, ModelInvalid
 from softshard.models import load_model
 from softshard.output.workspace import open_workspace
-from softshard.stages.targets import stage as targets
 from softshard.stages.targets import tasks
 from softshard.stages.targets.stage import make_scoring_spec
 from softshard.stages.teacher.stage import StyleTeacher
 from softshard.teacher import engines
+
+pytestmark = pytest.mark.timeout(900)
 
 PATIENCE = 400.0
 """Seconds; a busy machine takes a minute to open one engine in a process of its own."""
@@ -319,7 +321,7 @@ def test_a_model_with_a_broken_shard_is_refused_before_an_engine_starts(
     job = tiny_job(tmp_path, teacher={"folds": 0, "engine": engine, "model": str(folder)})
     assert main(["corpus", str(job), "--quiet"]) == 0
     capsys.readouterr()
-    monkeypatch.delattr(targets, "open_cluster")
+    monkeypatch.delattr(cluster, "open_cluster")
     assert main(["targets", str(job), "--quiet"]) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"softshard: {folder}: {problem}")
