@@ -212,7 +212,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, str]:
 
 def measure(options: Options) -> Result:
     torch.set_num_threads(1)
-    num_positions, rounds = (250, 2) if options.quick else (2_000, 9)
+    num_positions, rounds = (120, 2) if options.quick else (2_000, 9)
     check_losses()
     _alone(check_step, options.cache, min(num_positions, 500))
     triton = say_why_not_triton()

@@ -202,7 +202,7 @@ def _exhaust(loader: Loader) -> None:
 
 
 def measure(options: Options) -> Result:
-    num_positions, num_parts = (24_000, 2) if options.quick else (72_000, 4)
+    num_positions, num_parts = (8_000, 2) if options.quick else (72_000, 4)
     source = positions("small", num_positions=num_positions, cache=options.cache)
     _take_one_core()
     with TemporaryDirectory() as temporary:

@@ -48,7 +48,7 @@ class Size:
 
 
 _FULL_RUN = Size(num_start=12_000, num_train=16_000, num_held_out=3_500, num_few=512, epochs=16, num_seeds=3)
-_QUICK_RUN = Size(num_start=3_000, num_train=1_400, num_held_out=400, num_few=192, epochs=5, num_seeds=1)
+_QUICK_RUN = Size(num_start=1_200, num_train=600, num_held_out=300, num_few=128, epochs=3, num_seeds=1)
 
 _ONCE: Mapping[str, TargetKind] = {
     "full": TargetKind(full),
@@ -83,6 +83,7 @@ def open_study_data(size: Size, options: Options) -> StudyData:
         if sequence.start == 0 and end_train >= size.num_start + size.num_train:
             break
         end_train += sequence.num_labels
+    require(end_train < num_positions, "there are held-out speeches")
     known = frozen[: size.num_start]
     return StudyData(
         teacher=teacher,
