@@ -138,7 +138,7 @@ def _timed(way: Way) -> Pass:
     with tempfile.TemporaryDirectory() as folder:
         family = [psutil.Process(), *psutil.Process().children(recursive=True)]
         for process in family:
-            Path(f"/proc/{process.pid}/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5", encoding="ascii")  # resets the peak
         began = time.perf_counter()
         way(LocalStore(folder))
         seconds = time.perf_counter() - began

@@ -101,7 +101,7 @@ def tuned(group: TrialGroup, plan: Plan) -> dict[str, Trial]:
 
 
 def difference(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """First minus second, nats a label, of trials paired by seed: its mean, and 95% of what resampling gives it."""
+    """First minus second, nats per label, of trials paired by seed: its mean, and 95% of what resampling gives it."""
     names = sorted(first[0]["documents"])
     labels = np.array([first[0]["documents"][name][1] for name in names], dtype=np.float64)
     gaps = np.array(

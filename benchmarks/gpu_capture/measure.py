@@ -149,7 +149,7 @@ def _rounds(bench: _Bench, engine: EngineName) -> list[dict[str, _Pass]]:
     with tempfile.TemporaryDirectory() as folder:
         targets = _capture(bench, teacher)(LocalStore(folder))
         file = next(Path(folder).rglob("*.parquet"))
-        say(f"{engine}: {file.stat().st_size / len(bench.source.states):.1f} bytes a position")
+        say(f"{engine}: {file.stat().st_size / len(bench.source.states):.1f} bytes per position")
     _check_labels(bench, engine, targets)
     _timed(ways["bare"], bench.device)
     rounds = []

@@ -76,7 +76,7 @@ def _measured(task: Callable[[], object], *, repeats: int) -> Cost:
     """Least CPU time and highest resident size of some repeats in this process."""
     process, seconds = psutil.Process(), float("inf")
     held = process.memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     for _ in range(repeats):
         started = time.process_time()
         task()

@@ -113,7 +113,7 @@ class Trained:
     model: Any
     """As it was after its best epoch, in evaluation mode."""
     dev_nll: tuple[float, ...]
-    """On the first half of the hold-out after each epoch, nats a label."""
+    """On the first half of the hold-out after each epoch, nats per label."""
     loss: tuple[float, ...]
     """Of each step."""
 
