@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import dask
 import psutil
 import pytest
+from distributed.nanny import WorkerProcess
 from pydantic import ValidationError
 
 from fakes.outputs import wait_for
@@ -40,6 +41,21 @@ def test_adaptive_cluster_grows_for_the_work_and_shrinks_after_it(tmp_path):
         while workers_of(adaptive) > 1 and time.monotonic() < deadline:
             time.sleep(0.2)
         assert workers_of(adaptive) == 1
+
+
+def test_a_killed_worker_that_takes_long_to_end_fails_no_run(tmp_path, monkeypatch):
+    kill = WorkerProcess.kill
+
+    async def slow(process, **options):
+        await kill(process, **options)
+        raise TimeoutError
+
+    monkeypatch.setattr(WorkerProcess, "kill", slow)
+    with open_cluster(ClusterSettings(workers=2)) as local:
+        results, failures = run_orders(local, tmp_path, *["works"] * 3)
+        ended = local.client.cluster
+    assert (results, failures) == ({"works": "WORKS"}, {})
+    assert ended.status.name == "closed"
 
 
 def workers_of(cluster):

@@ -272,13 +272,15 @@ def _start_workers(num_workers: int, scratch: str) -> Any:
     """A local cluster whose workers are all ready; it is started again when a worker ends before that."""
     from distributed import LocalCluster
 
+    from softshard.cluster.nanny import PatientNanny
+
     attempt = 1
     while True:
         try:
             return LocalCluster(
                 n_workers=num_workers,
                 threads_per_worker=1,
-                processes=True,
+                worker_class=PatientNanny,
                 resources={"teacher": 1},
                 preload=["softshard.cluster.worker"],
                 host="127.0.0.1",
