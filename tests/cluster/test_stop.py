@@ -105,7 +105,7 @@ def stopped(tmp_path):
             one.process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_to_all_processes_lets_the_tasks_in_hand_finish_and_starts_no_other(stopped, tmp_path, number):
     running = stopped(3, grace=60)
     running.send(number)
@@ -143,7 +143,7 @@ def test_workers_do_not_outlive_a_client_that_is_killed(stopped):
 
 def test_a_stopped_job_ends_with_75_and_goes_on_from_there(tiny_job, tmp_path):
     """As a service manager stops it: the signal reaches the command and all of its workers."""
-    path = tiny_job(tmp_path, teacher={"folds": 0}, corpus={"sequences_per_part": 2}, cluster={"grace_seconds": 60})
+    path = tiny_job(tmp_path, teacher={"folds": 0}, corpus={"sequences_per_part": 6}, cluster={"grace_seconds": 60})
     targets, receipts = tmp_path / "out/targets", tmp_path / "out/targets/receipts"
     run_job(load_job(path), SilentReporter(), stages=("corpus", "teacher"))
     command = Stoppable("-m", "softshard.cli", "targets", path)

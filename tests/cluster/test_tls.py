@@ -58,7 +58,7 @@ def environment(tmp_path):
 
 
 @pytest.fixture
-def scheduler(tmp_path, environment):
+def encrypted(tmp_path, environment):
     """Address of a running scheduler with one worker, both on loopback."""
     file = tmp_path / "scheduler.json"
     dask = [sys.executable, "-m", "dask"]
@@ -87,12 +87,12 @@ def softshard(*arguments, environment):
 
 
 def test_job_runs_on_a_cluster_that_speaks_tls_alone_and_strangers_do_not(
-    tiny_job, tmp_path, environment, scheduler, monkeypatch
+    tiny_job, tmp_path, environment, encrypted, monkeypatch
 ):
     settings = {"teacher": {"folds": 0}, "train": {"retention": None}}
-    job = tiny_job(tmp_path, **settings, cluster={"scheduler_file": str(scheduler)})
+    job = tiny_job(tmp_path, **settings, cluster={"scheduler_file": str(encrypted)})
     assert main(["corpus", str(job), "--quiet"]) == 0
-    address = json.loads(scheduler.read_text())["address"]
+    address = json.loads(encrypted.read_text())["address"]
     assert address.startswith("tls://127.0.0.1:")
 
     without = {name: value for name, value in environment.items() if not name.startswith("DASK_")}

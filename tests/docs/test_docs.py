@@ -125,6 +125,7 @@ def test_lines_on_integrations_run_in_two_processes(desk, tiny_model):
     on_ranks(run_together, 2, codes, desk, str(tiny_model))
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_with_other_numbers_of_processes_as_if_it_had_not_stopped(desk, tiny_model):
     def run(command, state):
         words = command.replace("MODEL", str(tiny_model)).replace("examples/", f"{ROOT}/examples/").split()

@@ -341,7 +341,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("point", [2, 7, 16])
+@pytest.mark.parametrize("point", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 7)), 16])
 def test_killed_run_resumes_to_the_same_bytes(finished, tiny_job, tmp_path, point):
     path = tiny_job(tmp_path)
     script = tmp_path / "kill.py"

@@ -47,7 +47,9 @@ def test_the_mixed_job_is_the_literary_preset_with_the_targets_of_another():
     assert mixed == {key: value for key, value in literary.items() if key not in ("name", "out")}
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=STYLES)
+@pytest.mark.parametrize(
+    "path", [PRESETS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in PRESETS[1:])], ids=STYLES
+)
 def test_a_preset_makes_its_targets_from_other_documents_with_another_model(path, tiny_model, tmp_path):
     job = yaml.safe_load(path.read_text())
     (source,) = job["corpus"]["sources"]
