@@ -20,6 +20,7 @@ from softshard.errors import ModelInvalid, VocabularyMismatch
 from softshard.finetune.hidden_states import last_states
 from softshard.finetune.objective import CROSS_ENTROPY, Objective
 from softshard.models.decoder import Decoder, LogitTransform, evaluating
+from softshard.models.output_layer import output_parts
 
 __all__ = ["accept_targets", "mean_weights", "weight_of_step"]
 
@@ -48,7 +49,7 @@ def accept_targets(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = str(inner.name_or_path) or type(inner).__name__
     settings = objective, vocab_size, chunk_positions
-    if isinstance(accepted := inner.get_output_embeddings().forward, _OutputForward):
+    if isinstance(accepted := inner.forward, _Forward):
         if accepted.settings != settings:
             raise ValueError(f"{name}: accepts targets already, with {accepted.settings}, and not {settings}")
         return
@@ -58,9 +59,8 @@ def accept_targets(
         decoder = Decoder.of(model)
     if decoder.output_size < vocab_size:
         raise VocabularyMismatch(data="targets", data_size=vocab_size, model=name, model_size=decoder.output_size)
-    head = inner.get_output_embeddings()
-    head.forward = _OutputForward(head, head.forward, objective, decoder.transform, vocab_size, chunk_positions)
-    inner.forward = _Forward(inner, inner.forward)
+    inner.forward = _Forward(inner, inner.forward, settings, decoder.transform)
+    inner.forward.output_layer()
 
 
 def _problem_with(model: Any, inner: Any) -> str | None:
@@ -99,9 +99,26 @@ def mean_weights(features: Mapping[str, Any]) -> Tensor:
 class _Forward:
     """A model's forward. It is an object and not a closure, so that a copy of the model gets its own."""
 
-    def __init__(self, model: Any, original: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        original: Callable[..., Any],
+        settings: tuple[Objective, int, int],
+        transform: LogitTransform,
+    ) -> None:
         functools.update_wrapper(self, original)
-        self._model, self._original = model, original
+        self._model, self._original, self._transform = model, original, transform
+        self.settings = settings
+        """Objective, vocabulary and positions of a chunk that the model accepts targets with."""
+
+    def output_layer(self) -> Any:
+        """The model's output layer, which accepts targets; one that has been wrapped or replaced since is made to."""
+        layer = self._model.get_output_embeddings()
+        if not isinstance(layer.forward, _OutputForward):
+            name = str(self._model.name_or_path) or type(self._model).__name__
+            output_parts(layer, model=name)
+            layer.forward = _OutputForward(layer, layer.forward, name, self._transform, *self.settings)
+        return layer
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         if "entry_ids" not in given:
@@ -115,46 +132,47 @@ class _Forward:
         own = targets.tensors()
         inputs = {name: item for name, item in given.items() if item is not None and name not in own}
         inputs["use_cache"] = False
-        head = self._model.get_output_embeddings()
-        states = last_states(Decoder(body=self._model.get_decoder(), weight=head.weight, bias=None), inputs)
-        return CausalLMOutput(loss=head(states.flatten(0, 1)[positions], targets=targets, num_items=num_items))
+        layer = self.output_layer()
+        states = last_states(Decoder(body=self._model.get_decoder(), weight=layer.weight, bias=None), inputs)
+        return CausalLMOutput(loss=layer(states.flatten(0, 1)[positions], targets=targets, num_items=num_items))
 
 
 @dataclass(slots=True)
 class _OutputForward:
     """An output layer's forward. A wrapper that shards the layer has gathered it while this runs."""
 
-    head: Any
+    layer: Any
     original: Callable[..., Any]
-    objective: Objective
+    model: str
     transform: LogitTransform
+    objective: Objective
     vocab_size: int
     chunk_positions: int
-
-    @property
-    def settings(self) -> tuple[Objective, int, int]:
-        """The settings that a model accepts targets with."""
-        return self.objective, self.vocab_size, self.chunk_positions
 
     def __call__(
         self,
         hidden: Tensor,
-        *,
+        *args: Any,
         targets: SparseTargets | None = None,
         num_items: Tensor | float | None = None,
+        **given: Any,
     ) -> Tensor:
         if targets is None:
-            logits: Tensor = self.original(hidden)
+            logits: Tensor = self.original(hidden, *args, **given)
             return logits
         if (kind := targets.position_weights.dtype) not in (torch.float32, torch.float64):
             raise ValueError(
                 f"position_weights are {kind}, they must be float32: do not cast targets to a lower precision"
                 " (FSDP: `MixedPrecisionPolicy(cast_forward_inputs=False)`)"
             )
+        weight, bias, adapter = output_parts(self.layer, model=self.model)
+        decoder = Decoder(body=self.layer, weight=weight, bias=bias, transform=self.transform, output=adapter)
+        states, low_rank = decoder.adapted(hidden)
         return self.objective.loss_from_states(
-            hidden,
-            Decoder(body=self.head, weight=self.head.weight, bias=self.head.bias, transform=self.transform),
+            states,
+            decoder,
             targets,
+            low_rank=low_rank,
             num_valid=self.vocab_size,
             chunk_positions=self.chunk_positions,
             num_items_in_batch=num_items,

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from softshard.errors import ModelInvalid
+from softshard.models.output_layer import LowRank, lora_term, output_parts, perturbed
 from softshard.sketch.types import TokenSequence
 
 __all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "LowRank", "batches_by_length", "evaluating"]
@@ -48,15 +49,6 @@ class LogitTransform:
         return product if self.scale == 1 else product * self.scale
 
 
-class LowRank(NamedTuple):
-    """The term `factor @ features` that an adapter of the output layer adds to its product."""
-
-    features: Tensor
-    """[..., r]"""
-    factor: Tensor
-    """[V, r]"""
-
-
 PLAIN_LOGITS = LogitTransform()
 """Logits are the product itself."""
 
@@ -85,28 +77,21 @@ class Decoder:
         """
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         name = str(inner.name_or_path) or type(inner).__name__
-        adapted = inner.get_output_embeddings()
-        output = adapted.get_base_layer() if hasattr(adapted, "get_base_layer") else adapted
-        if not isinstance(output, nn.Linear):
-            problem = f"its output layer is {type(output).__name__}, it must be a linear one"
-            raise ModelInvalid(model=name, problem=problem)
+        layer = inner.get_output_embeddings()
         transforms, named = _possible_transforms(inner.config.get_text_config())
-        decoders = (
-            cls(
-                body=inner.get_decoder(),
-                weight=output.weight,
-                bias=output.bias,
-                transform=transform,
-                output=None if adapted is output else adapted,
-            )
-            for transform in transforms
-        )
-        differences = [(decoder._difference(inner), decoder) for decoder in decoders]
-        difference, nearest = min(differences, key=lambda pair: pair[0])
+
+        def candidate(transform: LogitTransform) -> Decoder:
+            weight, bias, adapter = output_parts(layer, model=name)
+            return cls(body=inner.get_decoder(), weight=weight, bias=bias, transform=transform, output=adapter)
+
+        plain = candidate(PLAIN_LOGITS)
+        with torch.no_grad(), perturbed(layer, but=(plain.weight, plain.bias, inner.get_input_embeddings().weight)):
+            differences = [candidate(transform)._difference(inner) for transform in transforms]
+        difference = min(differences)
         if not difference <= _TOLERANCE:
             what = "its logits are not output layer times hidden state" + (f" with {named}" if named else "")
             raise ModelInvalid(model=name, problem=f"{what} (off by {difference:.2g}); use another model")
-        return nearest
+        return candidate(transforms[differences.index(difference)])
 
     @torch.no_grad()
     def _difference(self, inner: Any) -> float:
@@ -165,7 +150,7 @@ class Decoder:
         if hasattr(output, "adapted"):
             found: tuple[Tensor, LowRank | None] = output.adapted(states)
             return found
-        return states, _lora_term(output, states)
+        return states, lora_term(output, states)
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] logits of hidden states [..., d]."""
@@ -174,17 +159,6 @@ class Decoder:
         if low_rank is not None:
             product = product + nn.functional.linear(*low_rank).to(product.dtype)
         return self.transform(product)
-
-
-def _lora_term(layer: Any, states: Tensor) -> LowRank | None:
-    """The term that a LoRA layer of peft adds; None where it is disabled."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or not names:
-        return None
-    (name,) = names
-    first = layer.lora_A[name]
-    features = first(layer.lora_dropout[name](states.to(first.weight.dtype))) * layer.scaling[name]
-    return LowRank(features, layer.lora_B[name].weight)
 
 
 def _possible_transforms(config: Any) -> tuple[list[LogitTransform], str]:
