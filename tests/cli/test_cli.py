@@ -225,7 +225,8 @@ def test_summary_of_a_finished_run_is_json_when_asked(finished, capsys):
     assert {"base", "ce", "adapter"} <= set(summary)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_run_ends_with_75_and_goes_on_to_its_end(tiny_job, tmp_path, number):
     optimizer = {"epochs": 10, "batch_tokens": 128, "checkpoint_steps": 5}
     path = tiny_job(tmp_path, teacher={"optimizer": optimizer}, cluster={})
