@@ -224,7 +224,7 @@ def measure(options: Options) -> Result:
     total = num_positions * num_parts
     figures = {f"{prefix}positions_per_s": total / taken for prefix, taken in seconds.items()}
     figures |= {f"{prefix}bytes_per_position": loader.num_bytes / total for prefix, loader in loaders.items()}
-    columns = ("", "thousand positions/s", "bytes a position")
+    columns = ("", "thousand positions/s", "bytes per position")
     say_table(
         columns,
         [

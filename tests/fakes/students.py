@@ -29,10 +29,14 @@ def student(*, dtype=torch.float32, tied=False):
 
 def adapted(folder, kind, shape, *, dtype=torch.float32):
     """A model from a folder with an adapter as some training might leave it, in evaluation mode."""
-    model = attach_adapter(load_model(folder, dtype=dtype, device="cpu"), kind, shape, seed=0)
+    return randomised(attach_adapter(load_model(folder, dtype=dtype, device="cpu"), kind, shape, seed=0), 0.05).eval()
+
+
+def randomised(model, scale):
+    """All trainable weights moved away from where a new adapter changes nothing."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model.eval()
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model

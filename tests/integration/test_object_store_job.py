@@ -104,4 +104,4 @@ def test_another_job_is_refused_and_a_full_bucket_is_not_taken_for_an_output(on_
     assert main(["run", str(tiny_job(tmp_path, out=OUT, name="another")), "--quiet"]) == 2
     assert "belongs to job 'tiny'" in capsys.readouterr().err
     assert main(["run", str(tiny_job(tmp_path, out="s3://box")), "--quiet"]) == 2
-    assert "no job.yaml" in capsys.readouterr().err
+    assert "this folder holds other files and no job.yaml" in capsys.readouterr().err

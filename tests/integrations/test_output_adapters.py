@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 
-from fakes.students import student
+from fakes.students import randomised, student
 from fakes.targets import VOCAB, numbered_parts, write_targets
 from fakes.trainers import SoftLabelTrainer, arguments, dense_mean, stream
 from softshard.config import LoraSettings
@@ -65,16 +65,6 @@ TIED = ["lora on lm_head", "modules_to_save", "trainable tokens", "resized", "lo
 CASES = [(name, False) for name in RIGHT] + [(name, True) for name in TIED]
 
 
-def randomised(model):
-    """All trainable weights moved away from where a new adapter changes nothing."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for item in model.parameters():
-            if item.requires_grad:
-                item.add_(torch.randn(item.shape, generator=generator) * 0.2)
-    return model
-
-
 def gradients(model):
     found = {name: item.grad for name, item in model.named_parameters() if item.requires_grad}
     model.zero_grad()
@@ -88,7 +78,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(targets, name, ti
     model = student(tied=tied)
     if order == "before":
         accept_targets(model, vocab_size=VOCAB)
-    model = randomised(RIGHT[name](model)).eval()
+    model = randomised(RIGHT[name](model), 0.2).eval()
     if order == "after":
         accept_targets(model, vocab_size=VOCAB)
     expected = dense_mean(model, features)
@@ -108,7 +98,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(targets, name, ti
 
 def test_an_adapter_that_is_disabled_or_merged_is_seen(targets):
     features = next(iter(stream(targets))).features()
-    model = randomised(get_peft_model(student(), LoraConfig(r=2, target_modules=["lm_head"]))).eval()
+    model = randomised(get_peft_model(student(), LoraConfig(r=2, target_modules=["lm_head"])), 0.2).eval()
     accept_targets(model, vocab_size=VOCAB)
     active = model(**features).loss.detach()
     with model.disable_adapter(), torch.no_grad():

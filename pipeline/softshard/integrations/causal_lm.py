@@ -20,7 +20,7 @@ from softshard.errors import ModelInvalid, VocabularyMismatch
 from softshard.finetune.hidden_states import last_states
 from softshard.finetune.objective import CROSS_ENTROPY, Objective
 from softshard.models.decoder import Decoder, LogitTransform, evaluating
-from softshard.models.output_layer import output_parts
+from softshard.models.output_layer import model_name, output_parts
 
 __all__ = ["accept_targets", "mean_weights", "weight_of_step"]
 
@@ -47,7 +47,7 @@ def accept_targets(
         ValueError: the model accepts targets already, with other settings.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = str(inner.name_or_path) or type(inner).__name__
+    name = model_name(inner)
     settings = objective, vocab_size, chunk_positions
     if isinstance(accepted := inner.forward, _Forward):
         if accepted.settings != settings:
@@ -115,7 +115,7 @@ class _Forward:
         """The model's output layer, which accepts targets; one that has been wrapped or replaced since is made to."""
         layer = self._model.get_output_embeddings()
         if not isinstance(layer.forward, _OutputForward):
-            name = str(self._model.name_or_path) or type(self._model).__name__
+            name = model_name(self._model)
             output_parts(layer, model=name)
             layer.forward = _OutputForward(layer, layer.forward, name, self._transform, *self.settings)
         return layer

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softshard.errors import ModelInvalid
-from softshard.models.output_layer import LowRank, lora_term, output_parts, perturbed
+from softshard.models.output_layer import LowRank, lora_term, model_name, output_parts, perturbed
 from softshard.sketch.types import TokenSequence
 
 __all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "LowRank", "batches_by_length", "evaluating"]
@@ -76,7 +76,7 @@ class Decoder:
                 capped as its config says.
         """
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        name = str(inner.name_or_path) or type(inner).__name__
+        name = model_name(inner)
         layer = inner.get_output_embeddings()
         transforms, named = _possible_transforms(inner.config.get_text_config())
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from softshard.errors import ModelInvalid
 
-__all__ = ["LowRank", "OutputParts", "lora_term", "output_parts", "perturbed"]
+__all__ = ["LowRank", "OutputParts", "lora_term", "model_name", "output_parts", "perturbed"]
 
 _NOISE = 0.1
 """Standard deviation of what is added to an adapter's weights before a comparison with the model's own logits."""
@@ -39,6 +39,11 @@ class OutputParts(NamedTuple):
     """[V]"""
     adapter: nn.Module | None
     """The LoRA layer or `OutputAdapter` around the linear layer; None without one."""
+
+
+def model_name(model: Any) -> str:
+    """The name of a model of transformers in an error: where it was loaded from, or its class."""
+    return str(model.name_or_path) or type(model).__name__
 
 
 def output_parts(layer: Any, *, model: str) -> OutputParts:
