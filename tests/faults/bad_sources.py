@@ -13,6 +13,7 @@ import pytest
 import yaml
 import zstandard
 
+from fakes.tiny import save_tiny_model
 from faults.bad_inputs import Section
 from softshard.cli import main
 from softshard.shard.manifest import read_manifest
@@ -320,6 +321,43 @@ def _(place):
     folder = model_of(place)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+@models("run IN/job.yaml", 3)
+def _(place):
+    """a student with fewer logits than the teacher has tokens
+    another model, with logits for 290 tokens; nothing is computed
+    IN/student: gives logits for 290 tokens, but IN/model has a vocabulary of 300; …
+    """
+    model_of(place)
+    save_tiny_model(place.folder / "student", vocab_size=290)
+    place.change_job(train={"model": str(place.folder / "student")})
+    place.then.append(lambda: no_output(place))
+
+
+@models("plan IN/job.yaml", 2)
+def _(place):
+    """a quantised model without its package
+    config.json says that the weights are quantised; plan and run compute nothing
+    teacher.model: IN/model: is quantised (awq) and needs a package that is not installed: …
+    """
+    model_of(place, quantization_config={"quant_method": "awq", "bits": 4})
+    place.then.append(lambda: no_output(place))
+
+
+@models("run IN/job.yaml", 2)
+def _(place):
+    """a CUDA device that is not there
+    train.device: cuda:7; nothing is computed
+    train.device: cuda:7: torch sees … here; set `device: auto` or `device: cpu`…
+    """
+    model_of(place)
+    place.change_job(train={"device": "cuda:7"})
+    place.then.append(lambda: no_output(place))
+
+
+def no_output(place):
+    assert not place.out.exists() or not list(place.out.iterdir())
 
 
 def mounted(place, target, *options):

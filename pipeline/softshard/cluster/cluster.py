@@ -194,7 +194,7 @@ def open_cluster(settings: ClusterSettings, reporter: Reporter | None = None) ->
         }
     )
     with ExitStack() as stack:
-        if settings.scheduler is None and settings.scheduler_file is None:
+        if settings.is_local:
             client = stack.enter_context(_start_local(settings))
         else:
             client = stack.enter_context(_connect(settings.scheduler or _read_address(str(settings.scheduler_file))))

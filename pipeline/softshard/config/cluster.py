@@ -46,6 +46,11 @@ class ClusterSettings(Settings):
     """Seconds that parts in progress have to finish after SIGTERM or Ctrl-C; parts that take longer are dropped."""
 
     @property
+    def is_local(self) -> bool:
+        """Whether the workers are processes that this one starts."""
+        return self.scheduler is None and self.scheduler_file is None
+
+    @property
     def most_workers(self) -> int:
         """Most workers of the local cluster."""
         return self.adaptive.maximum if self.adaptive else self.workers

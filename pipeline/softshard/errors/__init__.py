@@ -57,6 +57,7 @@ from softshard.errors.temporary import (
     full_disk,
 )
 from softshard.errors.usage import (
+    DeviceMissing,
     EngineMissing,
     ExtraMissing,
     FolderTaken,
@@ -64,6 +65,7 @@ from softshard.errors.usage import (
     ManifestMissing,
     OutputForeign,
     OutputUnusable,
+    PackageMissing,
     ShardedTwice,
     StoreUnusable,
 )
@@ -84,6 +86,7 @@ __all__ = [
     "BlendInvalid",
     "CorpusEmpty",
     "DataInvalid",
+    "DeviceMissing",
     "EngineDiffers",
     "EngineFailed",
     "EngineMissing",
@@ -103,6 +106,7 @@ __all__ = [
     "OutputBusy",
     "OutputForeign",
     "OutputUnusable",
+    "PackageMissing",
     "PartConflict",
     "PartCorrupt",
     "PartsFailed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from softshard.errors.base import EXIT_JOB, SoftshardError
 
 __all__ = [
+    "DeviceMissing",
     "EngineMissing",
     "ExtraMissing",
     "FolderTaken",
@@ -12,6 +13,7 @@ __all__ = [
     "ManifestMissing",
     "OutputForeign",
     "OutputUnusable",
+    "PackageMissing",
     "ShardedTwice",
     "StoreUnusable",
 ]
@@ -25,6 +27,31 @@ class JobInvalid(SoftshardError):
     def __init__(self, *, file: str, place: str, problem: str) -> None:
         self.file, self.place, self.problem = file, place, problem
         super().__init__(f"{file}: {place}: {problem}" if place else f"{file}: {problem}")
+
+
+class DeviceMissing(SoftshardError):
+    """The job names a CUDA device that torch does not see in this process."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, setting: str, device: str, num_devices: int) -> None:
+        self.setting, self.device, self.num_devices = setting, device, num_devices
+        seen = f"{num_devices} CUDA device(s)" if num_devices else "no CUDA device"
+        last = f", or one up to `cuda:{num_devices - 1}`" if num_devices else ""
+        super().__init__(f"{setting}: {device}: torch sees {seen} here; set `device: auto` or `device: cpu`{last}")
+
+
+class PackageMissing(SoftshardError):
+    """A model is quantised, and a package that it needs is not installed; `problem` is what transformers says."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, setting: str, model: str, method: str, problem: str) -> None:
+        self.setting, self.model, self.method, self.problem = setting, model, method, problem
+        super().__init__(
+            f"{setting}: {model}: is quantised ({method}) and needs a package that is not installed: {problem};"
+            " install it, or use a model that is not quantised"
+        )
 
 
 class EngineMissing(SoftshardError):

@@ -5,9 +5,10 @@ Import `softshard.models.decoder` by its full name: it needs torch, and this pac
 
 from __future__ import annotations
 
-from softshard.models.device import out_of_memory, release_memory, resolve_device, resolve_dtype
+from softshard.models.device import check_device, out_of_memory, release_memory, resolve_device, resolve_dtype
 from softshard.models.folder import (
     check_context,
+    check_packages,
     check_vocabulary,
     check_weights,
     output_size,
@@ -15,15 +16,18 @@ from softshard.models.folder import (
     resolve_model,
     weights_digest,
 )
-from softshard.models.loading import load_model
+from softshard.models.loading import load_empty_model, load_model
 from softshard.models.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, wrap_tokenizer
 
 __all__ = [
     "Tokenizer",
     "check_context",
+    "check_device",
+    "check_packages",
     "check_tokenizer",
     "check_vocabulary",
     "check_weights",
+    "load_empty_model",
     "load_model",
     "load_tokenizer",
     "out_of_memory",

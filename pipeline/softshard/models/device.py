@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING
 
+from softshard.errors import DeviceMissing
+
 if TYPE_CHECKING:
     import torch
 
     from softshard.config import DataType
 
-__all__ = ["out_of_memory", "release_memory", "resolve_device", "resolve_dtype"]
+__all__ = ["check_device", "out_of_memory", "release_memory", "resolve_device", "resolve_dtype"]
 
 
 def resolve_device(device: str) -> str:
@@ -20,6 +22,16 @@ def resolve_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str, *, setting: str) -> None:
+    """Refuse a CUDA device that torch does not see here. Raises DeviceMissing, which names the `setting`."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    num_devices = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= num_devices:
+        raise DeviceMissing(setting=setting, device=device, num_devices=num_devices)
 
 
 def resolve_dtype(dtype: DataType, *, device: str) -> torch.dtype:

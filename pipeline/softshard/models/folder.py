@@ -12,14 +12,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from softshard.errors import ModelInvalid, TryAgain, VocabularyMismatch
+from softshard.errors import ModelInvalid, PackageMissing, TryAgain, VocabularyMismatch
 
 __all__ = [
     "check_context",
+    "check_packages",
     "check_vocabulary",
     "check_weights",
     "output_size",
     "read_architecture",
+    "read_config",
     "resolve_model",
     "weights_digest",
 ]
@@ -89,12 +91,39 @@ def check_context(folder: Path, *, context_tokens: int) -> None:
         raise ModelInvalid(model=str(folder), problem=problem)
 
 
+def check_packages(folder: Path, *, setting: str) -> None:
+    """Refuse a quantised model whose package is not installed. Raises PackageMissing, and ModelInvalid.
+
+    `setting` is the key of the job file that names the model.
+    """
+    config = read_config(folder)
+    values = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if values is None:
+        return
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    method = str(values.get("quant_method", "an unnamed method"))
+    try:
+        AutoHfQuantizer.from_config(dict(values), pre_quantized=True).validate_environment(device_map=None)
+    except ImportError as error:
+        raise PackageMissing(setting=setting, model=str(folder), method=method, problem=str(error)) from error
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        problem = f"is quantised ({method}) and cannot be used here: {error}"
+        raise ModelInvalid(model=str(folder), problem=problem) from error
+
+
 def _text_config(folder: Path) -> Any:
+    return read_config(folder).get_text_config()
+
+
+def read_config(folder: Path) -> Any:
+    """A model's configuration, as transformers reads it. Raises ModelInvalid."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return config.get_text_config()
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelInvalid(model=str(folder), problem=f"its config.json cannot be read: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Loads a model folder as a frozen causal language model on a device."""
+"""Loads a model folder as a frozen causal language model on a device, or without its weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,37 @@ from typing import TYPE_CHECKING, Any
 
 from softshard.errors import ModelInvalid
 from softshard.models.device import out_of_memory
-from softshard.models.folder import check_weights
+from softshard.models.folder import check_weights, read_config
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_model"]
+__all__ = ["load_empty_model", "load_model"]
+
+
+def load_empty_model(folder: Path) -> Any:
+    """The modules of a causal language model without their weights, which takes no memory to speak of.
+
+    Raises:
+        ModelInvalid: the folder's config is not one of a causal language model.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    config = read_config(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        problem = f"is of the kind {config.model_type!r}, which is no causal language model; use another model"
+        raise ModelInvalid(model=str(folder), problem=problem)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelInvalid(model=str(folder), problem=f"cannot be loaded: {error}") from error
+    if getattr(model.config, "is_decoder", True) is False:
+        problem = f"is of the kind {config.model_type!r} and sees the tokens that it should predict; use another model"
+        raise ModelInvalid(model=str(folder), problem=problem)
+    model.name_or_path = str(folder)
+    return model
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
@@ -31,7 +56,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if out_of_memory(error):
             raise
         raise ModelInvalid(model=str(folder), problem=f"cannot be loaded: {error}") from error

@@ -18,6 +18,7 @@ from softshard.output.workspace import Workspace, claim, open_workspace
 from softshard.shard.manifest import Manifest
 from softshard.stages.corpus.stage import ensure_corpora
 from softshard.stages.evaluate import ensure_report
+from softshard.stages.models import check_models
 from softshard.stages.targets.stage import ensure_targets
 from softshard.stages.teacher.stage import ensure_teacher
 from softshard.stages.train.author_cap import check_corpora
@@ -52,7 +53,7 @@ def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES, r
     """
     refuse_without_holdout(job, stages)
     workspace = open_workspace(job)
-    _resolve_models(workspace, stages)
+    check_models(workspace, stages)
     with hold_lease(workspace.out, job=job.name, run=run or uuid.uuid4().hex[:12]) as lease:
         # Checked again: another job may have claimed the empty folder before this run had the lease.
         open_workspace(job)
@@ -103,13 +104,6 @@ def _reported(stage: str, reporter: Reporter) -> Iterator[None]:
     reporter.event("stage_started", stage=stage)
     yield
     reporter.event("stage_finished", stage=stage, seconds=round(time.monotonic() - started, 3))
-
-
-def _resolve_models(workspace: Workspace, stages: Collection[str]) -> None:
-    """Find the models before anything is written, so that a wrong name leaves the output unchanged."""
-    _ = workspace.teacher_model
-    if "train" in stages or "evaluate" in stages:
-        _ = workspace.student_model
 
 
 def refuse_without_holdout(job: Job, stages: Collection[str]) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from softshard.config import Job
 from softshard.corpus.build import count_corpus, first_sequences
-from softshard.models import Tokenizer, check_context, load_tokenizer, resolve_model, weights_digest
+from softshard.models import Tokenizer, resolve_model, weights_digest
+from softshard.output.workspace import Workspace
 from softshard.pilot.measure import (
     NUM_SEQUENCES,
     Extent,
@@ -24,8 +25,11 @@ from softshard.pilot.measure import (
 )
 from softshard.shard.commit import PartSpec
 from softshard.sketch.types import TokenSequence
+from softshard.stages.job import STAGES
+from softshard.stages.models import check_models
 from softshard.stages.train.author_cap import CountedAuthors, count_authors
 from softshard.stages.train.trainings import count_trainings
+from softshard.storage import open_store
 from softshard.teacher.engines import open_teacher, teacher_identity
 from softshard.teacher.protocol import Teacher
 from softshard.telemetry import Reporter, SilentReporter
@@ -99,10 +103,11 @@ def make_plan(
 
     Raises:
         JobInvalid: the target has a budget that no tau keeps.
+        SoftshardError: a model, a device or an engine cannot be used; see `check_models`.
     """
-    folder = resolve_model(job.teacher.model, revision=job.teacher.revision)
-    check_context(folder, context_tokens=job.corpus.context_tokens)
-    tokenizer = load_tokenizer(folder)
+    workspace = Workspace(job=job, out=open_store(job.out))
+    check_models(workspace, STAGES)
+    tokenizer = workspace.teacher_model.tokenizer
     count = count_corpus(
         settings=job.corpus, tokenizer=tokenizer, folds=job.teacher.folds, seed=job.seed, reporter=reporter
     )

@@ -17,7 +17,14 @@ from softshard.config import DataType, TeacherSettings
 from softshard.errors import EngineDiffers
 from softshard.teacher.protocol import Engine, Teacher, TeacherIdentity
 
-__all__ = ["find_engine", "open_teacher", "refuse_other_engine", "run_teacher_identity", "teacher_identity"]
+__all__ = [
+    "check_engine",
+    "find_engine",
+    "open_teacher",
+    "refuse_other_engine",
+    "run_teacher_identity",
+    "teacher_identity",
+]
 
 _AVERAGING = "transformers"
 """Engine that scores with the mean of several adapters where the job's engine cannot."""
@@ -26,6 +33,11 @@ _AVERAGING = "transformers"
 def find_engine(name: str) -> Engine:
     """The engine of a name in `EngineName`. What it needs beyond softshard itself is not imported."""
     return cast("Engine", import_module(f"softshard.teacher.{name}_engine"))
+
+
+def check_engine(settings: TeacherSettings) -> None:
+    """Refuse an engine that is not installed. Raises EngineMissing."""
+    find_engine(settings.engine).process_identity(settings.device, settings.dtype)
 
 
 def teacher_identity(

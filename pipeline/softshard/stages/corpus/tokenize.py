@@ -32,7 +32,7 @@ def is_worth_a_cluster(settings: CorpusSettings, cluster: ClusterSettings) -> bo
     Raises:
         SourceUnreadable: a source cannot be listed.
     """
-    if cluster.scheduler is None and cluster.scheduler_file is None and cluster.most_workers == 1:
+    if cluster.is_local and cluster.most_workers == 1:
         return False
     return sum(file.size or 0 for source in settings.sources for file in list_source(source)) >= _LEAST_BYTES
 

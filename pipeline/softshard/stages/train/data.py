@@ -43,6 +43,7 @@ __all__ = [
     "make_row_filter",
     "open_training_data",
     "other_sets",
+    "refuse_unfit",
     "source_credits",
 ]
 
@@ -145,7 +146,7 @@ def open_training_data(workspace: Workspace, manifest: Manifest) -> TrainingData
     )
     more = settings.targets
     sets = [own, *other_sets(settings)]
-    _refuse_unfit(settings, workspace.student_model, sets[1:], vocab_size=manifest.vocab_size)
+    refuse_unfit(settings, workspace.student_model, sets[1:], vocab_size=manifest.vocab_size)
     _refuse_holdout(own, sets[1:])
     if more is not None and more.how == "blend" and own.weight == 0:
         first = replace(sets[1].targets, where=own.targets.where)
@@ -218,9 +219,16 @@ def other_sets(settings: TrainSettings) -> list[WeightedTargets]:
     return found
 
 
-def _refuse_unfit(
+def refuse_unfit(
     settings: TrainSettings, student: Model, others: Sequence[WeightedTargets], *, vocab_size: int
 ) -> None:
+    """Refuse targets of other jobs that the student could not be trained on beside the job's own.
+
+    Raises:
+        TokenizerMismatch: they were made with another tokenizer than the student's.
+        BlendInvalid: their vocabulary has not `vocab_size` tokens.
+        TargetsUnsuitable: the settings do not suit them.
+    """
     for other in others:
         uri, manifest = other.targets.store.uri, other.targets.manifest
         fingerprint = manifest.tokenizer_fingerprint

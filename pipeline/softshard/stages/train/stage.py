@@ -19,7 +19,6 @@ from softshard.finetune.checkpoint import Checkpoint
 from softshard.finetune.loop import FineTuned, Step, fine_tune
 from softshard.finetune.record import SweptTraining, Trained, TrainingReceipt, find_training, write_trained
 from softshard.finetune.retention import Retention
-from softshard.models import check_context, check_tokenizer, check_vocabulary, output_size
 from softshard.output.workspace import Workspace
 from softshard.records.canonical import canonical_json
 from softshard.records.digest import sha256_hex
@@ -29,7 +28,7 @@ from softshard.stages.holdout import Holdout, make_holdout
 from softshard.stages.train.author_cap import check_author_cap
 from softshard.stages.train.card import make_card
 from softshard.stages.train.data import TrainingData, open_training_data
-from softshard.stages.train.student import Student, make_student
+from softshard.stages.train.student import Student, check_student, make_student
 from softshard.stages.train.trainings import TrainingSpec, training_specs
 from softshard.storage import Store
 from softshard.telemetry import Reporter
@@ -71,7 +70,8 @@ def ensure_trained(
         VocabularyMismatch: the student has no logit for some token of the targets.
     """
     job, store = workspace.job, workspace.adapter
-    _check_student(workspace, manifest)
+    fingerprint, vocab_size = manifest.tokenizer_fingerprint, manifest.vocab_size
+    check_student(workspace, data=workspace.targets.uri, fingerprint=fingerprint, vocab_size=vocab_size)
     data, student = open_training_data(workspace, manifest), make_student(workspace)
     retention_digest = None if retention is None else retention.manifest.digest
     grid, baselines = training_specs(job.train, data, student, retention_digest=retention_digest, seed=job.seed)
@@ -108,14 +108,6 @@ def ensure_trained(
     )
     write_trained(store, trained)
     return trained
-
-
-def _check_student(workspace: Workspace, manifest: Manifest) -> None:
-    student, data = workspace.student_model, workspace.targets.uri
-    check_tokenizer(student.tokenizer, model=student.name, data=data, data_fingerprint=manifest.tokenizer_fingerprint)
-    check_context(student.folder, context_tokens=workspace.job.corpus.context_tokens)
-    size = output_size(student.folder)
-    check_vocabulary(model=student.name, model_size=size, data=data, data_size=manifest.vocab_size)
 
 
 def _find(store: Store, spec: TrainingSpec) -> TrainingReceipt | None:

@@ -7,12 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softshard.finetune.adapters.kinds import load_adapter
-from softshard.models import load_model, resolve_device
+from softshard.config import AdapterKind, LoraSettings
+from softshard.finetune.adapters.kinds import attach_adapter, load_adapter
+from softshard.models import (
+    check_context,
+    check_tokenizer,
+    check_vocabulary,
+    load_empty_model,
+    load_model,
+    output_size,
+    resolve_device,
+)
+from softshard.models.output_layer import output_parts
 from softshard.output.workspace import Model, Workspace
 from softshard.teacher.style import training_precision
 
-__all__ = ["Student", "make_student"]
+__all__ = ["Student", "check_adapter", "check_student", "make_student"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,3 +59,31 @@ def make_student(workspace: Workspace) -> Student:
         device_kind=device_kind,
         num_threads=settings.num_threads,
     )
+
+
+def check_student(workspace: Workspace, *, data: str, fingerprint: str, vocab_size: int) -> None:
+    """Refuse a student that cannot be trained on the targets of a corpus.
+
+    Args:
+        workspace: of the job.
+        data: name of the targets, or of the teacher that will make them, for errors.
+        fingerprint: of the tokenizer that they are made with.
+        vocab_size: of their vocabulary.
+
+    Raises:
+        TokenizerMismatch: the student's tokenizer is another one.
+        VocabularyMismatch: the student has no logit for some token.
+        ModelInvalid: the student has fewer positions than the sequences.
+    """
+    student = workspace.student_model
+    check_tokenizer(student.tokenizer, model=student.name, data=data, data_fingerprint=fingerprint)
+    check_context(student.folder, context_tokens=workspace.job.corpus.context_tokens)
+    size = output_size(student.folder)
+    check_vocabulary(model=student.name, model_size=size, data=data, data_size=vocab_size)
+
+
+def check_adapter(model: Model, kind: AdapterKind, shape: LoraSettings) -> None:
+    """Refuse a model that is no causal language model, or cannot have an adapter of this kind. Raises ModelInvalid."""
+    empty = load_empty_model(model.folder)
+    output_parts(empty.get_output_embeddings(), model=model.name)
+    attach_adapter(empty, kind, shape, seed=0)
