@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,25 @@ from fakes.tiny import TEXTS, save_tiny_model, write_documents
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tensors here are tiny: a second thread costs more than it gives, the more so beside other work.
 torch.set_num_threads(1)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After each module, take what is left in memory, mostly libraries, out of the garbage collector's sight.
+
+    Each model that is let go costs a whole collection: .25 s with a million objects of libraries, .02 s without.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        _freeze()
+
+
+def pytest_collection_finish() -> None:
+    """The same, for what the test modules have imported."""
+    _freeze()
+
+
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

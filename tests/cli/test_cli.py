@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 
 from softshard.cli import main
 from softshard.cli.commands.registry import COMMANDS
+from softshard.cli.job_or_output import job_named
 from softshard.shard.manifest import read_manifest
-from softshard.stages.job import STAGES
+from softshard.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 NAMES = [command.name for command in COMMANDS]
@@ -139,6 +141,29 @@ def test_status_is_readable_at_80_columns_and_is_json_when_asked(finished, capsy
     assert status["stages"][2]["figures"]["parts"] == len(manifest.parts)
 
 
+def test_a_job_is_named_by_its_file_or_by_its_output_alike(finished, tmp_path, capsys):
+    by_output, by_file = [], []
+    for command, said in (("status", by_output), ("run", by_output), ("status", by_file), ("run", by_file)):
+        named = finished if said is by_output else finished / "job.yaml"
+        assert main([command, str(named), "--json", *(["--quiet"] if command == "run" else [])]) == 0
+        said.append({**json.loads(capsys.readouterr().out), "seconds": None})
+    assert by_output[0]["job"] == "tiny"
+    assert by_output[1]["manifest"] == read_manifest(finished / "targets").digest
+    assert by_file == [{**by_output[0], "out": str(finished)}, by_output[1]]
+
+
+def test_an_output_that_was_moved_is_the_output_of_its_job(finished, tmp_path):
+    (tmp_path / "moved").mkdir()
+    shutil.copy(finished / "job.yaml", tmp_path / "moved")
+    assert job_named(str(tmp_path / "moved")).out == str(tmp_path / "moved")
+    assert job_named(str(finished)).out == str(finished)
+
+
+def test_a_folder_without_a_job_is_2(tmp_path, capsys):
+    assert main(["run", str(tmp_path)]) == 2
+    assert f"{tmp_path}/job.yaml: cannot be read" in capsys.readouterr().err
+
+
 def test_verify_of_a_whole_output_is_0_and_of_a_damaged_one_3(finished, tmp_path, capsys):
     import shutil
 
@@ -213,7 +238,7 @@ def test_drifted_schema_is_3_and_named(tmp_path, capsys):
 def test_job_schema_holds_the_defaults(capsys):
     assert main(["schema", "job"]) == 0
     schema = json.loads(capsys.readouterr().out)
-    assert schema["$defs"]["TrainSettings"]["properties"]["alpha"]["default"] == 0.5
+    assert schema["$defs"]["TrainSettings"]["properties"]["alpha"]["default"] == 0.75
     assert schema["additionalProperties"] is False
 
 

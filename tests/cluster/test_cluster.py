@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -17,13 +18,13 @@ import pytest
 from distributed.nanny import WorkerProcess
 from pydantic import ValidationError
 
+from fakes.events import Listener
 from fakes.outputs import wait_for
 from fakes.tasks import run_orders
 from softshard.cluster import cluster as cluster_module
 from softshard.cluster.cluster import open_cluster
 from softshard.config import ClusterSettings
 from softshard.errors import TryAgain
-from softshard.telemetry import SilentReporter
 
 
 def test_adaptive_cluster_grows_for_the_work_and_shrinks_after_it(tmp_path):
@@ -99,19 +100,17 @@ def test_settings_of_two_clusters_at_once_are_refused(settings):
         ClusterSettings(**settings)
 
 
-class Listener(SilentReporter):
-    def __init__(self):
-        self.said = []
-
-    def say(self, message):
-        self.said.append(message)
+def test_a_local_cluster_offers_a_dashboard_only_where_it_has_one(cluster, listener):
+    has_bokeh = importlib.util.find_spec("bokeh") is not None
+    dashboard = f"; dashboard: {cluster.client.dashboard_link}" if has_bokeh else ""
+    assert listener.said[0] == f"cluster: 2 local worker(s){dashboard}"
 
 
 def test_the_dashboard_is_named(cluster):
-    listener = Listener()
-    with open_cluster(ClusterSettings(scheduler=cluster.client.scheduler.address), listener):
+    other = Listener()
+    with open_cluster(ClusterSettings(scheduler=cluster.client.scheduler.address), other):
         pass
-    (line,) = listener.said
+    (line,) = other.said
     address = line.partition("dashboard: ")[2]
     assert address == cluster.client.dashboard_link
     # The scheduler's own page of its health lies beside the dashboard, which needs bokeh.

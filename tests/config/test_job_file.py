@@ -43,7 +43,7 @@ def test_defaults_are_those_of_the_design(tmp_path):
     assert job.target.kind == "threshold"
     assert job.target.tau == pytest.approx(1 / 24)
     assert job.teacher.folds == 2
-    assert job.train.alpha <= 0.5
+    assert job.train.alpha == 0.75
     assert job.corpus.overlap_tokens < job.corpus.context_tokens
 
 

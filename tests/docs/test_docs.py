@@ -171,7 +171,7 @@ def test_job_of_the_readme_is_a_job(tmp_path):
 def test_demo_job_is_a_job():
     job = load_job(ROOT / "jobs/demo.yaml", check_paths=False)
     assert job.out == "runs/demo"
-    assert job.train.alpha <= 0.5
+    assert job.train.alpha == 0.75
     assert job.train.baseline is not None
     assert len(job.train.baseline.learning_rates) == 3
 

@@ -7,9 +7,20 @@ import json
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from softshard.telemetry import SilentReporter
 from softshard.telemetry.lineage import LineageReporter, dataset_name
 
 RUN = "11111111-2222-4333-8444-555555555555"
+
+
+class Listener(SilentReporter):
+    """Keeps the lines for people, in `said`."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, message):
+        self.said.append(message)
 
 
 def lines(path):

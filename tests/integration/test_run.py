@@ -28,7 +28,8 @@ from softshard.errors import (
 from softshard.finetune.adapters.lora import load_adapter
 from softshard.models import load_model
 from softshard.shard.manifest import read_manifest
-from softshard.stages.job import STAGES, run_job
+from softshard.stages import STAGES
+from softshard.stages.job import run_job
 from softshard.storage import LocalStore
 from softshard.telemetry import SilentReporter
 

@@ -271,7 +271,7 @@ def dag(monkeypatch):
 
 
 def test_airflow_runs_the_stages_one_after_the_other_one_night_at_a_time(dag):
-    from softshard.stages.job import STAGES
+    from softshard.stages import STAGES
 
     assert dag["STAGES"] == STAGES
     assert dag["task"].task_id == STAGES[-1]

@@ -46,14 +46,14 @@ def make_parser(commands: Iterable[Command]) -> argparse.ArgumentParser:
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the job file, and the arguments on progress."""
-    parser.add_argument("job", metavar="JOB.yaml", help="the job file")
+    """Add the job, and the arguments on progress."""
+    parser.add_argument("job", metavar="JOB.yaml", help="the job file, or the output folder of a job that has run")
     add_progress_arguments(parser)
 
 
 def add_out_argument(parser: argparse.ArgumentParser) -> None:
     """Add the output folder."""
-    parser.add_argument("out", metavar="OUT", help="output folder of a job")
+    parser.add_argument("out", metavar="OUT", help="output folder of a job, or its job file")
 
 
 def add_progress_arguments(parser: argparse.ArgumentParser) -> None:

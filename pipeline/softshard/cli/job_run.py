@@ -5,26 +5,31 @@ Whatever ends the run, its last event is `run_finished` with the exit code.
 
 from __future__ import annotations
 
+import sys
 import time
 import uuid
 from collections.abc import Collection
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+from softshard.cli.job_or_output import job_named
 from softshard.cli.memory import keep_freed_memory
 from softshard.config import Job
-from softshard.config.job_file import load_job
 from softshard.errors import exit_code_for
-from softshard.stages.job import Outcome, run_job
 from softshard.telemetry import FanOut
 from softshard.telemetry.lineage import LineageReporter, dataset_name, is_configured
+from softshard.telemetry.log import STDERR
+from softshard.telemetry.redaction import without_credentials
 from softshard.telemetry.sinks import Sinks, add_metrics, open_reporter, warn
 
-__all__ = ["run_job_file"]
+if TYPE_CHECKING:
+    from softshard.stages.job import Outcome
+
+__all__ = ["run_named_job"]
 
 
-def run_job_file(path: str | Path, *, stages: Collection[str], sinks: Sinks) -> Outcome:
-    """Run some stages of a job file; sends the events of the run to every outlet.
+def run_named_job(argument: str, *, stages: Collection[str], sinks: Sinks) -> Outcome:
+    """Run some stages of the job that a job file or an output names; sends the events of the run to every sink.
 
     Raises:
         ExtraMissing: an outlet needs a package that is not installed.
@@ -35,7 +40,7 @@ def run_job_file(path: str | Path, *, stages: Collection[str], sinks: Sinks) -> 
     reporter = open_reporter(sinks, run=run)
     started = time.monotonic()
     try:
-        outcome = _run(load_job(path), reporter, stages, sinks=sinks, run=run)
+        outcome = _run(job_named(argument), reporter, stages, sinks=sinks, run=run)
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         _finish(reporter, exit_code_for(error), started, reason)
@@ -54,7 +59,12 @@ def _run(job: Job, reporter: FanOut, stages: Collection[str], *, sinks: Sinks, r
     if is_configured():
         reporter.add(_lineage(job, reporter, run=run))
     reporter.event("run_started", run=run, job=job.name, stages=",".join(stages))
+    if not sinks.quiet and sinks.log != STDERR:
+        _announce(job)
     keep_freed_memory()
+    # The imports take seconds.
+    from softshard.stages.job import run_job
+
     outcome = run_job(job, reporter, stages=stages, run=run)
     manifest = outcome.manifest
     if manifest is not None:
@@ -67,6 +77,13 @@ def _run(job: Job, reporter: FanOut, stages: Collection[str], *, sinks: Sinks, r
             bytes=manifest.totals.num_bytes,
         )
     return outcome
+
+
+def _announce(job: Job) -> None:
+    """Tell a person at a terminal, before anything that takes time, that the job file is read and where results go."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"softshard: job {job.name}, output {without_credentials(job.out)}\n")
+        sys.stderr.flush()
 
 
 def _lineage(job: Job, reporter: FanOut, *, run: str) -> LineageReporter:

@@ -16,6 +16,7 @@ from types import FrameType
 from softshard.cli.arguments import make_parser
 from softshard.cli.command import Command
 from softshard.cli.commands.registry import COMMANDS
+from softshard.cli.job_or_output import output_named
 from softshard.errors import EXIT_BUG, EXIT_TRY_AGAIN, SoftshardError, full_disk
 
 __all__ = ["main"]
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _silence_libraries()
     try:
         command: Command = arguments.command
+        if "out" in arguments:
+            arguments.out = output_named(arguments.out)
         return command.execute(arguments)
     except SoftshardError as error:
         return _fail(arguments, error, error.exit_code)

@@ -199,7 +199,7 @@ def open_cluster(settings: ClusterSettings, reporter: Reporter | None = None) ->
         else:
             client = stack.enter_context(_connect(settings.scheduler or _read_address(str(settings.scheduler_file))))
         cluster = Cluster(client, settings, reporter)
-        cluster.say(f"cluster: {_description(settings)}; dashboard: {_dashboard(client)}")
+        cluster.say(f"cluster: {_description(settings)}{_dashboard(client)}")
         yield cluster
 
 
@@ -210,10 +210,10 @@ def _description(settings: ClusterSettings) -> str:
 
 
 def _dashboard(client: Any) -> str:
-    address = client.dashboard_link
+    """The address of the dashboard; nothing where a local scheduler has none, because the extra is not installed."""
     if client.cluster is not None and importlib.util.find_spec("bokeh") is None:
-        return f"{address} (needs bokeh: install softshard[dashboard])"
-    return str(address)
+        return ""
+    return f"; dashboard: {client.dashboard_link}"
 
 
 @contextmanager

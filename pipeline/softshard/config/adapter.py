@@ -53,11 +53,11 @@ class LoraSettings(Settings):
 class OptimizerSettings(Settings):
     """AdamW with a linear warm-up, then cosine decay to a tenth of the highest learning rate."""
 
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Highest learning rate."""
-    epochs: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Highest learning rate. The default did best for a model of 135M parameters; larger models need smaller ones."""
+    epochs: float = Field(default=2.0, gt=0)
     """Passes over the data; fractions are allowed."""
-    batch_tokens: int = Field(default=4096, ge=1)
+    batch_tokens: int = Field(default=1024, ge=1)
     """Token budget of a batch, padding included; a longer sequence is a batch of its own."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""

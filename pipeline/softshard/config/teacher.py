@@ -70,7 +70,7 @@ class TeacherSettings(Settings):
     model is not adapted."""
     lora: LoraSettings = LoraSettings()
     """Shape of the adapters."""
-    optimizer: OptimizerSettings = OptimizerSettings(epochs=2.0)
+    optimizer: OptimizerSettings = OptimizerSettings()
     """How the adapters are trained."""
     training_dtype: DataType = "auto"
     """Type of the frozen weights while the adapters are trained."""

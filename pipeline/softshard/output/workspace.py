@@ -103,8 +103,10 @@ def _name_in(store: Store) -> str | None:
     return None if values is None else str(values["name"])
 
 
-def saved_job(store: Store) -> Job:
-    """The job that last ran in an output, from its `job.yaml`; its sources and models need not exist any more.
+def saved_job(store: Store, *, check_paths: bool = False) -> Job:
+    """The job that last ran in an output, from its `job.yaml`.
+
+    With `check_paths`, its sources and models must still exist.
 
     Raises:
         JobInvalid: there is no `job.yaml`, or not one of this version.
@@ -114,7 +116,7 @@ def saved_job(store: Store) -> Job:
         content = store.read(_JOB_FILE)
     except OSError as error:
         raise JobInvalid(file=file, place="", problem="cannot be read: there is no output of softshard here") from error
-    return parse_job(content, file=file, check_paths=False)
+    return parse_job(content, file=file, check_paths=check_paths)
 
 
 def open_workspace(job: Job) -> Workspace:

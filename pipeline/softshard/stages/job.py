@@ -16,6 +16,7 @@ from softshard.finetune.record import Trained
 from softshard.output.lease import Lease, hold_lease
 from softshard.output.workspace import Workspace, claim, open_workspace
 from softshard.shard.manifest import Manifest
+from softshard.stages import STAGES
 from softshard.stages.corpus.stage import ensure_corpora
 from softshard.stages.evaluate import ensure_report
 from softshard.stages.models import check_models
@@ -25,9 +26,7 @@ from softshard.stages.train.author_cap import check_corpora
 from softshard.stages.train.stage import ensure_trained
 from softshard.telemetry import Reporter
 
-__all__ = ["STAGES", "Outcome", "refuse_without_holdout", "run_job"]
-
-STAGES = ("corpus", "teacher", "targets", "train", "evaluate")
+__all__ = ["Outcome", "refuse_without_holdout", "run_job"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from softshard.telemetry.reporter import EventValue, Progress
+
+if TYPE_CHECKING:
+    from rich.table import Column
 
 __all__ = ["ConsoleReporter"]
 
 _SECONDS_BETWEEN_LINES = 10.0
+_NARROW = 100
+"""Columns; a narrower terminal shows no bar, so that there is room for the text."""
+_WIDTH_OF_BAR = 16
+_WIDTH_OF_TIMES = 20
+"""Columns of the elapsed time, the time to go and the gaps, which a longer text must not push off the line."""
 
 
 class ConsoleReporter:
@@ -44,15 +53,20 @@ class ConsoleReporter:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
+        from rich.table import Column
 
-        columns = (
-            TextColumn("{task.description:<22.22}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Bars(*columns, console=Console(stderr=True)) as bars:
+        console = Console(stderr=True)
+        text_width = console.width - _WIDTH_OF_TIMES
+        columns = [
+            TextColumn("{task.description}", table_column=_text_column(2 * text_width // 5)),
+            BarColumn(bar_width=_WIDTH_OF_BAR),
+            TextColumn("{task.fields[state]}", table_column=_text_column(3 * text_width // 5)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        ]
+        if console.width < _NARROW:
+            del columns[1]
+        with Bars(*columns, console=console) as bars:
             task = bars.add_task(label, total=total, state="")
 
             def update(done: float, *, note: str = "", total: float | None = total) -> None:
@@ -78,6 +92,15 @@ class ConsoleReporter:
         self.say(f"{label}: {state}, done in {time.monotonic() - started:.1f} s")
 
 
+def _text_column(width: int) -> Column:
+    from rich.table import Column
+
+    return Column(no_wrap=True, overflow="ellipsis", min_width=width, max_width=width)
+
+
 def _state(done: float, total: float | None, unit: str, note: str) -> str:
-    amount = f"{done:,.0f}/{total:,.0f} {unit}" if total is not None else f"{done:,.0f} {unit}"
+    if unit == "%":
+        amount = f"{done:.0f}%"
+    else:
+        amount = f"{done:,.0f}/{total:,.0f} {unit}" if total is not None else f"{done:,.0f} {unit}"
     return f"{amount}, {note}" if note else amount

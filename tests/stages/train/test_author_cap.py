@@ -27,8 +27,9 @@ from softshard.models.decoder import Decoder
 from softshard.output.workspace import open_workspace
 from softshard.shard.manifest import read_manifest
 from softshard.shard.read import read_rows
+from softshard.stages import STAGES
 from softshard.stages.corpus.stage import StoredCorpus
-from softshard.stages.job import STAGES, run_job
+from softshard.stages.job import run_job
 from softshard.stages.train.author_cap import CountedText, check_author_cap, expected_shares
 from softshard.stages.train.data import open_training_data
 from softshard.storage import LocalStore

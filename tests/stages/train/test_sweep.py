@@ -13,7 +13,8 @@ from softshard.cli.commands.run import render_summary
 from softshard.config.job_file import load_job
 from softshard.errors import JobInvalid
 from softshard.finetune.record import read_trained
-from softshard.stages.job import STAGES, run_job
+from softshard.stages import STAGES
+from softshard.stages.job import run_job
 from softshard.stages.train.trainings import count_trainings
 from softshard.telemetry import SilentReporter
 

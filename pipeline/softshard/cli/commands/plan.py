@@ -44,12 +44,13 @@ def _pilot_size(text: str) -> int:
 
 
 def _execute(arguments: argparse.Namespace) -> int:
+    from softshard.cli.job_or_output import job_named
     from softshard.cli.reporting import make_reporter
-    from softshard.config.job_file import load_job
-    from softshard.stages.job import STAGES, refuse_without_holdout
+    from softshard.stages import STAGES
+    from softshard.stages.job import refuse_without_holdout
     from softshard.stages.plan import make_plan
 
-    job = load_job(arguments.job)
+    job = job_named(arguments.job)
     refuse_without_holdout(job, STAGES)
     plan = make_plan(
         job,

@@ -27,11 +27,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _execute(arguments: argparse.Namespace) -> int:
-    from softshard.cli.job_run import run_job_file
+    from softshard.cli.job_run import run_named_job
     from softshard.cli.reporting import make_sinks
-    from softshard.stages.job import STAGES
+    from softshard.stages import STAGES
 
-    outcome = run_job_file(arguments.job, stages=STAGES, sinks=make_sinks(arguments))
+    outcome = run_named_job(arguments.job, stages=STAGES, sinks=make_sinks(arguments))
     print_result(arguments, _summary_values(outcome), render_summary(outcome))
     return 0
 

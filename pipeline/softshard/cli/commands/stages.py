@@ -26,11 +26,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _execute(arguments: argparse.Namespace) -> int:
     from softshard.cli.commands.status import render_status
-    from softshard.cli.job_run import run_job_file
+    from softshard.cli.job_run import run_named_job
     from softshard.cli.reporting import make_sinks
     from softshard.output.status import read_status
 
-    outcome = run_job_file(arguments.job, stages=(arguments.command.name,), sinks=make_sinks(arguments))
+    outcome = run_named_job(arguments.job, stages=(arguments.command.name,), sinks=make_sinks(arguments))
     status = read_status(outcome.out)
     print_result(arguments, status, render_status(status))
     return 0
