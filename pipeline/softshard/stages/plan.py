@@ -25,7 +25,7 @@ from softshard.pilot.measure import (
 )
 from softshard.shard.commit import PartSpec
 from softshard.sketch.types import TokenSequence
-from softshard.stages.job import STAGES
+from softshard.stages import STAGES
 from softshard.stages.models import check_models
 from softshard.stages.train.author_cap import CountedAuthors, count_authors
 from softshard.stages.train.trainings import count_trainings
