@@ -410,3 +410,19 @@ def test_source_whose_field_is_misspelled_is_refused_and_not_passed_over(tmp_pat
     chosen = settings(letters, sources=[{**source, "rights_basis": "owned", "text_field": "txet"}])
     with pytest.raises(SourceUnreadable, match=r"none of its 48 documents has text in the field 'txet'; check"):
         count_corpus(settings=chosen, tokenizer=tokenizer, folds=0, seed=1, reporter=SilentReporter())
+
+
+def test_text_that_two_sources_spell_with_other_white_space_is_in_one_split_and_one_fold(tmp_path, tokenizer):
+    """200 texts as JSON Lines, and again as files that end with a newline."""
+    stories = [f"On day {i} the boat came in. It had nothing in it.\n\nDay {i} ended." for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories))
+    (tmp_path / "files").mkdir()
+    for i, text in enumerate(stories):
+        (tmp_path / f"files/{i:03}.txt").write_text(f"{text}\n")
+    about = {"style": "plain", "license": "CC0-1.0", "rights_basis": "owned"}
+    sources = [{"name": name, "uri": str(tmp_path / name), **about} for name in ("rows.jsonl", "files")]
+    manifest = build(tmp_path, tmp_path / "out", tokenizer, sources=sources)
+    assert (manifest.counts["kept"], manifest.counts["duplicate"]) == (200, 200)
+    documents = pl.concat([pl.read_parquet(tmp_path / "out" / file.path) for file in manifest.documents])
+    assert documents["source"].unique().to_list() == ["rows.jsonl"]
+    assert len(documents) == 200

@@ -52,9 +52,52 @@ def test_bytes_are_those_of_the_normalised_text():
 
 
 def test_texts_that_are_equal_once_normalised_are_kept_once():
-    kept, screen = admit_all(["caf\u00e9\n", "cafe\u0301\r\n", "caf\u00e9", "caf\u00e9\n"])
+    kept, screen = admit_all(["caf\u00e9\n", "cafe\u0301\r\n", "caf\u00e9", "caf\u00e9\n"], duplicates="exact")
     assert [document is not None for document in kept] == [True, False, True, False]
     assert screen.counts["duplicate"] == 2
+
+
+SPELLINGS = {
+    "He wrote: no.": "exact",
+    "He wrote: no.\n": "spacing",
+    "\n  He\u00a0wrote:\n\nno.": "spacing",
+    "he wrote -- No!": "words",
+    "HE WROTE: NO": "words",
+    "Hewrote: no.": None,
+    "He wrote no. 1.": None,
+}
+
+
+@pytest.mark.parametrize("duplicates", ["exact", "spacing", "words"])
+def test_setting_says_what_makes_documents_duplicates_and_the_first_is_kept_as_written(duplicates):
+    order = ["exact", "spacing", "words"]
+    expected = [text for text, by in SPELLINGS.items() if by is None or order.index(by) > order.index(duplicates)]
+    kept, screen = admit_all(["He wrote: no.", *SPELLINGS], duplicates=duplicates)
+    assert [document.text for document in kept if document] == ["He wrote: no.", *expected]
+    assert screen.counts["duplicate"] == len(SPELLINGS) - len(expected)
+
+
+@pytest.mark.parametrize("duplicates", ["spacing", "words"])
+def test_long_texts_are_compared_as_a_whole(duplicates):
+    words = [f"word{i}" for i in range(40_000)]
+    text = " ".join(words)
+    long_word = "x" * 200_000
+    same = ["\n".join(words), "  ".join(words) + "\n", f" {long_word}\t{long_word}"]
+    other = [" ".join(words[:-1]), " ".join([*words, "end"]), text.replace("word20000 ", "word 20000 "), long_word * 2]
+    kept, _ = admit_all([text, f"{long_word} {long_word}", *same, *other], duplicates=duplicates)
+    assert [document is not None for document in kept] == [True, True, *[False] * len(same), *[True] * len(other)]
+
+
+def test_texts_without_words_are_compared_by_their_signs():
+    kept, _ = admit_all(["* * *", "*  * *\n", "!?"], duplicates="words")
+    assert [document is not None for document in kept] == [True, False, True]
+
+
+def test_the_rule_for_duplicates_moves_no_document_to_another_split_or_fold():
+    texts = [f"document {i}\n" for i in range(100)]
+    by_rule = [admit_all(texts, folds=3, duplicates=rule)[0] for rule in ("exact", "spacing", "words")]
+    places = [[(d.document_id, d.split, d.fold) for d in kept] for kept in by_rule]
+    assert places[0] == places[1] == places[2]
 
 
 def test_each_outcome_is_counted_and_its_first_document_named():

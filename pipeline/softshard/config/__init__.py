@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from softshard.config.adapter import AdapterKind, DataType, LoraSettings, OptimizerSettings
 from softshard.config.cluster import AdaptiveSettings, ClusterSettings
-from softshard.config.corpus import CorpusSettings, SourceSettings
+from softshard.config.corpus import CorpusSettings, Duplicates, SourceSettings
 from softshard.config.data import (
     BalanceSettings,
     LabelWeightSettings,
@@ -41,6 +41,7 @@ __all__ = [
     "ClusterSettings",
     "CorpusSettings",
     "DataType",
+    "Duplicates",
     "EvaluateSettings",
     "FullSketch",
     "Job",

@@ -13,6 +13,7 @@ from softshard.storage.location import OUTPUT_FORMS, find_store_kind, find_uri_p
 
 __all__ = [
     "CorpusSettings",
+    "Duplicates",
     "SourceSettings",
     "output_uri",
     "plain_uri",
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     FormatName = str
 else:
     FormatName = Literal["auto", *FORMATS]
+
+
+Duplicates = Literal["exact", "spacing", "words"]
+"""What makes two documents duplicates, from the strictest."""
 
 
 class SourceSettings(Settings):
@@ -94,6 +99,9 @@ class CorpusSettings(Settings):
     """Tokens that a window shares with the window before it: context, whose targets are not stored again."""
     normalisation: Literal["NFC", "NFKC", "none"] = "NFC"
     """Unicode normalisation."""
+    duplicates: Duplicates = "spacing"
+    """What makes two documents duplicates, of which the first is kept: `exact`: the same normalised text; `spacing`: the
+    same but for white space; `words`: the same but for white space, punctuation and case."""
     max_document_bytes: int = Field(default=64 * 2**20, ge=1)
     """Longest document; a longer one is counted, reported and left out, and is never held in memory."""
     sequences_per_part: int = Field(default=256, ge=1)

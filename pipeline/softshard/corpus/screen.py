@@ -1,26 +1,44 @@
 """Screens raw documents: normalises them, drops unusable ones and duplicates, and assigns a split and a fold.
 
 The hold-out is chosen by a hash of (seed, text) directly after normalisation, so it depends only on the seed, the text
-and the fraction, and not on the order or on other documents. A larger fraction only adds documents to it. About 100
-bytes per document are kept in memory, to find duplicates.
+and the fraction, and not on the order or on other documents. A larger fraction only adds documents to it.
 
-With every Unicode form, line ends become LF and NUL characters are dropped: neither is part of the writing, and texts
-that differ only in them are duplicates.
+Of documents that are duplicates the first is kept, as it is written there; so no text is in two splits or two folds.
+What makes two documents duplicates is a setting (`Duplicates`), by default equal text apart from white space: the same
+text from a JSON field and from a file often differs in a final newline. About 100 bytes per document are kept in
+memory to find them.
+
+With every Unicode form, line ends become LF and NUL characters are dropped: neither is part of the writing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from softshard.config import CorpusSettings, SourceSettings
+from softshard.config import CorpusSettings, Duplicates, SourceSettings
 from softshard.sources.documents import RawDocument
 
-__all__ = ["Screen", "ScreenedDocument", "Split", "assign_fold", "assign_split", "make_document_id", "normalise"]
+__all__ = [
+    "Screen",
+    "ScreenedDocument",
+    "Split",
+    "assign_fold",
+    "assign_split",
+    "make_document_id",
+    "make_duplicate_key",
+    "normalise",
+]
 
 Split = Literal["train", "test"]
+
+_PIECE_CHARACTERS = 2**16
+_SPACE = re.compile(r"\s")
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +72,37 @@ def make_document_id(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def make_duplicate_key(text: str, *, by: Duplicates) -> bytes:
+    """16 bytes that are equal for documents that are duplicates of each other.
+
+    Args:
+        text: normalised.
+        by: `exact`: the text; `spacing`: its words, divided by white space; `words`: its runs of letters and digits,
+            whatever their case, or the same as `spacing` for a text without any.
+    """
+    if by == "exact":
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    spelling = str.split if by == "spacing" or _WORD.search(text) is None else _plain_words
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in _pieces(text):
+        digest.update("".join(f"{word} " for word in spelling(piece)).encode())
+    return digest.digest()
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces that end with white space: a list of all words of a long text would be large."""
+    start = 0
+    while start < len(text):
+        space = _SPACE.search(text, start + _PIECE_CHARACTERS)
+        stop = len(text) if space is None else space.end()
+        yield text[start:stop]
+        start = stop
+
+
+def _plain_words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
 def assign_split(document_id: str, *, seed: int, holdout_fraction: float) -> Split:
     """`test` where a hash of (seed, document_id), as a number in [0, 1), is below the fraction."""
     return "test" if _hash(seed, document_id, "holdout") < holdout_fraction * 2**64 else "train"
@@ -74,7 +123,7 @@ class Screen:
 
     def __init__(self, settings: CorpusSettings, *, folds: int, seed: int) -> None:
         self._settings, self._folds, self._seed = settings, folds, seed
-        self._digests: set[bytes] = set()
+        self._keys: set[bytes] = set()
         self._first: dict[str, str] = {}
         self._counts = dict.fromkeys(("kept", "empty", "undecodable", "oversize", "malformed", "duplicate"), 0)
 
@@ -89,7 +138,7 @@ class Screen:
         return sum(self._counts.values())
 
     def admit(self, raw: RawDocument, *, source: SourceSettings) -> ScreenedDocument | None:
-        """The screened document, or None for one that is dropped; of equal texts the first is kept."""
+        """The screened document, or None for one that is dropped; of duplicates the first is kept."""
         if raw.text is None:
             assert raw.problem is not None
             self._leave_out(raw.problem, raw.name)
@@ -101,10 +150,10 @@ class Screen:
         if not text or text.isspace():
             self._leave_out("empty", raw.name)
             return None
-        if (digest := bytes.fromhex(document_id)) in self._digests:
+        if (key := make_duplicate_key(text, by=self._settings.duplicates)) in self._keys:
             self._leave_out("duplicate", raw.name)
             return None
-        self._digests.add(digest)
+        self._keys.add(key)
         self._counts["kept"] += 1
         return ScreenedDocument(
             document_id=document_id,
