@@ -1,5 +1,6 @@
 """Faults of what comes from elsewhere: job files, documents, models, disks and clocks."""
 
+import errno
 import gzip
 import json
 import os
@@ -194,6 +195,20 @@ def _(place):
     place.read_file("a.jsonl", good() + lines({"text": copy}))
 
 
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """the same text from two sources
+    as JSON Lines, and again as files that end with a newline
+    corpus: 20 of 40 documents kept; left out 20 duplicate (first: …/files/00.txt)
+    """
+    (place.folder / "files").mkdir()
+    for number, line in enumerate(good().splitlines()):
+        (place.folder / f"files/{number:02}.txt").write_text(f"{json.loads(line)['text']}\n")
+    place.read_file("a.jsonl", good())
+    source = yaml.safe_load((place.folder / "job.yaml").read_text())["corpus"]["sources"][0]
+    place.change_job(corpus={"sources": [source, {**source, "name": "t", "uri": str(place.folder / "files")}]})
+
+
 @documents("corpus IN/job.yaml", 3)
 def _(place):
     """a truncated gzip file
@@ -310,6 +325,16 @@ def _(place):
     IN/model: the folder has no config.json, so it is not a transformers model
     """
     (model_of(place) / "config.json").unlink()
+
+
+@models("corpus IN/job.yaml", 2)
+def _(place):
+    """a misspelt folder
+    the job names IN/modle, beside which there is IN/model
+    IN/job.yaml: line …, teacher.model: IN/modle: no such folder (did you mean IN/model?)
+    """
+    model_of(place)
+    place.change_job(teacher={"model": str(place.folder / "modle")})
 
 
 @models("run IN/job.yaml", 3)
@@ -442,6 +467,21 @@ def _(place):
     """
     mounted(place, str(place.out), "--bind", str(place.out))
     subprocess.run(["mount", "-o", "remount,bind,ro", str(place.out)], check=True)
+
+
+@machines("corpus IN/job.yaml", 2)
+def _(place):
+    """a file system without hard links
+    `link` fails with ENOSYS, as on gcsfuse
+    OUT: cannot be written: its file system makes no hard links (Function not implemented), …
+    """
+
+    def no_links(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    shutil.rmtree(place.out)
+    place.undo.callback(setattr, os, "link", os.link)
+    os.link = no_links
 
 
 @machines("corpus IN/job.yaml", 2)

@@ -12,7 +12,7 @@ import zstandard
 from pydantic import ValidationError
 
 from softshard.config import SourceSettings
-from softshard.errors import SourceUnreadable, StorageFull
+from softshard.errors import SourceUnavailable, SourceUnreadable, StorageFull
 from softshard.sources.read import list_source, read_documents
 
 LIMIT = 2**20
@@ -321,8 +321,8 @@ def test_what_datasets_refuses_is_refused_by_name(tmp_path):
         read(tmp_path, format="datasets")
 
 
-def test_data_set_that_cannot_be_reached_is_refused_by_name():
-    with pytest.raises(SourceUnreadable, match="nobody/nothing-of-this-name"):
+def test_data_set_that_cannot_be_reached_is_named_as_a_reason_to_try_again():
+    with pytest.raises(SourceUnavailable, match=r"nobody/nothing-of-this-name.*ConnectionError"):
         list_source(source("nobody/nothing-of-this-name", format="datasets"))
 
 

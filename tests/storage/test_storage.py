@@ -1,3 +1,4 @@
+import errno
 import gzip
 import os
 import subprocess
@@ -6,7 +7,7 @@ import sys
 import pytest
 import zstandard
 
-from softshard.errors import JobInvalid, PartConflict, SourceUnreadable
+from softshard.errors import JobInvalid, OutputUnusable, PartConflict, SourceUnreadable
 from softshard.storage import LocalStore, list_inputs, open_input
 
 
@@ -74,6 +75,35 @@ def test_odd_names_work(tmp_path, name):
 def test_a_name_that_no_file_can_have_is_refused(tmp_path):
     with pytest.raises(JobInvalid, match="NUL"):
         LocalStore(tmp_path).put_once("nul\0", b"")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("write", ["put_once", "create_exclusive"])
+def test_a_file_system_without_hard_links_is_refused_with_the_way_out(tmp_path, monkeypatch, write, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(OutputUnusable) as caught:
+        getattr(LocalStore(tmp_path / "out"), write)("a/r.json", b"1")
+    assert caught.value.exit_code == 2
+    for said in ("makes no hard links", os.strerror(number), "a local disk or on NFS, or to s3://bucket/prefix"):
+        assert said in str(caught.value)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_folder_that_alone_takes_no_link_is_named_with_its_own_reason(tmp_path, monkeypatch):
+    link = os.link
+
+    def refuse(source, target):
+        if "/a/" in str(target):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(OutputUnusable, match=r"a/r\.json: cannot be written: Operation not permitted"):
+        LocalStore(tmp_path).put_once("a/r.json", b"1")
+    assert list((tmp_path / ".tmp").iterdir()) == []
 
 
 def test_full_disk_is_one_line_to_try_again_and_leaves_nothing_half():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from fakes.events import RUN, a_run, fail_on, lines
 from softshard.errors import JobInvalid
-from softshard.telemetry.log import JsonLog
+from softshard.telemetry.log import JsonLog, json_stderr, log_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,3 +87,25 @@ def test_log_line_of_the_operation_page_has_the_keys_of_a_real_one(tmp_path):
     a_run(log, parts=1)
     (part,) = [line for line in lines(tmp_path / "log.jsonl") if line["event"] == "part_committed"]
     assert list(json.loads(shown)) == list(part)
+
+
+def test_whatever_libraries_write_to_stderr_is_json_where_the_log_goes_there(capsys):
+    library = logging.Logger("library")
+    own = log_line("message", message="one of ours")
+    with json_stderr():
+        library.addHandler(logging.StreamHandler())
+        library.warning("Retrying in 1s\n[Retry 1/5].")
+        sys.stderr.write(f"{own}\n\n")
+        print("https://me:secret@hub.example/x", file=sys.stderr)
+        sys.stderr.write("\r 50%|##")
+        sys.stderr.write("\r100%|####")
+    written = capsys.readouterr().err.splitlines()
+    assert own in written
+    said = [json.loads(line) for line in written]
+    assert [line["message"] for line in said if line["event"] == "library_message"] == [
+        "Retrying in 1s",
+        "[Retry 1/5].",
+        "https://***@hub.example/x",
+        "50%|##",
+        "100%|####",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -99,3 +100,23 @@ def test_operation_page_names_every_event_and_alerts_on_metrics_that_there_are(t
     assert len(expressions) == 4
     used = {name for expression in expressions for name in re.findall(r"softshard_\w+", expression)}
     assert used <= {name for name, _ in samples(file)}
+
+
+def test_log_on_stderr_is_json_alone_while_the_hub_is_away(tiny_job, tmp_path, monkeypatch, capsys):
+    import datasets
+
+    def away(*_, **__):
+        logger = logging.Logger("a library")
+        logger.addHandler(logging.StreamHandler())
+        logger.warning("connection refused\nRetrying in 1s [Retry 1/5].")
+        raise ConnectionError("the hub does not answer")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", away)
+    source = {"name": "s", "uri": "somebody/letters", "format": "datasets", "style": "plain"}
+    sources = [{**source, "license": "CC0-1.0", "rights_basis": "owned"}]
+    job = tiny_job(tmp_path, corpus={"sources": sources}, train={"retention": None})
+    assert main(["corpus", str(job), "--log", "-"]) == 75
+    log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    messages = [line["message"] for line in log if line["event"] == "library_message"]
+    assert messages == ["connection refused", "Retrying in 1s [Retry 1/5]."]
+    assert (log[-1]["event"], log[-1]["exit_code"]) == ("failed", 75)

@@ -27,6 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser(COMMANDS).parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     _silence_libraries()
+    with _stderr_as_asked(arguments):
+        return _execute(arguments)
+
+
+def _stderr_as_asked(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Lines of JSON alone on stderr where the log goes there."""
+    from softshard.telemetry.log import STDERR, json_stderr
+
+    return json_stderr() if getattr(arguments, "log", None) == STDERR else contextlib.nullcontext()
+
+
+def _execute(arguments: argparse.Namespace) -> int:
+    """Execute the command; an error is written to stderr and becomes the exit code."""
     try:
         command: Command = arguments.command
         if "out" in arguments:

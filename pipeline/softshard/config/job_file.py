@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from softshard.config import Job, SourceSettings
 from softshard.config.base import KeyInvalid
 from softshard.errors import JobInvalid
+from softshard.storage import did_you_mean
 from softshard.telemetry.redaction import without_credentials
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def _refuse_missing_paths(job: Job, root: yaml.Node | None, file: str) -> None:
             raise JobInvalid(file=file, place=_place(root, (*location, "uri")), problem=problem)
     for section, model in (("teacher", job.teacher.model), ("train", job.train.model)):
         if model is not None and _is_path(model) and not Path(model).expanduser().is_dir():
-            raise JobInvalid(file=file, place=_place(root, (section, "model")), problem=f"{model}: no such folder")
+            problem = f"{model}: no such folder{did_you_mean(model)}"
+            raise JobInvalid(file=file, place=_place(root, (section, "model")), problem=problem)
 
 
 def _is_there(uri: str) -> bool:

@@ -32,7 +32,7 @@ from softshard.models import Tokenizer
 from softshard.records.digest import canonical_digest
 from softshard.shard.manifest import SourceRights
 from softshard.sketch.types import TokenSequence
-from softshard.sources.read import list_source, read_documents
+from softshard.sources.read import list_versions, read_documents
 from softshard.storage import Store
 from softshard.telemetry import Reporter, SilentReporter
 
@@ -51,9 +51,10 @@ def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, se
 
     Raises:
         SourceUnreadable: a source cannot be listed.
+        SourceUnavailable: a source cannot be reached for now.
     """
     files = [
-        [source.name, [[ascii(file.uri), file.version] for file in list_source(source)]] for source in settings.sources
+        [source.name, [[ascii(uri), version] for uri, version in list_versions(source)]] for source in settings.sources
     ]
     # Consent changes what may be trained on, not what is read.
     read = settings.model_dump(mode="json", exclude={"sources": {"__all__": {"consent"}}})

@@ -8,8 +8,10 @@ from softshard.errors.base import TryAgain
 
 __all__ = [
     "EngineFailed",
+    "HubUnavailable",
     "LeaseLost",
     "OutputBusy",
+    "SourceUnavailable",
     "Stopped",
     "StorageFull",
     "StoreUnavailable",
@@ -62,6 +64,25 @@ class StoreUnavailable(TryAgain):
         self.uri, self.reason = uri, reason
         super().__init__(
             f"{uri}: the object store does not answer ({reason}); committed parts are kept, run the job again"
+        )
+
+
+class SourceUnavailable(TryAgain):
+    """A source cannot be reached for now, or changed while it was read."""
+
+    def __init__(self, *, source: str, uri: str, reason: str) -> None:
+        self.source, self.uri, self.reason = source, uri, reason
+        super().__init__(f"{uri}: source {source!r}: cannot be read for now ({reason}); run the same command again")
+
+
+class HubUnavailable(TryAgain):
+    """The hub that may have a model cannot be reached."""
+
+    def __init__(self, *, model: str, reason: str, hint: str = "") -> None:
+        self.model, self.reason, self.hint = model, reason, hint
+        super().__init__(
+            f"{model}: no such folder{hint}, and the hub cannot be reached for a model of this name ({reason}); run the"
+            " same command again"
         )
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "FolderTaken",
     "JobInvalid",
     "ManifestMissing",
+    "ModelMissing",
     "OutputForeign",
     "OutputUnusable",
     "PackageMissing",
@@ -87,6 +88,16 @@ class FolderTaken(SoftshardError):
         super().__init__(f"{folder}: already exists, and nothing in it is overwritten; name another folder")
 
 
+class ModelMissing(SoftshardError):
+    """The folder that is named as a model does not exist."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, model: str, hint: str = "") -> None:
+        self.model, self.hint = model, hint
+        super().__init__(f"{model}: no such folder{hint}; name a model's folder, or a model on the hub")
+
+
 class OutputForeign(SoftshardError):
     """The output folder belongs to another job, or holds files that softshard did not write."""
 
@@ -103,9 +114,11 @@ class OutputUnusable(SoftshardError):
 
     exit_code = EXIT_JOB
 
-    def __init__(self, *, uri: str, problem: str, setting: str = "out") -> None:
-        self.uri, self.problem, self.setting = uri, problem, setting
-        super().__init__(f"{uri}: cannot be written: {problem}; set `{setting}` to a folder that can be written to")
+    def __init__(
+        self, *, uri: str, problem: str, setting: str = "out", instead: str = "a folder that can be written to"
+    ) -> None:
+        self.uri, self.problem, self.setting, self.instead = uri, problem, setting, instead
+        super().__init__(f"{uri}: cannot be written: {problem}; set `{setting}` to {instead}")
 
 
 class StoreUnusable(SoftshardError):

@@ -12,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from softshard.errors import ModelInvalid, PackageMissing, TryAgain, VocabularyMismatch
+from softshard.errors import HubUnavailable, ModelInvalid, ModelMissing, PackageMissing, VocabularyMismatch
+from softshard.storage import did_you_mean, find_outage, network_errors
 
 __all__ = [
     "check_context",
@@ -33,12 +34,14 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
     """Local folder of a model: the folder itself, or a snapshot of the model on the hub.
 
     Raises:
+        ModelMissing: it can only be a folder, and there is none.
         ModelInvalid: it is neither, or the folder has no config.json.
+        HubUnavailable: there is no such folder, and the hub cannot be reached for now.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-            raise ModelInvalid(model=model, problem="no such folder")
+            raise ModelMissing(model=model, hint=did_you_mean(model))
         folder = _from_hub(model, revision)
     if not (folder / "config.json").is_file():
         raise ModelInvalid(model=model, problem="the folder has no config.json, so it is not a transformers model")
@@ -47,15 +50,16 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
 
 def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
-    except LocalEntryNotFoundError as error:
-        raise TryAgain(f"{model}: no such folder, and the hub cannot be reached for a model of this name") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        problem = f"no such folder, and the hub gives none of this name ({type(error).__name__})"
+    except (HFValidationError, OSError, *network_errors()) as error:
+        hint = did_you_mean(model)
+        if (reason := find_outage(error)) is not None:
+            raise HubUnavailable(model=model, reason=reason, hint=hint) from error
+        problem = f"no such folder{hint}, and the hub gives none of this name ({type(error).__name__})"
         raise ModelInvalid(model=model, problem=problem) from error
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from softshard.errors import SourceUnreadable
 from softshard.sources.documents import RawDocument, Source, check_columns, make_document
-from softshard.storage import InputFile, list_inputs
+from softshard.storage import InputFile, list_inputs, network_errors, source_failure
 
 __all__ = ["list_dataset", "read_dataset"]
 
@@ -24,7 +24,8 @@ def list_dataset(source: Source) -> list[InputFile]:
     """Files of a data set: those of the local folder, or those on the hub, with the commit as their version.
 
     Raises:
-        SourceUnreadable: there is no such data set, or the hub cannot be reached.
+        SourceUnreadable: there is no such data set.
+        SourceUnavailable: the hub cannot be reached for now.
     """
     if Path(source.uri).is_dir():
         return list_inputs(source.uri, source=source.name)
@@ -44,6 +45,7 @@ def read_dataset(source: Source, *, max_document_bytes: int) -> Iterator[RawDocu
 
     Raises:
         SourceUnreadable: there is no such data set, split or column, or a file of it cannot be read.
+        SourceUnavailable: the hub cannot be reached for now.
     """
     fields = [field for field in (source.text_field, source.group_field) if field is not None]
     with _named_errors(source):
@@ -82,6 +84,7 @@ def _named_errors(source: Source) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
-        problem = f"`datasets` cannot read it: {error}"
-        raise SourceUnreadable(source=source.name, uri=source.uri, problem=problem) from error
+    except (OSError, ValueError, DatasetsError, pa.ArrowException, *network_errors()) as error:
+        raise source_failure(
+            error, source=source.name, uri=source.uri, problem="`datasets` cannot read it"
+        ) from error

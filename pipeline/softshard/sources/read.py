@@ -1,8 +1,9 @@
 """Lists and reads the sources of a corpus, in the order of the files' names and of their lines or rows.
 
 With `format: auto`, the ending of each file tells its format, and other files are ignored. A file that cannot be
-listed, opened, decompressed or read in its format raises SourceUnreadable, which names it; a problem of one document
-alone is that document's `problem`.
+listed, opened, decompressed or read in its format raises SourceUnreadable, which names it; a server that is away, or a
+file that is gone since it was listed, raises SourceUnavailable. A problem of one document alone is that document's
+`problem`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ from typing import IO, BinaryIO, cast
 
 import pyarrow as pa
 
-from softshard.errors import SourceUnreadable
+from softshard.errors import SourceUnavailable, SourceUnreadable
 from softshard.records.spool import temporary_disk
 from softshard.sources.documents import RawDocument, Source
 from softshard.sources.formats import COMPRESSIONS, FORMATS, FileFormat
-from softshard.storage import InputFile, list_inputs, open_input
+from softshard.storage import (
+    InputFile,
+    content_version,
+    is_missing,
+    list_inputs,
+    network_errors,
+    open_input,
+    source_failure,
+)
 
-__all__ = ["list_source", "read_documents"]
+__all__ = ["list_source", "list_versions", "read_documents"]
 
 _BY_ENDING = {ending: item for item in FORMATS.values() if isinstance(item, FileFormat) for ending in item.endings}
 
@@ -33,7 +42,8 @@ def list_source(source: Source) -> list[InputFile]:
     """Files that the documents of a source are read from, sorted by name.
 
     Raises:
-        SourceUnreadable: nothing is there, nothing has an ending that `auto` knows, or it cannot be reached.
+        SourceUnreadable: nothing is there, or nothing has an ending that `auto` knows.
+        SourceUnavailable: it cannot be reached for now.
     """
     chosen = FORMATS.get(source.format)
     if chosen is not None and not isinstance(chosen, FileFormat):
@@ -49,11 +59,25 @@ def list_source(source: Source) -> list[InputFile]:
     return known
 
 
+def list_versions(source: Source) -> list[tuple[str, str]]:
+    """URI and version of each file of a source; a file of which the file system says nothing is read for it.
+
+    Raises:
+        SourceUnavailable, SourceUnreadable: as `list_source`, and when a file that is read for its version cannot be.
+    """
+    found = []
+    for file in list_source(source):
+        with _named_errors(source, file.uri):
+            found.append((file.uri, file.version or content_version(file.uri)))
+    return found
+
+
 def read_documents(source: Source, *, max_document_bytes: int) -> Iterator[RawDocument]:
     """Documents of a source, at most its `max_documents`, those with a problem counted in.
 
     Raises:
         SourceUnreadable: as `list_source`; or a file is damaged, is not of its format, or lacks a column.
+        SourceUnavailable: a server is away, or a file that was listed is gone.
         StorageFull: there is no room to decompress a Parquet file.
     """
     return itertools.islice(_read(source, max_document_bytes), source.max_documents)
@@ -105,5 +129,16 @@ def _unpack(stream: BinaryIO, file: IO[bytes]) -> None:
 def _named_errors(source: Source, uri: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        raise SourceUnreadable(source=source.name, uri=uri, problem=f"cannot be read: {error}") from error
+    except (OSError, EOFError, zlib.error, pa.ArrowException, *network_errors()) as error:
+        failure: SourceUnavailable | SourceUnreadable = source_failure(error, source=source.name, uri=uri)
+        if isinstance(failure, SourceUnreadable) and is_missing(error) and _is_gone(source, uri):
+            failure = SourceUnavailable(source=source.name, uri=uri, reason="it was listed and is gone")
+        raise failure from error
+
+
+def _is_gone(source: Source, uri: str) -> bool:
+    """Whether a file is not listed any more; a link to nothing, for one, is listed and can never be read."""
+    try:
+        return all(file.uri != uri for file in list_source(source))
+    except SourceUnreadable:
+        return True

@@ -9,10 +9,12 @@ only: `put_once` and `create_exclusive` never overwrite, `replace` is for pointe
 only when it is complete and synced. Credentials come from the environment; no error, name or record contains them.
 """
 
-from softshard.storage.inputs import InputFile, list_inputs, open_input
+from softshard.storage.folders import did_you_mean
+from softshard.storage.inputs import InputFile, content_version, list_inputs, open_input
 from softshard.storage.local import LocalStore
 from softshard.storage.location import OUTPUT_FORMS, find_store_kind, find_uri_problem, open_store
 from softshard.storage.objects import ObjectStore
+from softshard.storage.outages import find_outage, is_missing, network_errors, source_failure
 from softshard.storage.s3 import RetryPolicy
 from softshard.storage.store import Store
 
@@ -23,9 +25,15 @@ __all__ = [
     "ObjectStore",
     "RetryPolicy",
     "Store",
+    "content_version",
+    "did_you_mean",
+    "find_outage",
     "find_store_kind",
     "find_uri_problem",
+    "is_missing",
     "list_inputs",
+    "network_errors",
     "open_input",
     "open_store",
+    "source_failure",
 ]

@@ -1,13 +1,26 @@
-"""Folders on this machine that become visible when they are complete."""
+"""Folders on this machine: made so that they become visible when they are complete, and found by almost their name."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["new_folder"]
+__all__ = ["did_you_mean", "new_folder"]
+
+
+def did_you_mean(folder: str) -> str:
+    """` (did you mean ./X?)` where a folder beside the one that is named has almost its name; else empty."""
+    path = Path(folder).expanduser()
+    try:
+        beside = [item.name for item in path.parent.iterdir() if item.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    before = folder.rstrip("/").rpartition("/")
+    return f" (did you mean {before[0] if before[1] else '.'}/{close[0]}?)" if close else ""
 
 
 @contextlib.contextmanager

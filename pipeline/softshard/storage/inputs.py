@@ -14,23 +14,38 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from softshard.errors import SourceUnreadable
+from softshard.records.digest import sha256_of_stream
 from softshard.storage.object_reader import open_object
+from softshard.storage.outages import find_outage, network_errors, source_failure
 from softshard.storage.s3 import S3, RetryPolicy
-from softshard.telemetry.redaction import without_credentials
 
-__all__ = ["InputFile", "list_inputs", "open_input"]
+__all__ = ["InputFile", "content_version", "list_inputs", "open_input"]
 
 _BLOCK_BYTES = 4 * 2**20
 _UNPACKED_BYTES = 2**18
 
+# What file systems tell of a file, by lower-case name without punctuation. A time of creation may stay when a file is
+# written again, and is used where there is nothing else.
+_CONTENT_KEYS = (
+    *("etag", "contentmd5", "digest", "md5hash", "md5", "crc32c", "crc", "sha256", "sha", "hex", "checksum"),
+    *("blobid", "contenthash", "generation", "versionid"),
+)
+_CHANGE_KEYS = (
+    *("mtime", "lastmodified", "modified", "updated", "modify", "modificationtime", "lastwritetime", "datetime"),
+    *("clientmodified", "servermodified"),
+)
+_CREATION_KEYS = ("created", "creationtime", "timecreated")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFile:
-    """One file of a source. `version` changes with its content: it is the size and the time of change, or the ETag."""
+    """One file of a source."""
 
     uri: str
     size: int | None
-    version: str
+    version: str | None
+    """Changes with the content: the size, with the digests, ids and times that the file system has of the file. None:
+    it has none, and only the content tells (`content_version`)."""
 
 
 def list_inputs(uri: str, *, source: str) -> list[InputFile]:
@@ -39,7 +54,8 @@ def list_inputs(uri: str, *, source: str) -> list[InputFile]:
     Folders are listed with all folders below them; hidden files are left out.
 
     Raises:
-        SourceUnreadable: nothing is there, or the file system cannot be reached.
+        SourceUnreadable: nothing is there, or the file system refuses the request.
+        SourceUnavailable: the file system cannot be reached for now.
         ExtraMissing: the file system's package is not installed.
         StoreUnavailable, StoreUnusable: an object store cannot be reached, or refuses the request.
     """
@@ -58,9 +74,11 @@ def list_inputs(uri: str, *, source: str) -> list[InputFile]:
                 found = [name for name in fs.glob(path) if not fs.isdir(name)]
             root = path.rstrip("/")
             files = [_describe(fs, name) for name in sorted(found) if not _is_hidden(name, root)]
-        except (OSError, ImportError, ValueError) as error:
-            problem = f"cannot be listed: {without_credentials(str(error))}"
-            raise SourceUnreadable(source=source, uri=uri, problem=problem) from error
+            if not files:
+                # `exists` and `isdir` of several file systems take a server that is away for a file that is not there.
+                _ask_why(fs, path)
+        except (OSError, ImportError, ValueError, *network_errors()) as error:
+            raise source_failure(error, source=source, uri=uri, problem="cannot be listed") from error
     if not files:
         raise SourceUnreadable(source=source, uri=uri, problem="no such file or folder, or nothing in it")
     return files
@@ -108,10 +126,29 @@ def _is_hidden(name: str, root: str) -> bool:
     return any(part.startswith(".") for part in inside.split("/") if part)
 
 
+def _ask_why(fs: Any, path: str) -> None:
+    """Raise what the file system raises for a path that is not there if that is an outage."""
+    try:
+        fs.info(path)
+    except (OSError, ValueError, *network_errors()) as error:
+        if find_outage(error) is not None:
+            raise
+
+
 def _describe(fs: Any, name: str) -> InputFile:
     info = fs.info(name)
-    version = info.get("ETag") or info.get("mtime") or info.get("LastModified") or info.get("created") or ""
-    return InputFile(uri=fs.unstrip_protocol(name), size=info.get("size"), version=f"{info.get('size')}-{version}")
+    size = info.get("size")
+    known = {re.sub("[^a-z0-9]", "", key.lower()): value for key, value in info.items() if value}
+    found = [f"{key}={known[key]}" for key in (*_CONTENT_KEYS, *_CHANGE_KEYS) if key in known]
+    found = found or [f"{key}={known[key]}" for key in _CREATION_KEYS if key in known]
+    version = f"{size}-{','.join(found)}" if found else None
+    return InputFile(uri=fs.unstrip_protocol(name), size=size, version=version)
+
+
+def content_version(uri: str) -> str:
+    """Version of a file from its content alone; the whole file is read."""
+    with _open_raw(uri) as raw:
+        return f"sha256={sha256_of_stream(raw)}"
 
 
 @contextlib.contextmanager

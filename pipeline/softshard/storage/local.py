@@ -2,6 +2,10 @@
 
 Content is written to a temporary file in `.tmp/`, synced, and linked to its final name, which fails when that name
 exists. A rename would overwrite, so only `replace` uses one.
+
+A file system without hard links is refused. Without them no call of Python's makes a complete file under a name that
+must be new: a file that is opened exclusively under its final name is seen while it is written, and stays incomplete
+when its writer is killed; a rename after a look for the name overwrites what another machine has created in between.
 """
 
 from __future__ import annotations
@@ -24,7 +28,12 @@ __all__ = ["LocalStore", "disk_errors"]
 
 _BLOCK_BYTES = 2**20
 _TEMPORARY = ".tmp"
-_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENOTSUP, errno.ENAMETOOLONG}
+_UNUSABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG),
+    *(errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO, errno.EREMOTEIO, errno.ENOTCONN),
+}
+
+_WITH_LINKS = "a folder on a local disk or on NFS, or to s3://bucket/prefix"
 
 
 class LocalStore:
@@ -46,6 +55,7 @@ class LocalStore:
         """Write a new object whole; adopt an equal one.
 
         Raises:
+            OutputUnusable: the folder cannot be written, or its file system makes no hard links.
             PartConflict: another object is there.
             StorageFull: no space is left; nothing is visible under the final name.
         """
@@ -73,8 +83,24 @@ class LocalStore:
                 os.link(temporary, target)
             except FileExistsError:
                 return False
+            except OSError as error:
+                self._check_links(temporary, error)
+                raise
             _sync_folder(target.parent)
         return True
+
+    def _check_links(self, temporary: Path, error: OSError) -> None:
+        """Refuse a file system that links no file even beside itself. Raises OutputUnusable."""
+        beside = temporary.with_name(f"{temporary.name}.link")
+        try:
+            os.link(temporary, beside)
+        except OSError:
+            problem = (
+                f"its file system makes no hard links ({error.strerror}), by which files appear whole and are never"
+                " overwritten; gcsfuse, rclone and exFAT have none"
+            )
+            raise OutputUnusable(uri=self.uri, problem=problem, instead=_WITH_LINKS) from error
+        beside.unlink()
 
     def replace(self, path: str, content: bytes) -> None:
         """Write an object whole in place of what is there. Raises StorageFull."""

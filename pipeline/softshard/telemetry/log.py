@@ -2,25 +2,32 @@
 
 Keys of a line: `time` (UTC, ISO 8601), `level` (info, warning, error), `event`, `run`, `job` and, where known, `stage`
 and `part`; then the event's own values, flat. A failure to write the log never ends a run.
+
+Where the log is on stderr, `json_stderr` makes lines of JSON of what libraries write there too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
+from typing import TextIO
 
 from softshard.errors import EXIT_TRY_AGAIN, JobInvalid
+from softshard.telemetry.redaction import without_credentials
 from softshard.telemetry.reporter import EventValue, Progress
 
-__all__ = ["STDERR", "JsonLog", "log_line"]
+__all__ = ["STDERR", "JsonLog", "json_stderr", "log_line"]
 
 STDERR = "-"
 """The log path that means stderr, in place of the lines for people."""
@@ -34,6 +41,62 @@ def log_line(event: str, /, level: str = "info", **values: EventValue) -> str:
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     known = {key: value for key, value in values.items() if value is not None}
     return json.dumps({"time": now, "level": level, "event": event, **known}, ensure_ascii=False)
+
+
+@contextmanager
+def json_stderr() -> Iterator[None]:
+    """Make every line that this process writes to stderr JSON: what is none becomes the event `library_message`.
+
+    Libraries log and warn on stderr by handlers of their own, for one while a hub is away.
+    """
+    plain = sys.stderr
+    wrapped = _JsonLines(plain)
+    sys.stderr = wrapped
+    try:
+        yield
+    finally:
+        sys.stderr = plain
+        with contextlib.suppress(BrokenPipeError):
+            wrapped.end()
+
+
+class _JsonLines(io.TextIOBase):
+    """Passes lines of JSON on, and every other line as JSON."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream, self._begun, self._lock = stream, "", threading.RLock()
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            # A progress bar goes back to the beginning of its line.
+            *lines, self._begun = (self._begun + text).replace("\r", "\n").split("\n")
+            for line in filter(str.strip, lines):
+                self._stream.write(f"{_as_json(line)}\n")
+        return len(text)
+
+    def end(self) -> None:
+        """Write what is begun as a line."""
+        with self._lock:
+            if self._begun.strip():
+                self.write("\n")
+            self.flush()
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+
+def _as_json(line: str) -> str:
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(json.loads(line), dict):
+            return line
+    return log_line("library_message", "warning", message=without_credentials(line.strip()))
 
 
 class JsonLog:

@@ -1,0 +1,106 @@
+"""Servers that are away, and files that go away, while sources are listed and read."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from fakes.http_server import cut, status, web  # noqa: F401
+from softshard.config import SourceSettings
+from softshard.errors import EXIT_DATA, EXIT_TRY_AGAIN, SourceUnavailable, SourceUnreadable
+from softshard.sources.read import list_source, read_documents
+from softshard.storage import find_outage
+
+TEXT = "It rained, and the boats stayed in. " * 50
+
+
+def source(uri, **changes):
+    values = {"name": "tales", "uri": str(uri), "style": "plain", "license": "CC0-1.0", "rights_basis": "owned"}
+    return SourceSettings.model_validate({**values, **changes})
+
+
+def read(uri, **changes):
+    return list(read_documents(source(uri, **changes), max_document_bytes=2**20))
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 503])
+def test_a_server_that_is_overloaded_when_it_is_listed_is_a_reason_to_try_again(web, code):  # noqa: F811
+    web.failures["/a.txt"] = status(code)
+    with pytest.raises(SourceUnavailable, match=rf"{web.url}/a\.txt.*HTTP {code}.*run the same command again") as caught:
+        list_source(source(f"{web.url}/a.txt"))
+    assert caught.value.exit_code == EXIT_TRY_AGAIN
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 410, 501])
+def test_a_server_that_refuses_a_file_is_not_asked_again(web, code):  # noqa: F811
+    web.failures["/a.txt"] = status(code)
+    with pytest.raises(SourceUnreadable) as caught:
+        list_source(source(f"{web.url}/a.txt"))
+    assert caught.value.exit_code == EXIT_DATA
+
+
+def test_a_server_that_refuses_connections_is_a_reason_to_try_again():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(SourceUnavailable, match="ConnectionRefusedError"):
+        list_source(source(f"http://127.0.0.1:{port}/a.txt"))
+
+
+@pytest.mark.parametrize("failure", [cut, status(503)], ids=["cut", "503"])
+def test_a_server_that_fails_while_it_is_read_is_a_reason_to_try_again(web, failure):  # noqa: F811
+    web.files["/a.txt"] = TEXT.encode()
+    assert [document.text for document in read(f"{web.url}/a.txt")] == [TEXT]
+    documents = read_documents(source(f"{web.url}/a.txt"), max_document_bytes=2**20)
+    web.fail_after_listing("/a.txt", failure)
+    with pytest.raises(SourceUnavailable, match=rf"{web.url}/a\.txt"):
+        list(documents)
+
+
+def test_a_file_that_goes_between_listing_and_reading_is_a_reason_to_try_again(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(TEXT)
+    documents = read_documents(source(tmp_path), max_document_bytes=2**20)
+    next(documents)
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(SourceUnavailable, match=r"b\.txt.*it was listed and is gone"):
+        next(documents)
+
+
+def test_a_page_that_goes_between_listing_and_reading_is_a_reason_to_try_again(web):  # noqa: F811
+    web.files["/a.txt"] = TEXT.encode()
+    web.fail_after_listing("/a.txt", status(404))
+    with pytest.raises(SourceUnavailable, match="it was listed and is gone"):
+        read(f"{web.url}/a.txt")
+
+
+def test_a_link_to_nothing_is_refused_because_it_will_never_be_read(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SourceUnreadable, match=r"a\.txt"):
+        read(tmp_path)
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError("a.txt"), None),
+        (caused(FileNotFoundError("a.txt"), ConnectionResetError()), "ConnectionResetError"),
+        (TimeoutError(), "TimeoutError"),
+        (OSError(os.strerror(116), 116), None),
+        (OSError(116, "Stale file handle"), "Stale file handle"),
+        (OSError(113, "No route to host"), "No route to host"),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), "Temporary failure in name resolution"),
+        (caused(ConnectionError(), socket.gaierror(socket.EAI_NONAME, "Name or service not known")), None),
+        (ValueError("503"), None),
+    ],
+    ids=repr,
+)
+def test_an_outage_is_told_from_other_errors_by_the_whole_chain_of_causes(error, reason):
+    assert find_outage(error) == reason
