@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import ClassVar
 
 import fsspec
 import pytest
@@ -18,9 +19,9 @@ class Telling(MemoryFileSystem):
     """Tells of a file what `told` holds, and its size."""
 
     protocol = "telling"
-    store: dict = {}
-    pseudo_dirs: list = [""]
-    told: dict = {}
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+    told: ClassVar = {}
 
     @classmethod
     def _strip_protocol(cls, path):

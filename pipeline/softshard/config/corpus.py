@@ -100,8 +100,8 @@ class CorpusSettings(Settings):
     normalisation: Literal["NFC", "NFKC", "none"] = "NFC"
     """Unicode normalisation."""
     duplicates: Duplicates = "spacing"
-    """What makes two documents duplicates, of which the first is kept: `exact`: the same normalised text; `spacing`: the
-    same but for white space; `words`: the same but for white space, punctuation and case."""
+    """What makes two documents duplicates, of which the first is kept: `exact`: the same normalised text; `spacing`:
+    the same but for white space; `words`: the same but for white space, punctuation and case."""
     max_document_bytes: int = Field(default=64 * 2**20, ge=1)
     """Longest document; a longer one is counted, reported and left out, and is never held in memory."""
     sequences_per_part: int = Field(default=256, ge=1)

@@ -55,7 +55,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
-    except (HFValidationError, OSError, *network_errors()) as error:
+    except network_errors(HFValidationError, OSError) as error:
         hint = did_you_mean(model)
         if (reason := find_outage(error)) is not None:
             raise HubUnavailable(model=model, reason=reason, hint=hint) from error

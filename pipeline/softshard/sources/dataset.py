@@ -84,7 +84,5 @@ def _named_errors(source: Source) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, DatasetsError, pa.ArrowException, *network_errors()) as error:
-        raise source_failure(
-            error, source=source.name, uri=source.uri, problem="`datasets` cannot read it"
-        ) from error
+    except network_errors(OSError, ValueError, DatasetsError, pa.ArrowException) as error:
+        raise source_failure(error, source=source.name, uri=source.uri, problem="`datasets` cannot read it") from error

@@ -129,7 +129,7 @@ def _unpack(stream: BinaryIO, file: IO[bytes]) -> None:
 def _named_errors(source: Source, uri: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, pa.ArrowException, *network_errors()) as error:
+    except network_errors(OSError, EOFError, zlib.error, pa.ArrowException) as error:
         failure: SourceUnavailable | SourceUnreadable = source_failure(error, source=source.name, uri=uri)
         if isinstance(failure, SourceUnreadable) and is_missing(error) and _is_gone(source, uri):
             failure = SourceUnavailable(source=source.name, uri=uri, reason="it was listed and is gone")

@@ -77,7 +77,7 @@ def list_inputs(uri: str, *, source: str) -> list[InputFile]:
             if not files:
                 # `exists` and `isdir` of several file systems take a server that is away for a file that is not there.
                 _ask_why(fs, path)
-        except (OSError, ImportError, ValueError, *network_errors()) as error:
+        except network_errors(OSError, ImportError, ValueError) as error:
             raise source_failure(error, source=source, uri=uri, problem="cannot be listed") from error
     if not files:
         raise SourceUnreadable(source=source, uri=uri, problem="no such file or folder, or nothing in it")
@@ -130,7 +130,7 @@ def _ask_why(fs: Any, path: str) -> None:
     """Raise what the file system raises for a path that is not there if that is an outage."""
     try:
         fs.info(path)
-    except (OSError, ValueError, *network_errors()) as error:
+    except network_errors(OSError, ValueError) as error:
         if find_outage(error) is not None:
             raise
 

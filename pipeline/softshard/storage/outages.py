@@ -1,8 +1,8 @@
 """Tells an outage from bad data, by what a library raised while it read a source or asked a hub.
 
 Every library has classes of its own for a server that is away, and wraps them: fsspec turns a refused connection into
-FileNotFoundError, `datasets` a timeout into ConnectionError. So the whole chain of causes is looked at. A reason is made
-of an HTTP status or the name of a class alone, because the libraries' messages may quote what a request contained.
+FileNotFoundError, `datasets` a timeout into ConnectionError. So the whole chain of causes is looked at. A reason is
+made of an HTTP status or the name of a class alone, because a library's message may quote what a request contained.
 """
 
 from __future__ import annotations
@@ -60,10 +60,13 @@ _AWAY = {
 """Package and class of what they raise when a server is away."""
 
 
-def network_errors() -> tuple[type[BaseException], ...]:
-    """What the HTTP libraries that are loaded raise; most of it is not an OSError."""
+def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
+    """For an `except`: other errors, and what the HTTP libraries that are loaded raise, which is no OSError."""
     loaded = ((sys.modules.get(module), name) for module, name in _BASES.items())
-    return tuple(getattr(module, name) for module, name in loaded if module is not None and hasattr(module, name))
+    return (
+        *others,
+        *(getattr(module, name) for module, name in loaded if module is not None and hasattr(module, name)),
+    )
 
 
 def find_outage(error: BaseException) -> str | None:
