@@ -61,7 +61,7 @@ _AWAY = {
 
 
 def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
-    """For an `except`: other errors, and what the HTTP libraries that are loaded raise, which is no OSError."""
+    """For an `except`: other errors, and what the HTTP libraries that are loaded raise, mostly no OSError."""
     loaded = ((sys.modules.get(module), name) for module, name in _BASES.items())
     return (
         *others,
