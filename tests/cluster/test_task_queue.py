@@ -16,6 +16,7 @@ from softshard.cluster import task_queue
 from softshard.cluster.cluster import Cluster, open_cluster
 from softshard.config import ClusterSettings
 from softshard.errors import PartsFailed, StorageFull
+from softshard.telemetry import SilentReporter
 
 
 def test_all_tasks_are_run_whatever_their_number(cluster, tmp_path):
@@ -132,6 +133,38 @@ def test_client_hears_what_tasks_say(cluster, tmp_path):
     cluster.on_message(heard.append)
     run_orders(cluster, tmp_path, "speaks", *["fine"] * 10)
     assert heard == [{"said": "hello"}]
+
+
+class Listener(SilentReporter):
+    def __init__(self):
+        self.events = []
+
+    def event(self, name, /, **values):
+        self.events.append((name, values))
+
+
+def test_a_process_whose_engine_does_not_open_is_started_anew_and_no_task_is_lost(cluster, tmp_path):
+    wait_for(lambda: workers_of(cluster) == 2)
+    listener = Listener()
+    orders = ["breaks its process", *(f"needs an engine {number}" for number in range(20))]
+    results, failures = run_orders(Cluster(cluster.client, cluster.settings, listener), tmp_path, *orders)
+    assert failures == {}
+    assert sorted(results) == sorted(orders)
+    ((event, values),) = listener.events
+    assert event == "worker_restarted"
+    assert values["reason"] == "CUDA error: an illegal memory access was encountered"
+    wait_for(lambda: workers_of(cluster) == 2)
+    assert values["worker"] not in cluster.addresses()
+
+
+def test_a_worker_that_is_retired_does_not_come_back(cluster):
+    wait_for(lambda: workers_of(cluster) == 2)
+    first, second = cluster.addresses()
+    cluster.retire(first)
+    cluster.replenish()
+    assert list(cluster.addresses()) == [second]
+    cluster.client.cluster.scale(2)
+    wait_for(lambda: workers_of(cluster) == 2)
 
 
 def test_two_jobs_on_one_scheduler_keep_their_results_apart(cluster, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from distributed import get_worker
 
 from softshard.cluster.worker import send_message
-from softshard.errors import DataInvalid, StorageFull
+from softshard.errors import DataInvalid, EngineNotOpened, StorageFull
 
 
 def first_time(marker):
@@ -20,6 +20,18 @@ def first_time(marker):
     except FileExistsError:
         return False
     return True
+
+
+def is_sick(marker):
+    """Whether this worker is the one that a file beside the marker names, or its process, or one of any."""
+    sick = Path(marker).with_name("sick")
+    return sick.exists() and sick.read_text() in {"all", str(get_worker().name), f"process {os.getpid()}"}
+
+
+def first_process_is_sick(marker):
+    """Name the process of whichever worker comes first, with which the engine then never opens."""
+    if first_time(marker):
+        Path(marker).with_name("sick").write_text(f"process {os.getpid()}")
 
 
 def task(order):
@@ -47,6 +59,12 @@ def task(order):
         raise StorageFull(uri="out")
     if what == "bug":
         raise TypeError("a bug")
+    if what == "breaks its process":
+        first_process_is_sick(marker)
+    if what == "device is lost":
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    if what.startswith("needs an engine") and is_sick(marker):
+        raise EngineNotOpened(engine="tiny", problem="CUDA error: an illegal memory access was encountered")
     if what == "speaks":
         send_message({"said": "hello"})
     return what.upper()

@@ -1,15 +1,17 @@
 """Which engine scores what, and what is said of one that is not there. Needs no vLLM."""
 
+import errno
 import importlib.util
 import json
 
 import pytest
+import torch
 
 from softshard.cli import main
 from softshard.config import TeacherSettings, VllmSettings
 from softshard.config.teacher import ENGINE_NAMES
 from softshard.errors import EngineDiffers, EngineMissing
-from softshard.teacher import vllm_engine
+from softshard.teacher import engines, vllm_engine
 from softshard.teacher.engines import find_engine, refuse_other_engine, run_teacher_identity, teacher_identity
 
 VLLM = TeacherSettings(model="m", engine="vllm", device="cpu", vllm=VllmSettings(chunk_rows=64, kv_cache_gib=2))
@@ -88,3 +90,29 @@ def test_an_engine_that_is_not_installed_ends_the_command_with_one_line(missing,
     assert main(["targets", str(job), "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "vllm is not installed; install softshard[vllm]" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory, other processes hold it"),
+        OSError(errno.EADDRINUSE, "Address already in use"),
+    ],
+)
+def test_an_engine_that_opens_on_no_worker_ends_the_run_with_75_and_sets_no_part_aside(
+    error, tiny_job, scheduler, tmp_path, monkeypatch, capsys
+):
+    def fail(*arguments, **options):
+        raise error
+
+    job = tiny_job(tmp_path, teacher={"folds": 0}, cluster={"scheduler": scheduler, "retry_seconds": 0})
+    assert main(["corpus", str(job), "--quiet"]) == 0
+    monkeypatch.setattr(engines, "open_teacher", fail)
+    capsys.readouterr()
+    assert main(["targets", str(job), "--quiet"]) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no worker is left that works: tcp://" in line
+    assert str(error) in line
+    monkeypatch.undo()
+    assert main(["targets", str(job), "--quiet"]) == 0

@@ -32,6 +32,7 @@ _MAX_RESULTS_AHEAD = 32
 _SECONDS_TO_CONNECT = 20
 _SECONDS_FOR_THE_FILE = 60.0
 _ATTEMPTS_TO_START = 3
+_SECONDS_TO_END = 15.0
 _ENDED = {"closing", "closed", "failed"}
 _LOGGED_MESSAGES = 100
 """Each end of each connection keeps its last messages, with the tasks in them. Dask's default of a thousand is up to
@@ -63,6 +64,11 @@ class Cluster:
         """Show one line to the user."""
         self._reporter.say(message)
 
+    def warn(self, event: str, *, worker: str, reason: str, message: str) -> None:
+        """Show a warning to the user, and report it to logs."""
+        self._reporter.say(message)
+        self._reporter.event(event, worker=worker, reason=reason)
+
     def on_message(self, handle: Callable[[Any], None]) -> None:
         """Pass messages that tasks send with `send_message` to a handler, which replaces the previous one."""
         self._handle = handle
@@ -91,7 +97,8 @@ class Cluster:
         are in flight, and a few more where they take less than a tenth of a second, so memory does not grow with the
         number of tasks; workers that join later get their share. A task that fails for a temporary reason (a lost
         worker, an input or output error, lack of memory) is tried again after a delay, on another worker where there is
-        one, up to `cluster.max_attempts` times. A task whose data is wrong is set aside at once. On SIGTERM or SIGINT
+        one, up to `cluster.max_attempts` times. A worker that cannot open its engine, or whose device fails, is started
+        anew, and retired if it keeps failing. A task whose data is wrong is set aside at once. On SIGTERM or SIGINT
         no task is started any more, and those that workers have started may finish within `cluster.grace_seconds`.
 
         Args:
@@ -105,7 +112,7 @@ class Cluster:
         Raises:
             StorageFull: a worker's disk is full; no task is started any more.
             Stopped: a signal ended the run.
-            TryAgain: the scheduler is lost, or there has been no worker for five minutes.
+            TryAgain: the scheduler is lost, there has been no worker for five minutes, or all keep failing.
             Exception: a bug in the function.
         """
         task_queue = TaskQueue(
@@ -161,15 +168,52 @@ class Cluster:
         # Scaling to the present number starts the missing ones.
         local.scale(len(local.worker_spec))
 
-    def addresses(self) -> list[str]:
-        """Addresses of workers with the resource `teacher`, from the scheduler. Raises TryAgain when it is lost."""
+    def addresses(self) -> dict[str, str]:
+        """Workers with the resource `teacher`, from the scheduler: by address, the nanny's address or their own.
+
+        Raises TryAgain when the scheduler is lost.
+        """
         if self.client.status != "running":
             raise lost_scheduler()
         try:
             workers = self.client.scheduler_info(n_workers=-1)["workers"]
         except OSError as error:
             raise lost_scheduler() from error
-        return [address for address, worker in workers.items() if worker.get("resources", {}).get("teacher", 0) >= 1]
+        return {
+            address: worker["nanny"] or address
+            for address, worker in workers.items()
+            if worker.get("resources", {}).get("teacher", 0) >= 1
+        }
+
+    def restart(self, address: str) -> None:
+        """Start the process of a worker with a nanny anew. Tasks that it holds go to other workers."""
+        restart = partial(
+            self.client.scheduler.restart_workers,
+            workers=[address],
+            timeout=_SECONDS_TO_END,
+            wait_for_workers=False,
+            on_error="return",
+            stimulus_id=f"softshard-{self.client_id}",
+        )
+        with contextlib.suppress(OSError, TimeoutError):
+            self.client.sync(restart, callback_timeout=2 * _SECONDS_TO_END)
+
+    def retire(self, address: str) -> None:
+        """Take a worker out of the cluster; a local cluster stays smaller by one."""
+        local = self.client.cluster
+        with contextlib.suppress(OSError, TimeoutError):
+            if local is None:
+                self.client.sync(
+                    self.client.scheduler.retire_workers, workers=[address], callback_timeout=_SECONDS_TO_END
+                )
+                return
+            adaptive = getattr(local, "_adaptive", None)
+            if adaptive is not None:
+                adaptive.maximum = max(1, adaptive.maximum - 1)
+                adaptive.minimum = min(adaptive.minimum, adaptive.maximum)
+            worker = self.client.scheduler_info(n_workers=-1)["workers"].get(address)
+            if worker is not None:
+                local.sync(local.scale_down, [worker["name"]])
 
 
 def _apply_to_numbered(function: Callable[[Task], Result], numbered: tuple[int, Task]) -> Result:

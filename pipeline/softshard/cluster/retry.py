@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-from softshard.errors import DataInvalid, SoftshardError, StorageFull, TryAgain
-from softshard.models import out_of_memory
+from softshard.errors import DataInvalid, SoftshardError, StorageFull, TryAgain, WorkerUnfit
+from softshard.models import device_failed, out_of_memory
 
 __all__ = ["FailureAction", "failure_action", "lost_worker", "retry_delay_seconds"]
 
-FailureAction = Literal["retry", "set_aside", "fail"]
+FailureAction = Literal["retry", "blame_worker", "set_aside", "fail"]
 _LONGEST_DELAY_SECONDS = 60.0
 
 
 def failure_action(error: BaseException) -> FailureAction:
     """How the queue reacts to a failed task.
 
-    `retry`: the cause may be temporary. `set_aside`: the task's data is wrong, the other tasks go on. `fail`: the error
-    ends the run, because it is a bug, or because the disk is full and further tasks would only fill it more.
+    `retry`: the cause may be temporary. `blame_worker`: it is the worker's own, another one may execute the task.
+    `set_aside`: the task's data is wrong, the other tasks go on. `fail`: the error ends the run, because it
+    is a bug, or because the disk is full and further tasks would only fill it more.
     """
     if isinstance(error, StorageFull):
         return "fail"
+    if isinstance(error, WorkerUnfit) or device_failed(error):
+        return "blame_worker"
     if isinstance(error, SoftshardError):
         return "retry" if isinstance(error, TryAgain) else "set_aside" if isinstance(error, DataInvalid) else "fail"
     is_temporary = lost_worker(error) is not None or isinstance(error, OSError) or out_of_memory(error)

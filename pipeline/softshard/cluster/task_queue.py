@@ -15,15 +15,15 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from softshard.cluster.retry import failure_action, lost_worker, retry_delay_seconds
 from softshard.cluster.signals import on_first_signal
 from softshard.cluster.worker import run_task
-from softshard.config import ClusterSettings
-from softshard.errors import Stopped, TryAgain
+from softshard.cluster.workers import WorkerHealth, Workers
+from softshard.errors import EngineNotOpened, Stopped, TryAgain
 
-__all__ = ["Execution", "TaskQueue", "Workers", "ignore_failure", "lost_scheduler"]
+__all__ = ["Execution", "TaskQueue", "ignore_failure", "lost_scheduler"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -52,23 +52,6 @@ class Execution:
     """From 1."""
 
 
-class Workers(Protocol):
-    """What the queue needs of the cluster."""
-
-    settings: ClusterSettings
-    client: Any
-    client_id: str
-
-    def addresses(self) -> list[str]:
-        """Addresses of workers with the resource `teacher`, now. Raises TryAgain when the scheduler is lost."""
-
-    def replenish(self) -> None:
-        """Replace workers of a local cluster that Dask no longer restarts."""
-
-    def say(self, message: str) -> None:
-        """One line for a person."""
-
-
 def ignore_failure(task: object, attempt: int, reason: str) -> None:
     """The callback for failures that the caller does not handle."""
 
@@ -83,7 +66,7 @@ class _QueuedTask(Generic[Task]):
     submission: int = 0
     """Place among all submissions; a worker executes its tasks in this order."""
     avoid: set[str] = field(default_factory=set)
-    """Addresses of workers on which it has failed."""
+    """Addresses of workers on which it has failed, and names of those whose fault that was."""
     future: Any = None
 
 
@@ -103,6 +86,7 @@ class TaskQueue(Generic[Task, Result]):
         from distributed.protocol.pickle import dumps
 
         self._workers, self._settings, self._client = workers, workers.settings, workers.client
+        self._health = WorkerHealth(workers)
         self._name, self._on_result = name, on_result
         self._on_retry, self._on_set_aside = on_retry, on_set_aside
         # Pickled here once and not unpickled by the scheduler, which therefore needs none of the function's modules.
@@ -167,9 +151,7 @@ class TaskQueue(Generic[Task, Result]):
         self._submit([entry for entry in ready if not entry.avoid])
         for entry in ready:
             if entry.avoid:
-                self._submit(
-                    [entry], workers=[address for address in self._workers.addresses() if address not in entry.avoid]
-                )
+                self._submit([entry], workers=self._health.others(entry.avoid))
         return bool(self._in_flight or self._retries)
 
     def _room(self) -> int:
@@ -243,6 +225,7 @@ class TaskQueue(Generic[Task, Result]):
             result, worker, seconds = outcome
             self._mean_seconds = seconds if self._mean_seconds == math.inf else 0.8 * self._mean_seconds + 0.2 * seconds
             self._finished += self._signal is not None
+            self._health.succeeded(worker)
             self._on_result(entry.task, result, Execution(worker=worker, seconds=seconds, attempt=entry.attempt))
         if any(lost_worker(error) for error in errors.values()):
             time.sleep(_SECONDS_OF_A_LOSS)
@@ -323,7 +306,7 @@ class TaskQueue(Generic[Task, Result]):
             worker = lost_worker(error)
             if self._signal is not None:
                 self._dropped += 1
-            elif worker is not None and worker in blamed:
+            elif worker is not None and (worker in blamed or self._health.was_ended(worker)):
                 self._retry_later(entry, 0.0)
             else:
                 self._handle_failure(entry, error)
@@ -331,20 +314,25 @@ class TaskQueue(Generic[Task, Result]):
             entry.future.release()
 
     def _handle_failure(self, entry: _QueuedTask[Task], error: BaseException) -> None:
-        action, worker = failure_action(error), lost_worker(error)
+        action, lost = failure_action(error), lost_worker(error)
         if action == "fail":
             raise error
-        what = f"its worker {worker} was lost" if worker else f"{error}"
+        what = f"its worker {lost} was lost" if lost else f"{error}"
         reason = f"{type(error).__name__}: {what} (attempt {entry.attempt})"
-        if action == "set_aside" or entry.attempt >= self._settings.max_attempts:
+        is_blamed = not isinstance(error, EngineNotOpened)
+        if action == "set_aside" or (is_blamed and entry.attempt >= self._settings.max_attempts):
             self.failures[entry.name] = reason
             self._on_set_aside(entry.task, entry.attempt, reason)
             return
         self._on_retry(entry.task, entry.attempt, reason)
         # A worker that survived the error has added its address to it as a note.
-        entry.avoid |= {worker} if worker else set(getattr(error, "__notes__", ())[-1:])
+        worker = lost or next(iter(getattr(error, "__notes__", ())[-1:]), None)
+        entry.avoid |= {worker} if worker else set()
+        if action == "blame_worker" and worker:
+            entry.avoid.add(self._health.name(worker))
+            self._health.failed(worker, str(getattr(error, "problem", error)))
         delay = retry_delay_seconds(entry.name, entry.attempt, base=self._settings.retry_seconds)
-        entry.attempt += 1
+        entry.attempt += is_blamed
         self._retry_later(entry, delay)
 
     def _retry_later(self, entry: _QueuedTask[Task], seconds: float) -> None:

@@ -48,7 +48,9 @@ from softshard.errors.data import (
     VocabularyMismatch,
 )
 from softshard.errors.temporary import (
+    DeviceFailed,
     EngineFailed,
+    EngineNotOpened,
     HubUnavailable,
     LeaseLost,
     OutputBusy,
@@ -56,6 +58,7 @@ from softshard.errors.temporary import (
     Stopped,
     StorageFull,
     StoreUnavailable,
+    WorkerUnfit,
     full_disk,
 )
 from softshard.errors.usage import (
@@ -89,10 +92,12 @@ __all__ = [
     "BlendInvalid",
     "CorpusEmpty",
     "DataInvalid",
+    "DeviceFailed",
     "DeviceMissing",
     "EngineDiffers",
     "EngineFailed",
     "EngineMissing",
+    "EngineNotOpened",
     "ExtraMissing",
     "FilterMatchesNothing",
     "FoldEmpty",
@@ -130,6 +135,7 @@ __all__ = [
     "TrainingDiverged",
     "TryAgain",
     "VocabularyMismatch",
+    "WorkerUnfit",
     "exit_code_for",
     "full_disk",
 ]

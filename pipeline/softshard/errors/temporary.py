@@ -7,7 +7,9 @@ import errno
 from softshard.errors.base import TryAgain
 
 __all__ = [
+    "DeviceFailed",
     "EngineFailed",
+    "EngineNotOpened",
     "HubUnavailable",
     "LeaseLost",
     "OutputBusy",
@@ -15,6 +17,7 @@ __all__ = [
     "Stopped",
     "StorageFull",
     "StoreUnavailable",
+    "WorkerUnfit",
     "full_disk",
 ]
 
@@ -44,6 +47,30 @@ class EngineFailed(TryAgain):
     def __init__(self, *, engine: str, problem: str) -> None:
         self.engine, self.problem = engine, problem
         super().__init__(f"the {engine} engine failed: {problem}; committed parts are kept, run the job again")
+
+
+class WorkerUnfit(TryAgain):
+    """A process cannot do its work for a reason of its own; another process, or another machine, may do it."""
+
+    def __init__(self, *, what: str, problem: str) -> None:
+        self.what, self.problem = what, problem
+        super().__init__(f"{what}: {problem}; make sure that its device, memory and ports are free, and try again")
+
+
+class DeviceFailed(WorkerUnfit):
+    """A device cannot be used, or failed while it computed."""
+
+    def __init__(self, *, device: str, problem: str) -> None:
+        self.device = device
+        super().__init__(what=f"the device {device} cannot be used by this process", problem=problem)
+
+
+class EngineNotOpened(WorkerUnfit):
+    """An engine cannot be opened, for a reason that is not the job's."""
+
+    def __init__(self, *, engine: str, problem: str) -> None:
+        self.engine = engine
+        super().__init__(what=f"the {engine} engine cannot be opened", problem=problem)
 
 
 class Stopped(TryAgain):

@@ -5,7 +5,14 @@ Import `softshard.models.decoder` by its full name: it needs torch, and this pac
 
 from __future__ import annotations
 
-from softshard.models.device import check_device, out_of_memory, release_memory, resolve_device, resolve_dtype
+from softshard.models.device import (
+    check_device,
+    device_failed,
+    out_of_memory,
+    release_memory,
+    resolve_device,
+    resolve_dtype,
+)
 from softshard.models.folder import (
     check_context,
     check_packages,
@@ -27,6 +34,7 @@ __all__ = [
     "check_tokenizer",
     "check_vocabulary",
     "check_weights",
+    "device_failed",
     "load_empty_model",
     "load_model",
     "load_tokenizer",

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from softshard.config import DataType
 
-__all__ = ["check_device", "out_of_memory", "release_memory", "resolve_device", "resolve_dtype"]
+__all__ = ["check_device", "device_failed", "out_of_memory", "release_memory", "resolve_device", "resolve_dtype"]
+
+
+_SIGNS_OF_A_DEVICE = ("CUDA error", "CUDA driver", "CUDA GPUs", "NVIDIA driver", "CUBLAS_STATUS", "cuDNN", "NCCL")
 
 
 def resolve_device(device: str) -> str:
@@ -56,6 +59,15 @@ def out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether a device, its driver or a link between devices failed; torch says most of it in a RuntimeError's text."""
+    import torch
+
+    said = str(error)
+    named = isinstance(error, RuntimeError) and any(sign in said for sign in _SIGNS_OF_A_DEVICE)
+    return not out_of_memory(error) and (isinstance(error, torch.AcceleratorError) or named)
 
 
 def release_memory(device: str) -> None:

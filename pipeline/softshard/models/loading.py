@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softshard.errors import ModelInvalid
-from softshard.models.device import out_of_memory
+from softshard.errors import DeviceFailed, ModelInvalid
+from softshard.models.device import device_failed, out_of_memory
 from softshard.models.folder import check_weights, read_config
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
 
     Raises:
         ModelInvalid: transformers cannot load it, or there is no such device.
+        DeviceFailed: the device cannot be used.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -66,6 +67,8 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:
     except (RuntimeError, AssertionError) as error:
         if out_of_memory(error):
             raise
+        if device_failed(error):
+            raise DeviceFailed(device=device, problem=str(error)) from error
         raise ModelInvalid(
             model=str(folder), problem=f"cannot be put on the device {device} ({error}); set `device: auto`"
         ) from error

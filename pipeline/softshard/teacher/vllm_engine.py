@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from softshard.config import DataType, SketchSettings, TeacherSettings, ThresholdSketch
-from softshard.errors import EngineDiffers, EngineFailed, EngineMissing, JobInvalid, ModelInvalid
+from softshard.errors import EngineDiffers, EngineFailed, EngineMissing, EngineNotOpened, JobInvalid, ModelInvalid
 from softshard.models import (
     check_vocabulary,
     check_weights,
@@ -49,6 +49,8 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_END = 2.0
 _KILLED = "its process was killed; where nobody did that, the machine's memory ran out"
 _MORE_MEMORY = "give the worker more, or lower teacher.vllm.chunk_rows"
+_MEMORY_TAKEN = "Free memory on device"
+"""How vLLM begins when others hold the memory that the engine is to take."""
 _SAME_NAME = (
     "dtype",
     "max_model_len",
@@ -232,13 +234,16 @@ def _what_ended(error: Exception, core: Any) -> str:
     return _KILLED if killed else f"{type(error).__name__}: {error}"
 
 
-def _not_opened(error: Exception, folder: Path) -> EngineFailed | ModelInvalid:
-    """The error for a failure to open an engine: EngineFailed where another attempt can succeed, else ModelInvalid."""
+def _not_opened(error: Exception, folder: Path) -> EngineFailed | EngineNotOpened | ModelInvalid:
+    """The error for a failure to open an engine: ModelInvalid where neither another attempt nor another worker can."""
     if out_of_memory(error):
         return EngineFailed(engine="vllm", problem=f"memory ran out ({error}), {_MORE_MEMORY}")
     # vLLM gives the exit codes of its processes only in its text, and none where it looked before there was one.
     if f": -{signal.SIGKILL:d}" in str(error) or "core proc(s): {}" in str(error):
         return EngineFailed(engine="vllm", problem=_KILLED)
+    # An engine in its own process says only that it did not start, whatever the cause, which is on stderr.
+    if isinstance(error, RuntimeError | OSError) or _MEMORY_TAKEN in str(error):
+        return EngineNotOpened(engine="vllm", problem=str(error))
     return ModelInvalid(model=str(folder), problem=f"vLLM cannot serve it: {error}")
 
 

@@ -33,7 +33,13 @@ STDERR = "-"
 """The log path that means stderr, in place of the lines for people."""
 
 _SECONDS_BETWEEN_LINES = 30.0
-_LEVELS = {"part_retried": "warning", "part_set_aside": "error", "outlet_failed": "warning"}
+_LEVELS = {
+    "part_retried": "warning",
+    "worker_restarted": "warning",
+    "worker_retired": "warning",
+    "part_set_aside": "error",
+    "outlet_failed": "warning",
+}
 
 
 def log_line(event: str, /, level: str = "info", **values: EventValue) -> str:

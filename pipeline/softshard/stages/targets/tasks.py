@@ -6,14 +6,16 @@ A worker keeps its last engine, so consecutive parts of one fold load it once.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from softshard.config import SketchSettings
 from softshard.corpus.manifest import CorpusSlice
 from softshard.corpus.read import read_slice
-from softshard.errors import EngineFailed
-from softshard.models import out_of_memory
+from softshard.errors import DeviceFailed, EngineFailed, EngineNotOpened, full_disk
+from softshard.models import device_failed, out_of_memory
 from softshard.records.digest import canonical_digest
 from softshard.shard.commit import PartSpec, build_part, commit_part, find_receipt
 from softshard.shard.manifest import Receipt
@@ -85,6 +87,7 @@ def score_part(task: ScoreTask, *, spec: ScoringSpec) -> Receipt:
 
     Raises:
         EngineFailed: the engine failed or ran out of memory.
+        EngineNotOpened, DeviceFailed: the fault is this process's.
         EngineDiffers: the engine is not of the version that the spec names.
     """
     targets = open_store(spec.targets)
@@ -99,6 +102,10 @@ def score_part(task: ScoreTask, *, spec: ScoringSpec) -> Receipt:
         _forget_teacher()
         raise
     except (RuntimeError, MemoryError) as error:
+        if device_failed(error):
+            with suppress(RuntimeError):
+                _forget_teacher()
+            raise DeviceFailed(device=str(part.teacher["device"]), problem=str(error)) from error
         if not out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)
@@ -110,7 +117,10 @@ def score_part(task: ScoreTask, *, spec: ScoringSpec) -> Receipt:
 
 
 def load_teacher(spec: ScoringSpec, *, fold: int) -> Teacher:
-    """The engine of a fold, loaded unless it is the last one that was used here. Raises EngineDiffers."""
+    """The engine of a fold, loaded unless it is the last one that was used here.
+
+    Raises EngineNotOpened, and as `open_teacher`.
+    """
     global _engine
     fold_teacher = spec.teachers[fold]
     key = canonical_digest([fold_teacher.identity, str(spec.model), spec.teacher])
@@ -119,15 +129,29 @@ def load_teacher(spec: ScoringSpec, *, fold: int) -> Teacher:
 
         _forget_teacher()
         store = open_store(spec.teacher)
-        teacher = open_teacher(
-            spec.model,
-            adapters=[store.local_folder(receipt.folder, receipt.weight_files) for receipt in fold_teacher.adapters],
-            identity=fold_teacher.identity,
-            device=spec.device,
-            vocab_size=spec.vocab_size,
-        )
+        folders = [store.local_folder(receipt.folder, receipt.weight_files) for receipt in fold_teacher.adapters]
+        with _opening(str(fold_teacher.identity["engine"])):
+            teacher = open_teacher(
+                spec.model,
+                adapters=folders,
+                identity=fold_teacher.identity,
+                device=spec.device,
+                vocab_size=spec.vocab_size,
+            )
         _engine = (key, teacher)
     return _engine[1]
+
+
+@contextmanager
+def _opening(engine: str) -> Iterator[None]:
+    """Errors that are neither the job's nor the model's become EngineNotOpened: another process may open the engine."""
+    try:
+        yield
+    except (RuntimeError, OSError, MemoryError, DeviceFailed) as error:
+        if full_disk(error) is not None:
+            raise
+        traceback.clear_frames(error.__traceback__)
+        raise EngineNotOpened(engine=engine, problem=getattr(error, "problem", "") or str(error)) from error
 
 
 def _forget_teacher() -> None:
