@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fakes.parts import KINDS, a_plan, committed, some_rows
+from softshard.config import ThresholdSketch, parse_sketch
 from softshard.errors import LabelsNotStorable, PartCorrupt
 from softshard.shard.commit import build_part
 from softshard.shard.decode import decode_part, open_part
@@ -78,6 +80,35 @@ def test_columns_are_encoded_as_asked():
     for name in ("label_logprob", "entropy", "tail_mass", "head_count"):
         assert "RLE_DICTIONARY" in encodings[f"{name}.list.element"]
     assert {group.column(i).compression for i in range(group.num_columns)} == {"ZSTD"}
+
+
+OLD = {"PLAIN", "PLAIN_DICTIONARY", "RLE", "RLE_DICTIONARY"}
+"""Encodings that every reader of Parquet has known for years."""
+
+
+def test_portable_part_has_the_same_values_in_encodings_that_old_readers_know(tmp_path):
+    compact, portable = KINDS["threshold"], KINDS["threshold"].model_copy(update={"encoding": "portable"})
+    rows, fidelity = some_rows(compact)
+    parts = [build_part(a_plan(settings), rows, fidelity) for settings in (compact, portable)]
+    tables = [pq.read_table(io.BytesIO(content)) for content, _ in parts]
+    assert tables[0].equals(tables[1])
+    group = pq.ParquetFile(io.BytesIO(parts[1][0])).metadata.row_group(0)
+    assert {name for i in range(group.num_columns) for name in group.column(i).encodings} <= OLD
+    assert parts[0][1].part_id != parts[1][1].part_id, "a run that is resumed with the other encoding mixes none"
+
+
+def test_encoding_that_is_not_set_leaves_the_settings_of_a_sketch_as_they_were():
+    assert "encoding" not in ThresholdSketch().model_dump(mode="json")
+    assert ThresholdSketch(encoding="portable").model_dump(mode="json")["encoding"] == "portable"
+    assert parse_sketch({"kind": "topk", "k": 8, "encoding": "portable"}).encoding == "portable"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pilot_measures_parts_in_the_encoding_of_the_job(kind):
+    like = KINDS[kind].model_copy(update={"encoding": "portable", "temperature": 0.5})
+    ladder = type(like).pilot_ladder(like, vocab_size=64)
+    assert ladder
+    assert {(settings.encoding, settings.temperature) for settings in ladder} == {("portable", 0.5)}
 
 
 def test_polars_duckdb_and_pyarrow_read_the_same_rows(tmp_path):

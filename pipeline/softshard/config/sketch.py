@@ -55,6 +55,9 @@ class _Sketch(Settings):
     """Logits are divided by this at capture, before anything else."""
     step: float = Field(default=0.05, ge=0.002, le=1)
     """Step of the stored head log-probabilities, in nats."""
+    encoding: Literal["compact", "portable"] = Field(default="compact", exclude_if=lambda value: value == "compact")
+    """How Parquet encodes the numbers of a part: `compact` needs pyarrow, polars or DuckDB from 2.0 on; `portable`
+    takes more bytes and is read by older DuckDB and by fastparquet too."""
 
     is_unbiased: ClassVar[bool]
     """Whether the expectation of the stored sketch, before rounding, is the target itself, token by token."""
@@ -75,7 +78,7 @@ class _Sketch(Settings):
 
     @classmethod
     def pilot_ladder(cls, like: SketchSettings, *, vocab_size: int) -> tuple[Self, ...]:
-        """Settings of this kind that every pilot measures, with the temperature, the step and the draws of `like`."""
+        """Settings of this kind that every pilot measures, with the other settings of `like`."""
         return ()
 
     @property
@@ -117,6 +120,11 @@ class _Sketch(Settings):
     def budget(self) -> str | None:
         """The budget for which a pilot finds the settings, as the job file has it; None without one."""
         return None
+
+
+def _shared(sketch: _Sketch) -> dict[str, Any]:
+    """The settings that all kinds have."""
+    return {name: getattr(sketch, name) for name in _Sketch.model_fields}
 
 
 _WAYS_TO_TAU = ("tau", "budget_bytes", "max_angle_degrees")
@@ -162,8 +170,8 @@ class ThresholdSketch(_Sketch):
 
     @classmethod
     def with_n(cls, n: int, *, like: SketchSettings) -> ThresholdSketch:
-        """The threshold 1/n with the draws, the temperature and the step of other settings."""
-        return cls(tau=1 / n, draws=like.num_draws, temperature=like.temperature, step=like.step)
+        """The threshold 1/n with the draws and what all kinds have from other settings."""
+        return cls(tau=1 / n, draws=like.num_draws, **_shared(like))
 
     @classmethod
     def pilot_ladder(cls, like: SketchSettings, *, vocab_size: int) -> tuple[ThresholdSketch, ...]:
@@ -217,7 +225,7 @@ class TopkSketch(_Sketch):
     @classmethod
     def pilot_ladder(cls, like: SketchSettings, *, vocab_size: int) -> tuple[TopkSketch, ...]:
         """16, 64 and 256 entries."""
-        return tuple(cls(kind="topk", k=k, temperature=like.temperature, step=like.step) for k in (16, 64, 256))
+        return tuple(cls(kind="topk", k=k, **_shared(like)) for k in (16, 64, 256))
 
     @property
     def setting(self) -> str:
@@ -250,10 +258,7 @@ class NucleusSketch(_Sketch):
     @classmethod
     def pilot_ladder(cls, like: SketchSettings, *, vocab_size: int) -> tuple[NucleusSketch, ...]:
         """90% and 95% of the mass, in at most 512 entries."""
-        return tuple(
-            cls(kind="nucleus", mass=mass, max_entries=512, temperature=like.temperature, step=like.step)
-            for mass in (0.9, 0.95)
-        )
+        return tuple(cls(kind="nucleus", mass=mass, max_entries=512, **_shared(like)) for mass in (0.9, 0.95))
 
     @property
     def setting(self) -> str:
@@ -292,7 +297,7 @@ class FullSketch(_Sketch):
         """The whole distribution, where the vocabulary has at most 4,096 tokens."""
         if vocab_size > _LARGEST_FULL_IN_PILOT:
             return ()
-        return (cls(kind="full", temperature=like.temperature, step=like.step),)
+        return (cls(kind="full", **_shared(like)),)
 
     @property
     def setting(self) -> str:

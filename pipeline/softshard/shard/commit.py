@@ -131,7 +131,7 @@ def build_part(
         fidelity=measured,
         **spec.sketch.part_settings,
     )
-    content = encode_part(rows, fold=spec.fold, metadata=metadata)
+    content = encode_part(rows, fold=spec.fold, metadata=metadata, encoding=spec.sketch.encoding)
     receipt = Receipt(
         part_id=spec.part_id,
         path=spec.path,
