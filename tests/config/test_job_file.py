@@ -212,3 +212,48 @@ def test_retention_sources_must_differ_in_name_too(tmp_path):
 def test_file_scheme_of_the_output_is_the_plain_path(tmp_path):
     job = load_job(written(tmp_path, changed(out=f"file://{tmp_path}/out")), check_paths=False)
     assert job.out == f"{tmp_path}/out"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("a.csv", "polars.read_csv('a.csv').write_parquet("),
+        ("a.CSV.gz", "polars.read_csv('a.csv').write_parquet("),
+        ("a.tsv", "polars.read_csv('a.tsv', separator='\\t').write_parquet("),
+        ("a.json", "if each line of a .json file is one object, set `format: jsonl`; else convert it"),
+        ("a.arrow", "`format: datasets`"),
+    ],
+)
+@pytest.mark.parametrize("uri", ["{}", "*{}"])
+def test_source_of_a_kind_that_is_not_read_is_refused_by_its_ending_with_the_way_out(tmp_path, name, remedy, uri):
+    (tmp_path / name).write_bytes(b"a,b\n")
+    (tmp_path / "model").mkdir()
+    model = str(tmp_path / "model")
+    job = changed(corpus__sources__0__uri=str(tmp_path / uri.format(name)), teacher__model=model)
+    with pytest.raises(JobInvalid) as caught:
+        load_job(written(tmp_path, job))
+    assert caught.value.exit_code == 2
+    assert f"line 7, corpus.sources[0].uri: {tmp_path}" in str(caught.value)
+    assert remedy in str(caught.value)
+    job["corpus"]["sources"][0]["format"] = "jsonl"
+    load_job(written(tmp_path, job))
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    job["corpus"]["sources"][0].update(format="auto", uri=str(tmp_path / name))
+    load_job(written(tmp_path, job))
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tales.txt").write_text("One.")
+    (tmp_path / "model").mkdir()
+    job = load_job(
+        written(tmp_path, changed(out="~/runs/night", corpus__sources__0__uri="~/tales.txt", teacher__model="~/model"))
+    )
+    assert (job.out, job.corpus.sources[0].uri) == (f"{tmp_path}/runs/night", f"{tmp_path}/tales.txt")
+
+
+def test_encoding_that_there_is_not_is_refused(tmp_path):
+    for name in ("latin-27", "base64"):
+        with pytest.raises(JobInvalid, match=rf"sources\[0\]\.encoding: '{name}' is not an encoding of text, such as"):
+            load_job(written(tmp_path, changed(corpus__sources__0__encoding=name)), check_paths=False)

@@ -366,11 +366,12 @@ def test_corpus_with_nothing_left_is_refused_with_its_counts(tmp_path, tokenizer
     (tmp_path / "b.txt").write_bytes(b"\xff")
     problem = r"the corpus has no document.*1 empty, 1 undecodable"
     with pytest.raises(CorpusEmpty, match=problem) as caught:
-        build(tmp_path, tmp_path / "out", tokenizer)
+        build(tmp_path, tmp_path / "out", tokenizer, max_left_out=1)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out" / "manifest.json").exists()
+    chosen = settings(tmp_path, max_left_out=1)
     with pytest.raises(CorpusEmpty, match=problem):
-        count_corpus(settings=settings(tmp_path), tokenizer=tokenizer, folds=2, seed=1, reporter=SilentReporter())
+        count_corpus(settings=chosen, tokenizer=tokenizer, folds=2, seed=1, reporter=SilentReporter())
 
 
 @pytest.mark.parametrize(("fraction", "missing"), [(1e-9, "test"), (1 - 1e-9, "train")])

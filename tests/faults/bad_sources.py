@@ -160,11 +160,12 @@ def _(place):
 @documents("corpus IN/job.yaml", 0)
 def _(place):
     """lines that are not JSON, not an object, or have no text
-    four of them, one nested 100,000 deep
+    four of them, one nested 100,000 deep; max_left_out: 0.2
     corpus: 20 of 24 documents kept; left out 4 malformed (first: …/a.jsonl, line 1)
     """
     bad = b'{"text": \n[1]\n{"title": "x"}\n' + b'{"text": ' + b"[" * 100_000 + b"\n"
     place.read_file("a.jsonl", bad + good())
+    place.change_job(corpus={"max_left_out": 0.2})
 
 
 @documents("corpus IN/job.yaml", 0)
@@ -275,6 +276,77 @@ def _(place):
     IN/a.jsonl: source 's': none of its 20 documents has text in the field 'body'; check `text_field`
     """
     place.read_file("a.jsonl", good(), text_field="body")
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a field that was renamed
+    270 of 300 lines have `body` in place of `text`
+    IN/a.jsonl: source 's': 270 of its 300 documents (90.0%) cannot be used: 270 malformed (…: has no field 'text'); …
+    """
+    place.read_file("a.jsonl", lines(*({"body": f"{TEXT}{n}."} for n in range(270))) + good(30))
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """files in Windows-1252
+    36 of 40
+    IN/texts: source 's': 36 of its 40 documents (90.0%) cannot be used: 36 undecodable (…); set … `encoding`, …
+    """
+    (place.folder / "texts").mkdir()
+    for n in range(40):
+        text = f"{TEXT} {'café' if n < 36 else 'inn'} {n}."
+        (place.folder / f"texts/{n:02}.txt").write_text(text, encoding="windows-1252")
+    place.read_from(place.folder / "texts")
+
+
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """files of a folder that are not read
+    a clone of a data set from a hub, with its card, and with CSV beside it
+    source 's': 2 files not read: 1 .csv, 1 README or LICENSE (first: file://IN/texts/b.csv)
+    """
+    (place.folder / "texts").mkdir()
+    (place.folder / "texts/README.md").write_text("# The card\n")
+    (place.folder / "texts/b.csv").write_text("text\n")
+    (place.folder / "texts/a.jsonl").write_bytes(good())
+    place.read_from(place.folder / "texts")
+
+
+@documents("corpus IN/job.yaml", 2)
+def _(place):
+    """a source in CSV
+    the file is named as the source
+    IN/job.yaml: line …, corpus.sources[0].uri: IN/a.csv: `format: auto` does not read it: convert .csv, in Python: …
+    """
+    place.read_file("a.csv", b"text\nx\n")
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a JSON array for JSON Lines
+    indented, in a file a.jsonl
+    file://IN/a.jsonl: source 's': is a JSON array, and JSON Lines has one object per line; convert it, …
+    """
+    place.read_file("a.jsonl", json.dumps([{"text": TEXT}] * 3, indent=2).encode())
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a list of chat messages as text
+    text_field: messages
+    IN/a.jsonl: source 's': none of its 3 documents can be used: …field 'messages' holds a list of objects, not text
+    """
+    place.read_file("a.jsonl", lines(*({"messages": [{"content": TEXT}]} for _ in range(3))), text_field="messages")
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a group that is a list
+    group_field: authors
+    IN/a.jsonl: source 's': none of its 3 documents can be used: …field 'authors', the `group_field`, holds a list …
+    """
+    place.read_file("a.jsonl", lines(*({"text": TEXT, "authors": ["Ada"]} for _ in range(3))), group_field="authors")
 
 
 def model_of(place, **config):

@@ -40,7 +40,6 @@ def test_a_format_of_files_is_one_reader_and_one_entry(tmp_path, monkeypatch):
 
     shouted = FileFormat(title="shouted text", endings=(".loud",), read=read_shouted)
     monkeypatch.setitem(formats.FORMATS, "shouted", shouted)
-    monkeypatch.setitem(read._BY_ENDING, ".loud", shouted)
     (tmp_path / "a.loud").write_text("one")
     (tmp_path / "b.txt").write_text("two")
     documents = list(read.read_documents(source(tmp_path), max_document_bytes=100))

@@ -321,6 +321,20 @@ def test_what_datasets_refuses_is_refused_by_name(tmp_path):
         read(tmp_path, format="datasets")
 
 
+def test_configurations_of_a_data_set_are_chosen_by_name(tmp_path):
+    names = ("raw", "clean")
+    described = "".join(f"- {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in names)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{described}---\n")
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_bytes(as_jsonl([{"text": name}]))
+    assert texts(read(tmp_path, format="datasets", configuration="clean")) == ["clean"]
+    assert texts(read(tmp_path, format="datasets", configuration="raw")) == ["raw"]
+    with pytest.raises(SourceUnreadable, match=r"has several configurations, so set `configuration`.*clean"):
+        read(tmp_path, format="datasets")
+    with pytest.raises(SourceUnreadable, match="neat"):
+        read(tmp_path, format="datasets", configuration="neat")
+
+
 def test_data_set_that_cannot_be_reached_is_named_as_a_reason_to_try_again():
     with pytest.raises(SourceUnavailable, match=r"nobody/nothing-of-this-name.*ConnectionError"):
         list_source(source("nobody/nothing-of-this-name", format="datasets"))
@@ -331,9 +345,12 @@ def test_files_of_a_named_data_set_carry_what_tells_their_versions_apart(tmp_pat
 
     (tmp_path / "train.jsonl").write_bytes(as_jsonl(ROWS))
     load = datasets.load_dataset_builder
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: load(str(tmp_path)))
+    chosen = []
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda _, **how: chosen.append(how) or load(str(tmp_path)))
     first = list_source(source("somebody/letters", format="datasets"))
     (tmp_path / "train.jsonl").write_bytes(as_jsonl(ROWS[:1]))
     second = list_source(source("somebody/letters", format="datasets"))
     assert [file.uri for file in first] == [file.uri for file in second] == [str(tmp_path / "train.jsonl")]
     assert first[0].version != second[0].version
+    list_source(source("somebody/letters", format="datasets", configuration="raw"))
+    assert chosen == [{}, {}, {"name": "raw"}]

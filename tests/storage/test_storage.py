@@ -179,3 +179,47 @@ def test_memory_file_system_is_an_input_too():
     (file,) = list_inputs("memory://box", source="s")
     with open_input(file.uri) as stream:
         assert stream.read() == b"hello"
+
+
+def zstd_frame(text, *, window_log, last=True):
+    """A frame of one block that is stored as it is, as the format's RFC 8878 lays it out."""
+    head = bytes.fromhex("28b52ffd") + bytes([0, (window_log - 10) << 3])
+    return head + (len(text) << 3 | last).to_bytes(3, "little") + text
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_zst_of_the_longest_window_is_read_to_its_end_and_no_truncated_one(tmp_path, window_log):
+    path = tmp_path / "a.txt.zst"
+    frame = zstd_frame(b"It rained. " * 9000, window_log=window_log)
+    path.write_bytes(frame + zstd_frame(b"The end.", window_log=20))
+    with open_input(str(path)) as stream:
+        assert stream.read() == b"It rained. " * 9000 + b"The end."
+    path.write_bytes(frame[:-3])
+    with open_input(str(path)) as stream, pytest.raises((OSError, EOFError)):
+        stream.read()
+
+
+def test_version_of_a_link_is_that_of_the_file_it_leads_to(tmp_path):
+    (tmp_path / "b.txt").write_text("one")
+    (tmp_path / "a.txt").symlink_to("b.txt")
+    before = [file.version for file in list_inputs(str(tmp_path), source="s")]
+    os.utime(tmp_path / "b.txt", (1, 1))
+    after = [file.version for file in list_inputs(str(tmp_path), source="s")]
+    assert before[0] == before[1] != after[0] == after[1]
+
+
+def test_a_folder_that_cannot_be_opened_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith(("closed", "lost+found")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(SourceUnreadable, match=r"cannot be listed: .*Permission denied: '.*closed'"):
+        list_inputs(str(tmp_path), source="s")
+    (tmp_path / "closed").rename(tmp_path / "lost+found")
+    assert len(list_inputs(str(tmp_path), source="s")) == 1, "only root may open this one, on every disk"

@@ -94,10 +94,12 @@ def test_operation_page_names_every_event_and_alerts_on_metrics_that_there_are(t
     assert {"run_started", "part_committed", "stage_finished"} <= told
     assert {name for name in told if f"`{name}`" not in page} == set()
     file = tmp_path / "letters.prom"
-    a_run(MetricsReporter(file=str(file), gateway=None, on_failure=fail_on))
+    reporter = MetricsReporter(file=str(file), gateway=None, on_failure=fail_on)
+    reporter.event("source_read", source="letters", documents=300, left_out=0.01)
+    a_run(reporter)
     (rules,) = re.findall(r"```yaml\n(groups:.*?)```", page, flags=re.DOTALL)
     expressions = [rule["expr"] for group in yaml.safe_load(rules)["groups"] for rule in group["rules"]]
-    assert len(expressions) == 4
+    assert len(expressions) == 5
     used = {name for expression in expressions for name in re.findall(r"softshard_\w+", expression)}
     assert used <= {name for name, _ in samples(file)}
 

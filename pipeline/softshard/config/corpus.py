@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from softshard.config.base import Settings
+from softshard.sources.encoding import is_utf8
 from softshard.sources.formats import FORMATS, describe_endings
+from softshard.sources.text import SPLITS
 from softshard.storage.location import OUTPUT_FORMS, find_store_kind, find_uri_problem
 
 __all__ = [
@@ -22,8 +25,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     FormatName = str
+    SplitName = str
 else:
     FormatName = Literal["auto", *FORMATS]
+    SplitName = Literal[SPLITS]
 
 
 Duplicates = Literal["exact", "spacing", "words"]
@@ -36,8 +41,12 @@ class SourceSettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the source, a value to filter and join by."""
     uri: str = Field(min_length=1)
-    """File, folder, glob or fsspec URI; with `format: datasets`, a data set's name or local folder."""
+    """File, folder, glob or fsspec URI; with `format: datasets`, a data set's name or local folder. Of a folder, names
+    that begin with `_` or `.` are left out, and so are README and LICENSE beside other files."""
     format: FormatName = Field(default="auto", description=describe_endings())
+    encoding: str = "utf-8"
+    """Encoding of text and JSON Lines, for example windows-1252; a file that begins with a byte order mark is read by
+    that."""
     style: str = Field(min_length=1)
     """Style of the writing, for example academic, conversational, literary, technical."""
     license: str
@@ -47,10 +56,19 @@ class SourceSettings(Settings):
     text_field: str = "text"
     """Field or column that holds the text (JSON Lines, Parquet, datasets)."""
     group_field: str | None = None
-    """Field or column that names the author or any other group; without it the group is the source's name."""
+    """Field or column that names the author or any other group; without it the group is the source's name. It may be in
+    the folders of a file's name: `author=Ada/part.parquet`."""
+    drop_texts: tuple[str, ...] = ()
+    """Texts that stand for one that is gone, such as "[deleted]" and "[removed]": a document that is one of them is
+    left out, and counted as dropped."""
+    split_texts: SplitName = "none"
+    """Where each text is split into documents: `lines` makes every line one, `blank_lines` ends one at a blank line,
+    `headings` begins one at a Markdown heading (`# Title`). Each is named after the line on which it begins."""
     consent: tuple[str, ...] = ()
     """Authors, as the group field has them, who agreed that a model is trained to write as they do; their writing here
     is not counted against `train.author_cap`."""
+    configuration: str | None = None
+    """Configuration of a data set that has several, such as wikitext-2-raw-v1 (`format: datasets` alone)."""
     split: str = "train"
     """Split to read (`format: datasets` alone)."""
     max_documents: int | None = Field(default=None, ge=1)
@@ -66,6 +84,20 @@ class SourceSettings(Settings):
     @classmethod
     def _without_credential(cls, value: str) -> str:
         return plain_uri(value)
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            is_utf8(value)
+        except LookupError:
+            raise ValueError(f"{value!r} is not an encoding of text, such as utf-8, windows-1252 or utf-16") from None
+        return value
+
+    @field_validator("drop_texts")
+    @classmethod
+    def _without_space_around(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(text.strip() for text in value)
 
     @model_validator(mode="after")
     def _named_authors(self) -> SourceSettings:
@@ -104,6 +136,10 @@ class CorpusSettings(Settings):
     the same but for white space; `words`: the same but for white space, punctuation and case."""
     max_document_bytes: int = Field(default=64 * 2**20, ge=1)
     """Longest document; a longer one is counted, reported and left out, and is never held in memory."""
+    max_left_out: float = Field(default=0.05, ge=0, le=1)
+    """Largest share of a source's documents that may be left out because they cannot be decoded or have no text where
+    it should be (undecodable, malformed); beyond it, the command ends with 3. Documents that are empty, duplicates, too
+    long or in `drop_texts` do not count."""
     sequences_per_part: int = Field(default=256, ge=1)
     """Most sequences of a slice of the corpus, and so of a part. The content of a slice decides where it ends, at half
     of this or later, so that a change in the corpus moves only the cuts next to it."""
@@ -126,10 +162,14 @@ def refuse_equal_names(sources: tuple[SourceSettings, ...]) -> None:
 
 
 def plain_uri(value: str) -> str:
-    """The URI, if it can be written into an output, where others read it; ValueError if it holds a credential."""
+    """The URI with `~` as the home folder, if it can be written into an output, where others read it.
+
+    Raises:
+        ValueError: it holds a credential.
+    """
     if (problem := find_uri_problem(value)) is not None:
         raise ValueError(problem)
-    return value
+    return os.path.expanduser(value) if value.startswith("~") else value
 
 
 def output_uri(value: str) -> str:

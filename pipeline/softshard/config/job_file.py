@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from softshard.config import Job, SourceSettings
 from softshard.config.base import KeyInvalid
 from softshard.errors import JobInvalid
+from softshard.sources.formats import find_remedy
 from softshard.storage import did_you_mean
 from softshard.telemetry.redaction import without_credentials
 
@@ -106,6 +107,9 @@ def _refuse_missing_paths(job: Job, root: yaml.Node | None, file: str) -> None:
     for source, location in places:
         if source.hub is None and "://" not in source.uri and not _is_there(source.uri):
             problem = f"{source.uri}: no such file or folder"
+            raise JobInvalid(file=file, place=_place(root, (*location, "uri")), problem=problem)
+        if source.format == "auto" and (remedy := find_remedy(source.uri)) is not None:
+            problem = f"{source.uri}: `format: auto` does not read it: {remedy}"
             raise JobInvalid(file=file, place=_place(root, (*location, "uri")), problem=problem)
     for section, model in (("teacher", job.teacher.model), ("train", job.train.model)):
         if model is not None and _is_path(model) and not Path(model).expanduser().is_dir():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,10 @@ from softshard.corpus.manifest import (
 )
 from softshard.corpus.screen import Screen, ScreenedDocument
 from softshard.corpus.slices import SliceWriter
+from softshard.corpus.tally import FilesNotRead, SourceTally
 from softshard.corpus.tokenize import encode_texts
 from softshard.corpus.windows import document_windows, num_document_tokens
-from softshard.errors import CorpusEmpty, SourceUnreadable
+from softshard.errors import CorpusEmpty
 from softshard.models import Tokenizer
 from softshard.records.digest import canonical_digest
 from softshard.shard.manifest import SourceRights
@@ -40,6 +42,8 @@ __all__ = ["Encode", "build_corpus", "corpus_key", "count_corpus", "current_corp
 
 _BATCH_BYTES = 2**20
 _BATCH_DOCUMENTS = 256
+
+_LATER_KEYS: dict[str, Any] = {"encoding": "utf-8", "drop_texts": [], "split_texts": "none", "configuration": None}
 
 TokenisedDocument = tuple[ScreenedDocument, NDArray[np.int32]]
 Encode = Callable[[Iterable[list[str]]], Iterator[list[NDArray[np.int32]]]]
@@ -56,9 +60,15 @@ def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, se
     files = [
         [source.name, [[ascii(uri), version] for uri, version in list_versions(source)]] for source in settings.sources
     ]
-    # Consent changes what may be trained on, not what is read.
-    read = settings.model_dump(mode="json", exclude={"sources": {"__all__": {"consent"}}})
+    # Consent changes what may be trained on, and the largest share left out what is refused, not what is read.
+    read = settings.model_dump(mode="json", exclude={"sources": {"__all__": {"consent"}}, "max_left_out": True})
+    read["sources"] = [_without_later_keys(source) for source in read["sources"]]
     return canonical_digest([CORPUS_VERSION, read, tokenizer.fingerprint, tokenizer.vocab_size, folds, seed, files])
+
+
+def _without_later_keys(source: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a source without the keys that came later, where they have their defaults: older corpora stay."""
+    return {key: value for key, value in source.items() if key not in _LATER_KEYS or value != _LATER_KEYS[key]}
 
 
 def current_corpus(
@@ -100,6 +110,7 @@ def build_corpus(
 
     Raises:
         SourceUnreadable: a source cannot be listed or read.
+        TooMuchLeftOut: more of a source cannot be used than `max_left_out` allows.
         CorpusEmpty: nothing is left after screening, or a split is empty.
         FoldEmpty: a fold's style teacher would have no document.
         PartCorrupt: the existing manifest cannot be read.
@@ -147,9 +158,10 @@ def count_corpus(
 ) -> CorpusCount:
     """Count what `build_corpus` would write, with the same code and without writing. Raises what it raises."""
     screen, counter = Screen(settings, folds=folds, seed=seed), CorpusCounter(settings, tokenizer=tokenizer)
-    for document, token_ids in _tokenised(settings, _encoder(tokenizer), screen, reporter):
+    not_read: list[FilesNotRead] = []
+    for document, token_ids in _tokenised(settings, _encoder(tokenizer), screen, reporter, not_read):
         counter.add(document, num_tokens=num_document_tokens(token_ids, tokenizer=tokenizer))
-    return counter.finish(screen.counts, folds=folds)
+    return counter.finish(screen.counts, folds=folds).model_copy(update={"not_read": tuple(not_read)})
 
 
 def first_sequences(
@@ -199,13 +211,20 @@ def _encoder(tokenizer: Tokenizer) -> Encode:
 
 
 def _tokenised(
-    settings: CorpusSettings, encode: Encode, screen: Screen, reporter: Reporter
+    settings: CorpusSettings,
+    encode: Encode,
+    screen: Screen,
+    reporter: Reporter,
+    not_read: list[FilesNotRead] | None = None,
 ) -> Iterator[TokenisedDocument]:
-    """Yield the kept documents with their token ids, in the order of the sources; then report what was left out."""
+    """Yield the kept documents with their token ids, in the order of the sources; then report what was left out.
+
+    Files that are not read are reported, and added to `not_read`.
+    """
     ahead: deque[list[ScreenedDocument]] = deque()
 
     def texts() -> Iterator[list[str]]:
-        for batch in _batches(settings, screen):
+        for batch in _batches(settings, screen, reporter, [] if not_read is None else not_read):
             ahead.append(batch)
             yield [document.text for document in batch]
 
@@ -220,13 +239,16 @@ def _tokenised(
     reporter.say(screen.summary())
 
 
-def _batches(settings: CorpusSettings, screen: Screen) -> Iterator[list[ScreenedDocument]]:
+def _batches(
+    settings: CorpusSettings, screen: Screen, reporter: Reporter, not_read: list[FilesNotRead]
+) -> Iterator[list[ScreenedDocument]]:
     """Yield the kept documents in batches of bounded size; a larger document is a batch of its own."""
     batch: list[ScreenedDocument] = []
     num_bytes = 0
     for source in settings.sources:
-        seen, malformed = screen.num_seen, screen.counts["malformed"]
-        for raw in read_documents(source, max_document_bytes=settings.max_document_bytes):
+        tally = SourceTally(source)
+        for raw in read_documents(source, max_document_bytes=settings.max_document_bytes, not_read=tally.not_read):
+            tally.add(raw)
             document = screen.admit(raw, source=source)
             if document is None:
                 continue
@@ -235,8 +257,7 @@ def _batches(settings: CorpusSettings, screen: Screen) -> Iterator[list[Screened
             if num_bytes >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
                 yield batch
                 batch, num_bytes = [], 0
-        if 0 < screen.num_seen - seen == screen.counts["malformed"] - malformed:
-            problem = f"none of its {screen.num_seen - seen} documents has text in the field {source.text_field!r}"
-            raise SourceUnreadable(source=source.name, uri=source.uri, problem=f"{problem}; check `text_field`")
+        tally.finish(reporter, max_left_out=settings.max_left_out)
+        not_read += tally.files_not_read()
     if batch:
         yield batch

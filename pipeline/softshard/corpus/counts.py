@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from softshard.config import CorpusSettings
 from softshard.corpus.boundaries import SliceCutter
 from softshard.corpus.screen import ScreenedDocument, Split
+from softshard.corpus.tally import FilesNotRead
 from softshard.corpus.windows import make_sequence_id, window_starts
 from softshard.errors import CorpusEmpty, FoldEmpty
 from softshard.models import Tokenizer
@@ -52,6 +53,8 @@ class CorpusCount(Record):
     """The train split by fold, then the test split."""
     groups: tuple[GroupCount, ...] = ()
     """Of the train split, sorted."""
+    not_read: tuple[FilesNotRead, ...] = ()
+    """By source, where files of it are not read."""
 
     def total(self, split: str | None = None) -> dict[str, int]:
         """Sum of every `num_` field over the folds of a split, or over all."""

@@ -97,7 +97,8 @@ class CorpusManifest(SpooledRecord):
     seed: int
     sources: tuple[SourceRights, ...]
     counts: dict[str, int]
-    """Documents by outcome of the screening: kept, empty, undecodable, oversize, malformed, duplicate."""
+    """Documents by outcome of the screening: kept, empty, undecodable, oversize, malformed, duplicate, and, if any is,
+    dropped."""
     train_digests: tuple[str, ...]
     """By fold: SHA-256 of the ids of its train documents, 16 bytes each, in their order; empty without folds."""
     slices: Spool[CorpusSlice]

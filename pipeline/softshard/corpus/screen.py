@@ -129,7 +129,7 @@ class Screen:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Documents by outcome: kept, empty, undecodable, oversize, malformed, duplicate."""
+        """Documents by outcome: kept, empty, undecodable, oversize, malformed, duplicate, and dropped if any is."""
         return dict(self._counts)
 
     @property
@@ -183,6 +183,6 @@ class Screen:
         return f"corpus: {self._counts['kept']:,} of {self.num_seen:,} documents kept{left_out}"
 
     def _leave_out(self, outcome: str, name: str) -> None:
-        self._counts[outcome] += 1
+        self._counts[outcome] = self._counts.get(outcome, 0) + 1
         # A file name may contain a newline, and the summary is one line.
         self._first.setdefault(outcome, " ".join(name.split()))

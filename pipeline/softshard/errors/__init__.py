@@ -16,6 +16,7 @@ from softshard.errors.base import (
     TryAgain,
     exit_code_for,
 )
+from softshard.errors.corpus import CorpusEmpty, FoldEmpty, SourceUnreadable, TooMuchLeftOut
 from softshard.errors.data import (
     AdapterMissing,
     AdapterNotApplied,
@@ -26,10 +27,8 @@ from softshard.errors.data import (
     BalanceImpossible,
     BlendIncomplete,
     BlendInvalid,
-    CorpusEmpty,
     EngineDiffers,
     FilterMatchesNothing,
-    FoldEmpty,
     HoldoutEmpty,
     LabelsNotStorable,
     LogitsInvalid,
@@ -41,7 +40,6 @@ from softshard.errors.data import (
     PartsFailed,
     ResumeMismatch,
     SequenceUnknown,
-    SourceUnreadable,
     TargetsUnsuitable,
     TokenizerMismatch,
     TrainingDiverged,
@@ -132,6 +130,7 @@ __all__ = [
     "StoreUnusable",
     "TargetsUnsuitable",
     "TokenizerMismatch",
+    "TooMuchLeftOut",
     "TrainingDiverged",
     "TryAgain",
     "VocabularyMismatch",

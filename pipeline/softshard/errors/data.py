@@ -14,10 +14,8 @@ __all__ = [
     "BalanceImpossible",
     "BlendIncomplete",
     "BlendInvalid",
-    "CorpusEmpty",
     "EngineDiffers",
     "FilterMatchesNothing",
-    "FoldEmpty",
     "HoldoutEmpty",
     "LabelsNotStorable",
     "LogitsInvalid",
@@ -29,30 +27,11 @@ __all__ = [
     "PartsFailed",
     "ResumeMismatch",
     "SequenceUnknown",
-    "SourceUnreadable",
     "TargetsUnsuitable",
     "TokenizerMismatch",
     "TrainingDiverged",
     "VocabularyMismatch",
 ]
-
-
-class SourceUnreadable(DataInvalid):
-    """A source of the corpus does not exist or cannot be read as its format."""
-
-    def __init__(self, *, source: str, uri: str, problem: str) -> None:
-        self.source, self.uri, self.problem = source, uri, problem
-        super().__init__(f"{uri}: source {source!r}: {problem}")
-
-
-class CorpusEmpty(DataInvalid):
-    """No document is left after screening, or a split is empty."""
-
-    def __init__(self, *, counts: dict[str, int], split: str | None = None) -> None:
-        self.counts, self.split = counts, split
-        seen = ", ".join(f"{count} {name}" for name, count in counts.items())
-        where = f"the {split} split of the corpus" if split else "the corpus"
-        super().__init__(f"{where} has no documents ({seen}); check `corpus.sources` and `corpus.holdout_fraction`")
 
 
 class EngineDiffers(DataInvalid):
@@ -129,17 +108,6 @@ class MergeDiffers(DataInvalid):
         super().__init__(
             f"{model}: after merging, a logit differs by {difference:.2g} (allowed: {allowed:g}), so nothing was"
             " exported; serve the base model with its adapter, or train with a smaller learning rate"
-        )
-
-
-class FoldEmpty(DataInvalid):
-    """A fold of the style teacher has no document to train on."""
-
-    def __init__(self, *, fold: int, folds: int, documents: int) -> None:
-        self.fold, self.folds, self.documents = fold, folds, documents
-        super().__init__(
-            f"corpus: style teacher {fold} of {folds} would have no document to train on"
-            f" ({documents} documents in all); add documents, or set `teacher.folds: 0` to use the model unadapted"
         )
 
 

@@ -32,7 +32,7 @@ def list_dataset(source: Source) -> list[InputFile]:
     from datasets import load_dataset_builder
 
     with _named_errors(source):
-        builder = load_dataset_builder(source.uri)
+        builder = load_dataset_builder(source.uri, **_configuration(source))
     files: list[InputFile] = []
     for names in (builder.config.data_files or {}).values():
         for name, origin in zip(names, names.origin_metadata, strict=True):
@@ -64,12 +64,17 @@ def read_dataset(source: Source, *, max_document_bytes: int) -> Iterator[RawDocu
             )
 
 
+def _configuration(source: Source) -> dict[str, str]:
+    """How `datasets` is told the configuration."""
+    return {} if source.configuration is None else {"name": source.configuration}
+
+
 def _open(source: Source) -> Any:
     from datasets import Dataset, load_dataset, load_from_disk
 
     folder = Path(source.uri)
     if not any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-        return load_dataset(source.uri, split=source.split, streaming=True)
+        return load_dataset(source.uri, split=source.split, streaming=True, **_configuration(source))
     saved = load_from_disk(source.uri)
     splits = [str(saved.split or source.split)] if isinstance(saved, Dataset) else list(saved)
     if source.split not in splits:
@@ -85,4 +90,7 @@ def _named_errors(source: Source) -> Iterator[None]:
     try:
         yield
     except network_errors(OSError, ValueError, DatasetsError, pa.ArrowException) as error:
-        raise source_failure(error, source=source.name, uri=source.uri, problem="`datasets` cannot read it") from error
+        problem = "`datasets` cannot read it"
+        if "Config name is missing" in str(error):
+            problem = "has several configurations, so set `configuration` to one of them"
+        raise source_failure(error, source=source.name, uri=source.uri, problem=problem) from error

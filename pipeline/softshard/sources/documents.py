@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+from urllib.parse import unquote
 
 from softshard.errors import SourceUnreadable
 
-__all__ = ["Problem", "RawDocument", "Source", "check_columns", "make_document"]
+__all__ = [
+    "Problem",
+    "RawDocument",
+    "Source",
+    "check_columns",
+    "find_partitions",
+    "kind_name",
+    "make_document",
+    "unusable_document",
+]
 
-Problem = Literal["undecodable", "oversize", "malformed"]
+Problem = Literal["undecodable", "oversize", "malformed", "dropped"]
+
+_PARTITION = re.compile(r"([^/=]+)=([^/]*)(?=/)")
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (type(None), "null"),
+    (bool, "true or false"),
+    ((int, float, decimal.Decimal), "a number"),
+    (dict, "an object"),
+    ((datetime.date, datetime.time, datetime.timedelta), "a date or time"),
+    ((str, bytes, bytearray), "text"),
+)
 
 
 class Source(Protocol):
@@ -29,12 +53,28 @@ class Source(Protocol):
         """Name of a format, or `auto`."""
 
     @property
+    def encoding(self) -> str:
+        """Encoding of text and JSON Lines without a byte order mark."""
+
+    @property
     def text_field(self) -> str:
         """Field or column that holds the text."""
 
     @property
     def group_field(self) -> str | None:
         """Field or column that holds the group; None: the group is the source's name."""
+
+    @property
+    def drop_texts(self) -> tuple[str, ...]:
+        """Texts that stand for one that is gone."""
+
+    @property
+    def split_texts(self) -> str:
+        """Where a text is split into documents: none, lines, blank_lines or headings."""
+
+    @property
+    def configuration(self) -> str | None:
+        """Configuration of a data set; None: its default."""
 
     @property
     def split(self) -> str:
@@ -56,39 +96,70 @@ class RawDocument:
     group: str
     """Value of the source's group field, or the source's name."""
     problem: Problem | None
-    """undecodable: not UTF-8; oversize: longer than allowed; malformed: no object, no such field, or not text in it."""
+    """undecodable: not in its encoding; oversize: longer than allowed; malformed: no object, no such field, or not text
+    in it; dropped: one of the source's `drop_texts`."""
+    reason: str = ""
+    """What is wrong with a malformed document, such as `has no field 'text'`."""
+
+
+def unusable_document(*, name: str, source: Source, problem: Problem, reason: str = "") -> RawDocument:
+    """A document without a text."""
+    return RawDocument(name=name, text=None, group=source.name, problem=problem, reason=reason)
 
 
 def make_document(value: object, *, group: object, name: str, source: Source, max_document_bytes: int) -> RawDocument:
     """A raw document from the values of the text field and the group field.
 
-    Both are a str or UTF-8 bytes. A group of None means the source's name, a number is written out, and any other
-    group makes the document malformed.
+    The text is a str or UTF-8 bytes. So is the group; a group of None means the source's name, a number, date or time
+    is written out, and any other group makes the document malformed.
     """
-    text: str | None = None
-    problem: Problem | None = None
-    group_name = source.name
+    if not isinstance(value, str | bytes | bytearray):
+        reason = f"its field {source.text_field!r} holds {kind_name(value)}, not text"
+        return unusable_document(name=name, source=source, problem="malformed", reason=reason)
+    if (problem := _group_problem(group, source)) is not None:
+        return unusable_document(name=name, source=source, problem="malformed", reason=problem)
     try:
         content = value.encode() if isinstance(value, str) else value
-        if not isinstance(content, bytes | bytearray) or not isinstance(group, str | bytes | int | float | None):
-            problem = "malformed"
-        elif len(content) > max_document_bytes:
-            problem = "oversize"
-        else:
-            group_name = _group_name(group, source)
-            text = content.decode("utf-8-sig")
+        if len(content) > max_document_bytes:
+            return unusable_document(name=name, source=source, problem="oversize")
+        text, group_name = content.decode("utf-8-sig"), _group_name(group, source)
     except UnicodeError:
-        problem = "undecodable"
-    return RawDocument(name=name, text=text, group=group_name, problem=problem)
+        return unusable_document(name=name, source=source, problem="undecodable")
+    if source.drop_texts and text.strip() in source.drop_texts:
+        return RawDocument(name=name, text=None, group=group_name, problem="dropped")
+    return RawDocument(name=name, text=text, group=group_name, problem=None)
 
 
-def _group_name(group: str | bytes | float | None, source: Source) -> str:
+def kind_name(value: object) -> str:
+    """The kind of a value in the words of JSON, for messages."""
+    return next((title for kinds, title in _KINDS if isinstance(value, kinds)), _list_name(value))
+
+
+def _list_name(value: object) -> str:
+    if not isinstance(value, list | tuple):
+        return f"a value of type {type(value).__name__}"
+    return "a list of objects" if value and isinstance(value[0], dict) else "a list"
+
+
+def _group_problem(group: object, source: Source) -> str | None:
+    scalar = str | bytes | int | float | decimal.Decimal | datetime.date | datetime.time
+    if group is None or isinstance(group, scalar):
+        return None
+    return f"its field {source.group_field!r}, the `group_field`, holds {kind_name(group)} and no name"
+
+
+def _group_name(group: object, source: Source) -> str:
     """Raises UnicodeError for what is not UTF-8, and for half a surrogate pair, which JSON can spell."""
     if group is None:
         return source.name
     name = group.decode() if isinstance(group, bytes) else str(group)
     name.encode()
     return name
+
+
+def find_partitions(uri: str) -> dict[str, str | None]:
+    """Values that the folders of a URI give to fields, as in `lang=en/part.parquet`; Hive's name of null is None."""
+    return {key: None if value == _NO_VALUE else unquote(value) for key, value in _PARTITION.findall(uri)}
 
 
 def check_columns(wanted: Sequence[str], present: Sequence[str], *, source: Source, uri: str) -> None:

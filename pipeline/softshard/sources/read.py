@@ -1,20 +1,19 @@
-"""Lists and reads the sources of a corpus, in the order of the files' names and of their lines or rows.
+"""Reads the documents of a source, in the order of the files' names and of their lines or rows.
 
-With `format: auto`, the ending of each file tells its format, and other files are ignored. A file that cannot be
-listed, opened, decompressed or read in its format raises SourceUnreadable, which names it; a server that is away, or a
-file that is gone since it was listed, raises SourceUnavailable. A problem of one document alone is that document's
-`problem`.
+A file that cannot be listed, opened, decompressed or read in its format raises SourceUnreadable, which names it; a
+server that is away, or a file that is gone since it was listed, raises SourceUnavailable. A problem of one document
+alone is that document's `problem`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import lzma
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import IO, BinaryIO, cast
 
 import pyarrow as pa
@@ -22,41 +21,20 @@ import pyarrow as pa
 from softshard.errors import SourceUnavailable, SourceUnreadable
 from softshard.records.spool import temporary_disk
 from softshard.sources.documents import RawDocument, Source
-from softshard.sources.formats import COMPRESSIONS, FORMATS, FileFormat
+from softshard.sources.formats import FORMATS, FileFormat
+from softshard.sources.listing import find_format, list_files, list_source
+from softshard.sources.not_read import NotRead
+from softshard.sources.text import split_document
 from softshard.storage import (
-    InputFile,
     content_version,
+    find_compression,
     is_missing,
-    list_inputs,
     network_errors,
     open_input,
     source_failure,
 )
 
 __all__ = ["list_source", "list_versions", "read_documents"]
-
-_BY_ENDING = {ending: item for item in FORMATS.values() if isinstance(item, FileFormat) for ending in item.endings}
-
-
-def list_source(source: Source) -> list[InputFile]:
-    """Files that the documents of a source are read from, sorted by name.
-
-    Raises:
-        SourceUnreadable: nothing is there, or nothing has an ending that `auto` knows.
-        SourceUnavailable: it cannot be reached for now.
-    """
-    chosen = FORMATS.get(source.format)
-    if chosen is not None and not isinstance(chosen, FileFormat):
-        return chosen.list_files(source)
-    files = list_inputs(source.uri, source=source.name)
-    known = [file for file in files if _file_format(file.uri, source) is not None]
-    if not known:
-        problem = (
-            f"has no ending that `format: auto` knows ({', '.join(_BY_ENDING)}, each also with .zst or .gz after it);"
-            " rename it, or set `format`"
-        )
-        raise SourceUnreadable(source=source.name, uri=source.uri, problem=problem)
-    return known
 
 
 def list_versions(source: Source) -> list[tuple[str, str]]:
@@ -72,49 +50,54 @@ def list_versions(source: Source) -> list[tuple[str, str]]:
     return found
 
 
-def read_documents(source: Source, *, max_document_bytes: int) -> Iterator[RawDocument]:
+def read_documents(
+    source: Source, *, max_document_bytes: int, not_read: NotRead | None = None
+) -> Iterator[RawDocument]:
     """Documents of a source, at most its `max_documents`, those with a problem counted in.
+
+    Files that are not read, and those without a document, are added to `not_read`.
 
     Raises:
         SourceUnreadable: as `list_source`; or a file is damaged, is not of its format, or lacks a column.
         SourceUnavailable: a server is away, or a file that was listed is gone.
         StorageFull: there is no room to decompress a Parquet file.
     """
-    return itertools.islice(_read(source, max_document_bytes), source.max_documents)
+    passed_over = NotRead() if not_read is None else not_read
+    return itertools.islice(_read(source, max_document_bytes, passed_over), source.max_documents)
 
 
-def _read(source: Source, max_document_bytes: int) -> Iterator[RawDocument]:
+def _read(source: Source, max_document_bytes: int, not_read: NotRead) -> Iterator[RawDocument]:
     chosen = FORMATS.get(source.format)
     if chosen is not None and not isinstance(chosen, FileFormat):
-        yield from chosen.read(source, max_document_bytes=max_document_bytes)
+        for row in chosen.read(source, max_document_bytes=max_document_bytes):
+            yield from split_document(row, source=source, max_document_bytes=max_document_bytes)
         return
-    for file in list_source(source):
-        with _named_errors(source, file.uri):
-            yield from _read_file(file.uri, source, max_document_bytes)
+    for file in list_files(source, not_read=not_read):
+        is_empty = True
+        if file.size != 0:
+            with _named_errors(source, file.uri):
+                for document in _read_file(file.uri, source, max_document_bytes):
+                    is_empty = False
+                    yield document
+        if is_empty:
+            not_read.add("empty", file.uri)
 
 
 def _read_file(uri: str, source: Source, max_document_bytes: int) -> Iterator[RawDocument]:
-    file_format = _file_format(uri, source)
+    file_format = find_format(uri, source)
     assert file_format is not None
     with contextlib.ExitStack() as stack:
         stream: BinaryIO = stack.enter_context(open_input(uri))
-        if file_format.needs_seek and uri.endswith(COMPRESSIONS):
+        if file_format.needs_seek and find_compression(uri) is not None:
             unpacked = stack.enter_context(tempfile.TemporaryFile())
             _unpack(stream, unpacked)
             stream = cast("BinaryIO", unpacked)
-        yield from file_format.read(stream, name=uri, source=source, max_document_bytes=max_document_bytes)
-
-
-def _file_format(uri: str, source: Source) -> FileFormat | None:
-    """Format of a file: the source's own, or for `auto` the one of the file's ending; None where it has none."""
-    chosen = FORMATS.get(source.format)
-    if isinstance(chosen, FileFormat):
-        return chosen
-    for compression in COMPRESSIONS:
-        if uri.endswith(compression):
-            uri = uri.removesuffix(compression)
-            break
-    return _BY_ENDING.get(PurePosixPath(uri).suffix.lower())
+        documents = file_format.read(stream, name=uri, source=source, max_document_bytes=max_document_bytes)
+        if file_format.splits_texts:
+            yield from documents
+            return
+        for document in documents:
+            yield from split_document(document, source=source, max_document_bytes=max_document_bytes)
 
 
 def _unpack(stream: BinaryIO, file: IO[bytes]) -> None:
@@ -129,7 +112,7 @@ def _unpack(stream: BinaryIO, file: IO[bytes]) -> None:
 def _named_errors(source: Source, uri: str) -> Iterator[None]:
     try:
         yield
-    except network_errors(OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except network_errors(OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         failure: SourceUnavailable | SourceUnreadable = source_failure(error, source=source.name, uri=uri)
         if isinstance(failure, SourceUnreadable) and is_missing(error) and _is_gone(source, uri):
             failure = SourceUnavailable(source=source.name, uri=uri, reason="it was listed and is gone")

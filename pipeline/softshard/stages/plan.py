@@ -49,6 +49,8 @@ class Plan:
     out: str
     documents: int
     left_out: dict[str, int]
+    not_read: dict[str, str]
+    """By source: the files that are not read, in one line; without those of which every file is read."""
     tokens: int
     sequences: int
     positions: int
@@ -122,6 +124,7 @@ def make_plan(
         out=job.out,
         documents=everything["num_documents"],
         left_out={name: number for name, number in count.counts.items() if name != "kept" and number},
+        not_read={entry.source: entry.text for entry in count.not_read},
         tokens=everything["num_tokens"],
         sequences=everything["num_sequences"],
         positions=everything["num_labels"],

@@ -158,7 +158,9 @@ class JsonLog:
             values = {**values, "host": socket.gethostname(), "pid": os.getpid()}
         if name == "stage_started":
             self._context["stage"] = values.get("stage")
-        self._write(log_line(name, _level(name, values), **{**self._context, **values}))
+        level = _level(name, values)
+        known = {key: value for key, value in values.items() if key != "level"}
+        self._write(log_line(name, level, **{**self._context, **known}))
         if name == "stage_finished":
             self._context["stage"] = None
 
@@ -170,7 +172,7 @@ def _level(name: str, values: dict[str, EventValue]) -> str:
     if name == "run_finished":
         code = values.get("exit_code")
         return "info" if code == 0 else "warning" if code == EXIT_TRY_AGAIN else "error"
-    return _LEVELS.get(name, "info")
+    return str(values.get("level") or _LEVELS.get(name, "info"))
 
 
 def _open(path: str) -> logging.Handler:

@@ -55,6 +55,7 @@ class RunMetrics:
         self._since = clock()
         self._gauges: dict[str, tuple[str, float]] = {}
         self._stages: dict[str, float] = {}
+        self._sources: dict[str, tuple[float, float]] = {}
 
     def take(self, name: str, values: dict[str, EventValue]) -> None:
         """Count an event."""
@@ -70,6 +71,11 @@ class RunMetrics:
                 self._recent.clear()
             elif name == "run_finished":
                 self._finish(_number(values.get("exit_code")), _number(values.get("seconds")))
+            elif name == "source_read":
+                self._sources[str(values.get("source"))] = (
+                    _number(values.get("documents")),
+                    _number(values.get("left_out")),
+                )
             elif name in _PART_STATES:
                 self._parts[_PART_STATES[name]] += 1
             if name == "part_committed":
@@ -128,6 +134,7 @@ class RunMetrics:
             for stage, seconds in self._stages.items():
                 stages.add_metric([*job, stage], seconds)
             yield stages
+            yield from self._of_sources(job)
             rate = "Positions committed a second, over the last five minutes of this stage."
             for name, (text, value) in {
                 "softshard_tokens_per_second": (rate, self._rate()),
@@ -136,6 +143,19 @@ class RunMetrics:
                 gauge = GaugeMetricFamily(name, text, labels=["job_name"])
                 gauge.add_metric(job, value)
                 yield gauge
+
+    def _of_sources(self, job: list[str]) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        texts = {
+            "softshard_source_documents": "Documents that this run read from each source, kept or not.",
+            "softshard_source_left_out_ratio": "Share of them that could not be decoded or had no text.",
+        }
+        for place, (name, text) in enumerate(texts.items()):
+            gauge = GaugeMetricFamily(name, text, labels=["job_name", "source"])
+            for source, values in self._sources.items():
+                gauge.add_metric([*job, source], values[place])
+            yield gauge
 
 
 def _number(value: EventValue) -> float:

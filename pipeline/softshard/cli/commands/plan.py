@@ -89,6 +89,8 @@ def _render(plan: Plan) -> str:
     rows.append(("then", f"{plan.num_trainings} training(s) of the student, {plan.trained_tokens:,} tokens in all"))
     rows.append(("authors", _describe_authors(plan.authors)))
     lines = [f"{plan.out}: job {plan.job}", "", *(f"{name:<15} {value}" for name, value in rows)]
+    for name, text in plan.not_read.items():
+        lines += ["", *wrapped(f"Source {name}: {text}")]
     if plan.authors is not None and plan.authors.refusal is not None:
         lines += ["", *wrapped(f"The run fails before any teacher is trained: {plan.authors.refusal}")]
     if plan.pilot is not None:
