@@ -29,6 +29,7 @@ from softshard.finetune.adapters.lora import load_adapter
 from softshard.models import load_model
 from softshard.shard.manifest import read_manifest
 from softshard.stages import STAGES
+from softshard.stages.evaluate import read_report
 from softshard.stages.job import run_job
 from softshard.storage import LocalStore
 from softshard.telemetry import SilentReporter
@@ -276,6 +277,24 @@ def test_student_with_another_tokenizer_is_refused(finished, tmp_path):
     other = save_tiny_model(tmp_path / "student", words=("quince",) * 400)
     with pytest.raises(TokenizerMismatch, match="student"):
         run(copy_of(finished, tmp_path, train__model=str(other)), "train")
+
+
+def test_a_chat_model_of_the_same_vocabulary_is_trained_on_targets_of_its_base_model(finished, tiny_model, tmp_path):
+    """It has a special token more, with which its own tokenizer ends a text."""
+    import shutil
+
+    from transformers import PreTrainedTokenizerFast
+
+    chat = shutil.copytree(tiny_model, tmp_path / "chat")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(chat)
+    outcome = run(copy_of(finished, tmp_path, train__model=str(chat)), "train", "evaluate")
+    of_base = read_report(LocalStore(finished / "report"))
+    # The weights are those of the base model, and the targets end with its token, so all figures are its own.
+    for name in ("human", "base", "adapter"):
+        its, of_its_base = (getattr(report, name).model_dump() for report in (outcome.report, of_base))
+        assert {**its, "ms_per_token": None} == {**of_its_base, "ms_per_token": None}
 
 
 def test_student_with_a_smaller_vocabulary_is_refused(finished, tiny_model, tmp_path):

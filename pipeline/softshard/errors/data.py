@@ -120,14 +120,17 @@ class HoldoutEmpty(DataInvalid):
 
 
 class TokenizerMismatch(DataInvalid):
-    """Data and model were made with different tokenizers."""
+    """Data and model were made with different tokenizers; `difference` says in words where they differ, if known."""
 
-    def __init__(self, *, data: str, data_fingerprint: str, model: str, model_fingerprint: str) -> None:
-        self.data, self.model = data, model
+    def __init__(
+        self, *, data: str, data_fingerprint: str, model: str, model_fingerprint: str, difference: str | None = None
+    ) -> None:
+        self.data, self.model, self.difference = data, model, difference
         self.data_fingerprint, self.model_fingerprint = data_fingerprint, model_fingerprint
+        where = f": {difference}" if difference else ""
         super().__init__(
             f"{data}: was made with tokenizer {data_fingerprint[:16]}, but the tokenizer of {model} is"
-            f" {model_fingerprint[:16]}; use a model with the tokenizer of the data, or recompute the data"
+            f" {model_fingerprint[:16]}{where}; use a model with the tokenizer of the data, or recompute the data"
         )
 
 

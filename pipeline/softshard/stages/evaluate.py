@@ -117,7 +117,7 @@ def _make_report(
     for name, receipt in _compared_models(trained).items():
         folder = None if receipt is None else adapters.local_folder(receipt.folder, receipt.files)
         measured[name] = _measure(name, student, folder, protocol, reporter)
-    human = human_continuations(protocol.prompts, tokenizer=student.model.tokenizer)
+    human = human_continuations(protocol.prompts, tokenizer=protocol.holdout.tokenizer)
     report = _compose_report(
         job,
         protocol,

@@ -31,6 +31,7 @@ class Holdout:
     manifest: Manifest
     retention: StoredCorpus | None
     tokenizer: Tokenizer
+    """Of the teacher, with which the targets were made: its token ends a document."""
     settings: EvaluateSettings
 
     @property
@@ -74,6 +75,6 @@ def make_holdout(workspace: Workspace, manifest: Manifest, retention: StoredCorp
         targets=workspace.targets,
         manifest=manifest,
         retention=retention,
-        tokenizer=workspace.student_model.tokenizer,
+        tokenizer=workspace.teacher_model.tokenizer,
         settings=workspace.job.evaluate,
     )

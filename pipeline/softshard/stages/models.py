@@ -63,4 +63,4 @@ def _check_student(workspace: Workspace) -> None:
     check_student(workspace, data=teacher.name, fingerprint=teacher.tokenizer.fingerprint, vocab_size=vocab_size)
     check_adapter(workspace.student_model, settings.adapter, settings.lora)
     with contextlib.suppress(ManifestMissing):
-        refuse_unfit(settings, workspace.student_model, other_sets(settings), vocab_size=vocab_size)
+        refuse_unfit(workspace, other_sets(settings), vocab_size=vocab_size)

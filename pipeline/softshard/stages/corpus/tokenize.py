@@ -17,7 +17,8 @@ from softshard.cluster.cluster import Cluster
 from softshard.config import ClusterSettings, CorpusSettings
 from softshard.corpus.build import Encode
 from softshard.corpus.tokenize import encode_texts
-from softshard.models import Tokenizer, check_tokenizer, load_tokenizer
+from softshard.errors import TokenizerMismatch
+from softshard.models import Tokenizer, load_tokenizer
 from softshard.sources.read import list_source
 
 __all__ = ["encode_on", "is_worth_a_cluster"]
@@ -65,5 +66,11 @@ def _tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
         # A worker caches a tokenizer, and the folder may have changed since.
         load_tokenizer.cache_clear()
         tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, model=str(folder), data="the corpus", data_fingerprint=fingerprint)
+    if tokenizer.fingerprint != fingerprint:
+        raise TokenizerMismatch(
+            data="the corpus",
+            data_fingerprint=fingerprint,
+            model=str(folder),
+            model_fingerprint=tokenizer.fingerprint,
+        )
     return tokenizer

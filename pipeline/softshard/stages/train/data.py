@@ -31,7 +31,7 @@ from softshard.data.target_set import TargetSet
 from softshard.errors import BlendInvalid, JobInvalid, TargetsUnsuitable
 from softshard.models import check_tokenizer
 from softshard.output.status import job_values
-from softshard.output.workspace import Model, Workspace
+from softshard.output.workspace import Workspace
 from softshard.records.digest import canonical_digest
 from softshard.shard.manifest import Manifest, SourceRights, read_manifest
 from softshard.storage import open_store
@@ -146,7 +146,7 @@ def open_training_data(workspace: Workspace, manifest: Manifest) -> TrainingData
     )
     more = settings.targets
     sets = [own, *other_sets(settings)]
-    refuse_unfit(settings, workspace.student_model, sets[1:], vocab_size=manifest.vocab_size)
+    refuse_unfit(workspace, sets[1:], vocab_size=manifest.vocab_size)
     _refuse_holdout(own, sets[1:])
     if more is not None and more.how == "blend" and own.weight == 0:
         first = replace(sets[1].targets, where=own.targets.where)
@@ -219,9 +219,7 @@ def other_sets(settings: TrainSettings) -> list[WeightedTargets]:
     return found
 
 
-def refuse_unfit(
-    settings: TrainSettings, student: Model, others: Sequence[WeightedTargets], *, vocab_size: int
-) -> None:
+def refuse_unfit(workspace: Workspace, others: Sequence[WeightedTargets], *, vocab_size: int) -> None:
     """Refuse targets of other jobs that the student could not be trained on beside the job's own.
 
     Raises:
@@ -229,10 +227,13 @@ def refuse_unfit(
         BlendInvalid: their vocabulary has not `vocab_size` tokens.
         TargetsUnsuitable: the settings do not suit them.
     """
+    student, settings, made_with = workspace.student_model, workspace.job.train, workspace.teacher_model.tokenizer
     for other in others:
         uri, manifest = other.targets.store.uri, other.targets.manifest
         fingerprint = manifest.tokenizer_fingerprint
-        check_tokenizer(student.tokenizer, model=student.name, data=uri, data_fingerprint=fingerprint)
+        check_tokenizer(
+            student.tokenizer, model=student.name, data=uri, data_fingerprint=fingerprint, made_with=made_with
+        )
         if manifest.vocab_size != vocab_size:
             problem = f"its vocabulary has {manifest.vocab_size} tokens, that of the job's own targets {vocab_size}"
             raise BlendInvalid(uri=uri, problem=problem)

@@ -72,6 +72,7 @@ def ensure_trained(
     job, store = workspace.job, workspace.adapter
     fingerprint, vocab_size = manifest.tokenizer_fingerprint, manifest.vocab_size
     check_student(workspace, data=workspace.targets.uri, fingerprint=fingerprint, vocab_size=vocab_size)
+    _report_end(workspace, reporter)
     data, student = open_training_data(workspace, manifest), make_student(workspace)
     retention_digest = None if retention is None else retention.manifest.digest
     grid, baselines = training_specs(job.train, data, student, retention_digest=retention_digest, seed=job.seed)
@@ -108,6 +109,16 @@ def ensure_trained(
     )
     write_trained(store, trained)
     return trained
+
+
+def _report_end(workspace: Workspace, reporter: Reporter) -> None:
+    """Say so where the student's own tokenizer ends a text with another token than the documents end with."""
+    teacher, student = workspace.teacher_model.tokenizer, workspace.student_model.tokenizer
+    if teacher.eos_id != student.eos_id:
+        reporter.say(
+            f"train: documents end with {teacher.token(teacher.eos_id)!r}, which the student learns, though its own"
+            f" tokenizer ends a text with {student.token(student.eos_id)!r}"
+        )
 
 
 def _find(store: Store, spec: TrainingSpec) -> TrainingReceipt | None:

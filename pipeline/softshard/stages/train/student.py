@@ -76,7 +76,8 @@ def check_student(workspace: Workspace, *, data: str, fingerprint: str, vocab_si
         ModelInvalid: the student has fewer positions than the sequences.
     """
     student = workspace.student_model
-    check_tokenizer(student.tokenizer, model=student.name, data=data, data_fingerprint=fingerprint)
+    made_with = workspace.teacher_model.tokenizer
+    check_tokenizer(student.tokenizer, model=student.name, data=data, data_fingerprint=fingerprint, made_with=made_with)
     check_context(student.folder, context_tokens=workspace.job.corpus.context_tokens)
     size = output_size(student.folder)
     check_vocabulary(model=student.name, model_size=size, data=data, data_size=vocab_size)
