@@ -207,6 +207,22 @@ def test_show_of_an_unknown_sequence_is_3(finished, capsys):
     assert "'zzz'" in capsys.readouterr().err
 
 
+def test_plan_names_the_files_that_are_not_read(tiny_job, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    rows = "".join(json.dumps({"text": f"Letter {number}. It rained all day."}) + "\n" for number in range(30))
+    (tmp_path / "texts/a.jsonl").write_text(rows)
+    (tmp_path / "texts/b.csv").touch()
+    (tmp_path / "texts/c.csv").write_text("text\n")
+    source = {"name": "s", "uri": str(tmp_path / "texts"), "style": "plain", "license": "MIT", "rights_basis": "owned"}
+    path = tiny_job(tmp_path, corpus={"sources": [source]})
+    assert main(["plan", str(path), "--quiet", "--tokens-per-second", "100"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert f"Source s: 2 files not read: 2 .csv (first: file://{tmp_path}/texts/b.csv)" in shown
+    assert main(["plan", str(path), "--json", "--quiet", "--tokens-per-second", "100"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["not_read"] == {"s": f"2 files not read: 2 .csv (first: file://{tmp_path}/texts/b.csv)"}
+
+
 def test_plan_counts_what_the_run_then_makes(finished, tiny_job, tmp_path, capsys):
     path = tiny_job(tmp_path)
     assert main(["plan", str(path), "--json", "--quiet", "--tokens-per-second", "100", "--price-per-hour", "2"]) == 0

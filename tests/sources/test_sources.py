@@ -1,3 +1,5 @@
+import datetime
+import decimal
 import gzip
 import json
 import random
@@ -82,6 +84,20 @@ def test_number_as_group_is_written_out_and_a_list_is_malformed(tmp_path):
     documents = read(tmp_path, group_field="year")
     assert [document.group for document in documents] == ["1851", "letters"]
     assert problems(documents) == [None, "malformed"]
+
+
+@pytest.mark.parametrize(
+    ("value", "group"),
+    [
+        (datetime.date(1851, 2, 3), "1851-02-03"),
+        (datetime.datetime(1851, 2, 3, 4), "1851-02-03 04:00:00"),
+        (decimal.Decimal("1.50"), "1.50"),
+        (True, "True"),
+    ],
+)
+def test_a_date_or_number_of_a_parquet_column_is_written_out_as_group(tmp_path, value, group):
+    pq.write_table(pa.table({"text": ["one"], "when": [value]}), tmp_path / "rows.parquet")
+    assert [document.group for document in read(tmp_path, group_field="when")] == [group]
 
 
 def test_auto_takes_the_known_files_of_a_folder_in_the_order_of_their_names(tmp_path):

@@ -14,6 +14,7 @@ import zstandard
 from fakes.s3_server import cut_reply, moto, proxy, refuse, slow_down, spoiled_server  # noqa: F401
 from softshard.config import SourceSettings
 from softshard.errors import EXIT_TRY_AGAIN, SourceUnreadable, StoreUnavailable, StoreUnusable
+from softshard.sources.not_read import NotRead
 from softshard.sources.read import list_source, read_documents
 from softshard.storage import ObjectStore, list_inputs, open_input
 from softshard.storage.s3 import RetryPolicy
@@ -72,6 +73,25 @@ def test_folders_and_globs_are_listed_in_order_without_hidden_files(bucket):
     assert names(f"{uri}/[ab].txt") == ["a.txt", "b.txt"]
     with open_input(f"{uri}/sub/c.txt") as stream:
         assert stream.read() == b"sub/c.txt"
+
+
+def test_of_a_bucket_too_what_is_no_data_is_left_out_and_named(bucket):
+    for name in ("README.md", "part.jsonl", "_SUCCESS", "_temporary/0/part.jsonl", "lang=en/part.jsonl", "a.csv"):
+        bucket.replace(name, b'{"text": "one"}\n')
+
+    def read(uri, **changes):
+        not_read = NotRead()
+        found = read_documents(source(uri, **changes), max_document_bytes=10**6, not_read=not_read)
+        return [document.group for document in found], not_read.kinds
+
+    every = {".csv": 1, "_*": 2, "README or LICENSE": 1}
+    assert read(bucket.uri) == (["tales", "tales"], every)
+    assert read(f"{bucket.uri}/**") == (["tales", "tales"], every)
+    assert read(f"{bucket.uri}/*") == (["tales"], {"folder": 2, ".csv": 1, "README or LICENSE": 1, "_*": 1})
+    assert read(f"{bucket.uri}/_temporary/**") == (["tales"], {})
+    assert read(f"{bucket.uri}/lang=*/*.jsonl", group_field="lang") == (["en"], {})
+    with pytest.raises(SourceUnreadable, match=r"matches no file but 1 folder\(s\); add /\*\*"):
+        read(f"{bucket.uri}/lang=*")
 
 
 def test_the_version_of_an_input_is_that_of_its_content(bucket):

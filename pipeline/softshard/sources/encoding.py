@@ -1,7 +1,8 @@
 """Turns a stream of text in any encoding into UTF-8, while it is read.
 
 A byte order mark decides before the settings do: a file that begins with one of UTF-8, UTF-16 or UTF-32 is read as
-that. What cannot be decoded becomes a byte that is not UTF-8, so that it spoils its own document and no other.
+that. A file that is compressed and does not say so by its name is unpacked. What cannot be decoded becomes a byte that
+is not UTF-8, so that it spoils its own document and no other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import codecs
 import io
 from typing import Any, BinaryIO, cast
 
-from softshard.storage import PrefixedStream
+from softshard.storage import PrefixedStream, unpack_by_content
 
 __all__ = ["as_utf8", "is_utf8"]
 
@@ -43,10 +44,12 @@ def as_utf8(stream: BinaryIO, *, encoding: str) -> BinaryIO:
     head = b""
     while len(head) < _HEAD_BYTES and (piece := stream.read(_HEAD_BYTES - len(head))):
         head += piece
-    whole = PrefixedStream(head, stream)
+    whole = cast("BinaryIO", PrefixedStream(head, stream))
+    if (unpacked := unpack_by_content(head, whole)) is not None:
+        return as_utf8(unpacked, encoding=encoding)
     # A mark and nothing after it is no text.
     found = next((name for mark, name in _MARKS if head.startswith(mark) and len(head) > len(mark)), encoding)
-    plain = whole if is_utf8(found) else _Decoded(cast("BinaryIO", whole), found)
+    plain = whole if is_utf8(found) else _Decoded(whole, found)
     return cast("BinaryIO", io.BufferedReader(plain, _CHUNK_BYTES))
 
 

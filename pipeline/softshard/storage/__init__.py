@@ -9,7 +9,7 @@ only: `put_once` and `create_exclusive` never overwrite, `replace` is for pointe
 only when it is complete and synced. Credentials come from the environment; no error, name or record contains them.
 """
 
-from softshard.storage.compression import COMPRESSIONS, find_compression, without_compression
+from softshard.storage.compression import COMPRESSIONS, find_compression, unpack_by_content, without_compression
 from softshard.storage.folders import did_you_mean
 from softshard.storage.inputs import content_version, open_input
 from softshard.storage.listing import InputFile, Inputs, find_inputs, list_inputs
@@ -44,5 +44,6 @@ __all__ = [
     "open_input",
     "open_store",
     "source_failure",
+    "unpack_by_content",
     "without_compression",
 ]

@@ -12,11 +12,13 @@ from typing import Any, BinaryIO, cast
 
 from softshard.storage.prefixed import PrefixedStream
 
-__all__ = ["COMPRESSIONS", "find_compression", "unpack", "without_compression"]
+__all__ = ["COMPRESSIONS", "find_compression", "unpack", "unpack_by_content", "without_compression"]
 
 COMPRESSIONS = (".zst", ".gz", ".bz2", ".xz")
 """Endings of compressed files."""
 
+_MAGIC = {b"\x1f\x8b": ".gz", bytes.fromhex("28b52ffd"): ".zst", bytes.fromhex("fd377a585a"): ".xz"}
+"""How files begin that no text begins like."""
 _UNPACKED_BYTES = 2**18
 _PYARROW_WINDOW_BYTES = 2**27
 """The largest window that pyarrow's zstandard accepts, 128 MiB."""
@@ -37,6 +39,17 @@ def without_compression(uri: str) -> str:
     return uri.removesuffix(uri[-len(ending) :]) if (ending := find_compression(uri)) else uri
 
 
+def unpack_by_content(head: bytes, whole: BinaryIO) -> BinaryIO | None:
+    """The unpacked stream of a file that is compressed and does not say so by its name; None where it is not.
+
+    Args:
+        head: the first bytes, which in no compressed file but one of bzip2 are text.
+        whole: the stream from its beginning.
+    """
+    ending = next((ending for magic, ending in _MAGIC.items() if head.startswith(magic)), None)
+    return None if ending is None else _open(ending, whole)
+
+
 @contextlib.contextmanager
 def unpack(raw: BinaryIO, *, uri: str) -> Iterator[BinaryIO]:
     """The unpacked stream of a file of that name.
@@ -44,22 +57,25 @@ def unpack(raw: BinaryIO, *, uri: str) -> Iterator[BinaryIO]:
     Raises, while it is read: OSError, EOFError, zlib.error, lzma.LZMAError or pyarrow.ArrowException.
     """
     ending = find_compression(uri)
-    with contextlib.ExitStack() as stack:
-        if ending == ".zst":
-            yield stack.enter_context(_unpack_zstd(raw))
-        elif ending is None:
-            yield raw
-        else:
-            import bz2
-            import gzip
-            import lzma
-
-            openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-            yield cast("BinaryIO", stack.enter_context(openers[ending](raw, "rb")))
+    if ending is None:
+        yield raw
+        return
+    with _open(ending, raw) as stream:
+        yield stream
 
 
-@contextlib.contextmanager
-def _unpack_zstd(raw: BinaryIO) -> Iterator[BinaryIO]:
+def _open(ending: str, raw: BinaryIO) -> BinaryIO:
+    if ending == ".zst":
+        return _open_zstd(raw)
+    import bz2
+    import gzip
+    import lzma
+
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast("BinaryIO", openers[ending](raw, "rb"))
+
+
+def _open_zstd(raw: BinaryIO) -> BinaryIO:
     import zstandard
 
     head = raw.read(_ZSTD_HEADER_BYTES)
@@ -69,13 +85,12 @@ def _unpack_zstd(raw: BinaryIO) -> Iterator[BinaryIO]:
     except zstandard.ZstdError:
         window_bytes = 0  # pyarrow says what is wrong with the file
     if window_bytes > _PYARROW_WINDOW_BYTES:
-        yield io.BufferedReader(_LongWindow(whole), _UNPACKED_BYTES)
-        return
+        return cast("BinaryIO", io.BufferedReader(_LongWindow(whole), _UNPACKED_BYTES))
     import pyarrow as pa
 
     # zstandard's own reader takes a truncated file for a complete one; pyarrow's raises an error.
-    with pa.CompressedInputStream(pa.PythonFile(whole, mode="r"), "zstd") as stream:
-        yield io.BufferedReader(stream, _UNPACKED_BYTES)
+    stream = pa.CompressedInputStream(pa.PythonFile(whole, mode="r"), "zstd")
+    return cast("BinaryIO", io.BufferedReader(stream, _UNPACKED_BYTES))
 
 
 class _LongWindow(io.RawIOBase):

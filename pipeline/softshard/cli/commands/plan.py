@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from softshard.cli.arguments import add_job_arguments, positive_number
 from softshard.cli.command import Command
 from softshard.cli.result import print_result
-from softshard.cli.terminal import wrapped
+from softshard.cli.terminal import printable, wrapped
 
 if TYPE_CHECKING:
     from softshard.pilot.measure import Pilot
@@ -70,7 +70,7 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
 
 
 def _render(plan: Plan) -> str:
-    """The plan as lines of at most 80 columns."""
+    """The plan as lines of at most 80 columns, but for those that name a file."""
     left_out = ", ".join(f"{number:,} {name}" for name, number in plan.left_out.items())
     rows = [
         ("documents", f"{plan.documents:,}" + (f" (left out: {left_out})" if left_out else "")),
@@ -90,7 +90,7 @@ def _render(plan: Plan) -> str:
     rows.append(("authors", _describe_authors(plan.authors)))
     lines = [f"{plan.out}: job {plan.job}", "", *(f"{name:<15} {value}" for name, value in rows)]
     for name, text in plan.not_read.items():
-        lines += ["", *wrapped(f"Source {name}: {text}")]
+        lines += ["", printable(f"Source {name}: {text}")]
     if plan.authors is not None and plan.authors.refusal is not None:
         lines += ["", *wrapped(f"The run fails before any teacher is trained: {plan.authors.refusal}")]
     if plan.pilot is not None:
