@@ -380,6 +380,18 @@ def test_empty_split_is_refused_by_name(tmp_path, letters, tokenizer, fraction, 
         build(letters, tmp_path / "out", tokenizer, holdout_fraction=fraction)
 
 
+def test_corpus_that_is_too_small_for_its_holdout_names_a_fraction_that_is_enough(tmp_path, letters, tokenizer):
+    with pytest.raises(
+        CorpusEmpty, match=r"set `corpus.holdout_fraction` to 0\.\d+ or more, which holds out one"
+    ) as raised:
+        build(letters, tmp_path / "out", tokenizer, holdout_fraction=1e-6)
+    enough = raised.value.enough
+    manifest = build(letters, tmp_path / "out", tokenizer, holdout_fraction=enough)
+    assert {part.split for part in manifest.statistics} == {"train", "test"}
+    with pytest.raises(CorpusEmpty):
+        build(letters, tmp_path / "less", tokenizer, holdout_fraction=enough - 0.01)
+
+
 def test_corpus_without_a_holdout_needs_no_test_split(tmp_path, letters, tokenizer):
     manifest = build(letters, tmp_path / "out", tokenizer, holdout_fraction=0)
     assert {part.split for part in manifest.slices} == {"train"}

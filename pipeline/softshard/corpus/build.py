@@ -135,7 +135,7 @@ def build_corpus(
         num_sequences = counter.add(document, num_tokens=num_tokens)
         documents.add(document, num_tokens=num_tokens, num_sequences=num_sequences)
         slices.add(document, _windows(document, token_ids, tokenizer, settings))
-    counter.finish(screen.counts, folds=folds)
+    counter.finish(screen, folds=folds)
     files = documents.finish()
     manifest = CorpusManifest(
         **windows,
@@ -161,7 +161,7 @@ def count_corpus(
     not_read: list[FilesNotRead] = []
     for document, token_ids in _tokenised(settings, _encoder(tokenizer), screen, reporter, not_read):
         counter.add(document, num_tokens=num_document_tokens(token_ids, tokenizer=tokenizer))
-    return counter.finish(screen.counts, folds=folds).model_copy(update={"not_read": tuple(not_read)})
+    return counter.finish(screen, folds=folds).model_copy(update={"not_read": tuple(not_read)})
 
 
 def first_sequences(

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from softshard.config import CorpusSettings
 from softshard.corpus.boundaries import SliceCutter
-from softshard.corpus.screen import ScreenedDocument, Split
+from softshard.corpus.screen import Screen, ScreenedDocument, Split
 from softshard.corpus.tally import FilesNotRead
 from softshard.corpus.windows import make_sequence_id, window_starts
 from softshard.errors import CorpusEmpty, FoldEmpty
@@ -110,7 +110,7 @@ class CorpusCounter:
         part.num_sequences += len(starts)
         return len(starts)
 
-    def finish(self, counts: dict[str, int], *, folds: int) -> CorpusCount:
+    def finish(self, screen: Screen, *, folds: int) -> CorpusCount:
         """The counts of a corpus that can be trained on.
 
         Raises:
@@ -118,11 +118,13 @@ class CorpusCounter:
                 above 0.
             FoldEmpty: all train documents are in one fold, so the style teacher of that fold has none.
         """
+        counts = screen.counts
         if not self._parts:
             raise CorpusEmpty(counts=counts)
         for split in ("train", "test") if self._settings.holdout_fraction else ("train",):
             if not any(place == split for place, _ in self._parts):
-                raise CorpusEmpty(counts=counts, split=split)
+                enough = screen.least_holdout_fraction if split == "test" else None
+                raise CorpusEmpty(counts=counts, split=split, enough=enough)
         train = {fold: part.num_documents for (split, fold), part in self._parts.items() if split == "train"}
         if folds and len(train) == 1:
             fold, documents = next(iter(train.items()))

@@ -125,12 +125,19 @@ class Screen:
         self._settings, self._folds, self._seed = settings, folds, seed
         self._keys: set[bytes] = set()
         self._first: dict[str, str] = {}
+        self._least_hash = 2**64
         self._counts = dict.fromkeys(("kept", "empty", "undecodable", "oversize", "malformed", "duplicate"), 0)
 
     @property
     def counts(self) -> dict[str, int]:
         """Documents by outcome: kept, empty, undecodable, oversize, malformed, duplicate, and dropped if any is."""
         return dict(self._counts)
+
+    @property
+    def least_holdout_fraction(self) -> float | None:
+        """The smallest fraction, in hundredths, that holds out one of the kept documents; None where it would be 1."""
+        fraction = (self._least_hash * 100 // 2**64 + 1) / 100
+        return fraction if fraction < 1 else None
 
     @property
     def num_seen(self) -> int:
@@ -154,6 +161,7 @@ class Screen:
             self._leave_out("duplicate", raw.name)
             return None
         self._keys.add(key)
+        self._least_hash = min(self._least_hash, _hash(self._seed, document_id, "holdout"))
         self._counts["kept"] += 1
         return ScreenedDocument(
             document_id=document_id,
