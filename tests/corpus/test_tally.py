@@ -59,7 +59,8 @@ def test_a_renamed_field_is_refused_and_named_with_its_first_line(tmp_path, toke
     assert caught.value.exit_code == 3
     assert str(caught.value) == (
         f"{path}: source 'letters': 270 of its 300 documents (90.0%) cannot be used: 270 malformed"
-        f" (first: file://{path}, line 31: has no field 'text'); mend them, or set `corpus.max_left_out` above 0.05"
+        f" (first: file://{path}, line 31: has no field 'text'); check the fields that the source names, or set"
+        " `corpus.max_left_out` above 0.05"
     )
     ((name, values),) = reporter.events
     assert (name, values["level"], values["left_out"], values["documents"]) == ("source_read", "warning", 0.9, 300)
@@ -143,6 +144,20 @@ def test_files_that_nobody_expects_to_be_read_are_no_warning(tmp_path, tokenizer
     assert [values["level"] for name, values in reporter.events if name == "files_not_read"] == ["info"]
 
 
+def test_a_source_without_a_document_is_a_warning(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", *letters(3))
+    (tmp_path / "b.jsonl").touch()
+    sources = [
+        {"name": name, "uri": str(tmp_path / f"{name}.jsonl"), "style": "s", "license": "MIT", "rights_basis": "owned"}
+        for name in "ab"
+    ]
+    reporter = Listening()
+    count(tokenizer, tmp_path, reporter, sources=sources)
+    levels = {values["source"]: values["level"] for name, values in reporter.events if name == "source_read"}
+    assert levels == {"a": "info", "b": "warning"}
+    assert f"source 'b': 1 file not read: 1 empty (first: file://{tmp_path}/b.jsonl)" in reporter.lines
+
+
 def test_metrics_have_the_share_of_every_source():
     metrics = RunMetrics()
     metrics.take("run_started", {"job": "night", "run": "1"})
@@ -163,11 +178,19 @@ def test_metrics_have_the_share_of_every_source():
         (
             '{"text": "x", "author": {"a": 1}}\n',
             {"group_field": "author"},
-            r"`group_field`, holds an object and no name",
+            r"`group_field`, holds an object and no name; name another",
         ),
         ('{"text": "x"}\n', {"group_field": "author"}, r"line 1: has no field 'author', the `group_field`"),
-        ('{"chat": [{"role": "user"}]}\n', {"text_field": "chat"}, r"field 'chat' holds a list of objects, not text"),
-        ('[{"text": "x"}]\n', {}, r"line 1: is a list of objects, and every line has to be one object"),
+        (
+            '{"chat": [{"role": "user"}]}\n',
+            {"text_field": "chat"},
+            r"field 'chat' holds a list of objects, not text; join the messages",
+        ),
+        (
+            '[{"text": "x"}]\n',
+            {},
+            r"line 1: is a list of objects, and every line has to be one object; an array is converted, in",
+        ),
         ('[\n  {"text": "x"}\n]\n', {}, r"is a JSON array, and JSON Lines has one object per line; convert it, in Pyt"),
         ('[{"text": "x"},\n {"text": "y"}]\n', {}, r"is a JSON array"),
         ('{\n  "text": "x"\n}\n', {}, r"is one JSON object over several lines"),

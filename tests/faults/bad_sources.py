@@ -335,7 +335,7 @@ def _(place):
 def _(place):
     """a list of chat messages as text
     text_field: messages
-    IN/a.jsonl: source 's': none of its 3 documents can be used: …field 'messages' holds a list of objects, not text
+    IN/a.jsonl: source 's': none of its 3 documents can be used: …field 'messages' holds a list of objects, not text; …
     """
     place.read_file("a.jsonl", lines(*({"messages": [{"content": TEXT}]} for _ in range(3))), text_field="messages")
 

@@ -136,6 +136,12 @@ def test_a_link_that_leads_nowhere_is_not_passed_over(tmp_path):
         read(tmp_path)
 
 
+def test_a_name_that_is_not_utf8_is_named_in_utf8(tmp_path):
+    put(tmp_path, "a.jsonl", rows("one"))
+    (tmp_path / os.fsdecode(b"b\xff\n.csv")).touch()
+    assert read(tmp_path) == (["one"], f"1 file not read: 1 .csv (first: file://{tmp_path}/b\\udcff .csv)")
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     put(tmp_path, "a.jsonl", rows("one"))
     os.mkfifo(tmp_path / "b.jsonl")

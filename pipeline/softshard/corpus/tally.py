@@ -85,7 +85,7 @@ class SourceTally:
             malformed=self._faults["malformed"],
             left_out=round(share, 6),
             allowed=max_left_out,
-            level="warning" if share > max_left_out else "info",
+            level="warning" if share > max_left_out or not self._num_documents else "info",
         )
         if share > max_left_out or 0 < self._num_documents == self._faults["malformed"]:
             self._refuse(faults, max_left_out)
@@ -106,5 +106,12 @@ class SourceTally:
             outcomes=faults,
             first=f"{first}: {reason}" if reason else first,
             allowed=max_left_out,
-            remedy="mend them" if reason else "set the source's `encoding`, for example to windows-1252",
+            remedy=_remedy(reason),
         )
+
+
+def _remedy(reason: str) -> str:
+    """What to do about documents that are left out for a reason; an empty one is that they cannot be decoded."""
+    if not reason:
+        return "set the source's `encoding`, for example to windows-1252"
+    return "mend them" if reason.startswith("is not JSON") else "check the fields that the source names"

@@ -114,7 +114,7 @@ def make_document(value: object, *, group: object, name: str, source: Source, ma
     is written out, and any other group makes the document malformed.
     """
     if not isinstance(value, str | bytes | bytearray):
-        reason = f"its field {source.text_field!r} holds {kind_name(value)}, not text"
+        reason = f"its field {source.text_field!r} holds {kind_name(value)}, not text; {_remedy(value)}"
         return unusable_document(name=name, source=source, problem="malformed", reason=reason)
     if (problem := _group_problem(group, source)) is not None:
         return unusable_document(name=name, source=source, problem="malformed", reason=problem)
@@ -145,7 +145,14 @@ def _group_problem(group: object, source: Source) -> str | None:
     scalar = str | bytes | int | float | decimal.Decimal | datetime.date | datetime.time
     if group is None or isinstance(group, scalar):
         return None
-    return f"its field {source.group_field!r}, the `group_field`, holds {kind_name(group)} and no name"
+    problem = f"its field {source.group_field!r}, the `group_field`, holds {kind_name(group)} and no name"
+    return f"{problem}; name another `group_field`, or leave it out"
+
+
+def _remedy(value: object) -> str:
+    if kind_name(value) == "a list of objects":
+        return "join the messages of a conversation into one text, or name another `text_field`"
+    return "name another `text_field`"
 
 
 def _group_name(group: object, source: Source) -> str:

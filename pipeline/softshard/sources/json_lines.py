@@ -77,7 +77,7 @@ def _read_line(line: bytes, place: str, name: str, source: Source, max_document_
     else:
         if isinstance(row, dict):
             return _read_object(row, place, name, source, max_document_bytes)
-        reason = f"is {kind_name(row)}, and every line has to be one object"
+        reason = f"is {kind_name(row)}, and every line has to be one object; an array is converted, {JSON_REMEDY}"
     return unusable_document(name=place, source=source, problem=problem, reason=reason)
 
 

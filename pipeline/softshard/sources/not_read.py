@@ -21,7 +21,8 @@ class NotRead:
     def add(self, kind: str, uri: str) -> None:
         """Count a file."""
         self._counts[kind] += 1
-        self._first.setdefault(kind, " ".join(uri.split()))
+        # A file name may hold a newline, and bytes that are not UTF-8.
+        self._first.setdefault(kind, " ".join(uri.encode(errors="backslashreplace").decode().split()))
 
     @property
     def num_files(self) -> int:

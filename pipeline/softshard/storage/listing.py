@@ -162,7 +162,7 @@ def _glob_local(pattern: str) -> tuple[list[str], list[str]]:
 def _glob(fs: Any, pattern: str) -> tuple[list[str], list[str]]:
     """Files and folders that match a glob."""
     known = fs.glob(pattern, detail=True)
-    folders = [name for name, info in known.items() if info["type"] == "directory"]
+    folders = [name for name, info in known.items() if info.get("type") == "directory"]
     return [name for name in known if name not in set(folders)], _whole(pattern, folders)
 
 
