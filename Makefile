@@ -23,6 +23,8 @@ LOCK_EXTRAS ?= s3 metrics lineage
 # Three processes of tests for two cores, because many tests wait for processes of their own. The tests of a file share
 # fixtures, so they stay together; files keep their order, because the longest ones have few tests and would come last.
 PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Threads of other processes should not spin on a core while they wait for work.
+test test-vllm test-slow: export OMP_WAIT_POLICY := passive
 # vLLM's engines take memory and cores for themselves.
 PARALLEL_VLLM := --numprocesses 2 --dist loadfile
 

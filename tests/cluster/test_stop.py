@@ -141,6 +141,7 @@ def test_workers_do_not_outlive_a_client_that_is_killed(stopped):
     assert running.left() == []
 
 
+@pytest.mark.slow
 def test_a_stopped_job_ends_with_75_and_goes_on_from_there(tiny_job, tmp_path):
     """As a service manager stops it: the signal reaches the command and all of its workers."""
     path = tiny_job(tmp_path, teacher={"folds": 0}, corpus={"sequences_per_part": 6}, cluster={"grace_seconds": 60})

@@ -86,6 +86,7 @@ def softshard(*arguments, environment):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
 
 
+@pytest.mark.slow
 def test_job_runs_on_a_cluster_that_speaks_tls_alone_and_strangers_do_not(
     tiny_job, tmp_path, environment, encrypted, monkeypatch
 ):
