@@ -1,3 +1,6 @@
+import json
+import re
+
 import pytest
 import yaml
 
@@ -97,6 +100,87 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path, changes, place, problem
     assert problem in message
     assert "\n" not in message
     assert caught.value.exit_code == 2
+
+
+SOURCE = GOOD["corpus"]["sources"][0]
+ONE_PROBLEM = [
+    (
+        {"corpus__sources": [SOURCE | {"licence": "MIT"}]},
+        "corpus.sources[0].licence: unknown key; did you mean `license`?",
+    ),
+    ({"corpus__sources": [SOURCE | {"uri": 5}]}, "corpus.sources[0].uri: input should be a valid string, not 5"),
+    (
+        {"corpus__sources": [3]},
+        "corpus.sources[0]: input should be a section with keys such as `name`, `uri`, `format`, not 3",
+    ),
+    ({"corpus__sources": []}, "corpus.sources: input should be a list of at least 1 item(s), not []"),
+    ({"corpus__sources": "a.txt"}, "corpus.sources: input should be a list, not 'a.txt'"),
+    ({"teacher": "m"}, "teacher: input should be a section with keys such as `model`, `revision`, `engine`, not 'm'"),
+    (
+        {"target": "topk"},
+        "target: input should be a section with keys such as `kind`, `temperature`, `step`, not 'topk'",
+    ),
+    ({"traim": {}}, "traim: unknown key; did you mean `train`?"),
+    ({"train__lr": 1}, "train.lr: unknown key; did you mean `train.optimizer.learning_rate`?"),
+    ({"train__optimizer": {"lr": 1}}, "train.optimizer.lr: unknown key; did you mean `learning_rate`?"),
+    ({"train__baseline": {"lr": 1}}, "train.baseline.lr: unknown key; did you mean `learning_rates`?"),
+    ({"train__epochs": 1}, "train.epochs: unknown key; did you mean `train.optimizer.epochs`?"),
+    ({"train__batch_size": 1}, "train.batch_size: unknown key; did you mean `train.optimizer.batch_tokens`?"),
+    ({"teacher__context_tokens": 1}, "teacher.context_tokens: unknown key; did you mean `corpus.context_tokens`?"),
+    ({"target": {"kind": "topk", "top_k": 5}}, "target.top_k: unknown key; did you mean `k`?"),
+    (
+        {"train__baseline": {"learning_rates": 1e-4}},
+        "train.baseline.learning_rates: input should be a list, not 0.0001",
+    ),
+    (
+        {"train__baseline": {"learning_rates": ["x"]}},
+        "train.baseline.learning_rates[0]: input should be a number, not 'x'",
+    ),
+    (
+        {"train__lora": {"target_modules": 5}},
+        "train.lora.target_modules: input should be a list or 'all-linear', not 5",
+    ),
+    ({"train__lora": {"target_modules": [5]}}, "train.lora.target_modules[0]: input should be a valid string, not 5"),
+    (
+        {"train__targets": {"others": [{"out": "x", "weight": "y"}]}},
+        "train.targets.others[0].weight: input should be a number or a list, not 'y'",
+    ),
+    (
+        {"train__targets": {"others": [{"out": "x", "weight": [[0]]}]}},
+        "train.targets.others[0].weight[0]: item 2 is missing",
+    ),
+    (
+        {"train__where": {"mean_entropy": [1, 2, 3]}},
+        "train.where.mean_entropy: input should be a list of at most 2 item(s), not [1, 2, 3]",
+    ),
+    (
+        {"train__baseline": {"retention_weight": [True]}},
+        "train.baseline.retention_weight: input should be a number, not [True]",
+    ),
+    (
+        {"teacher__vllm": {"enforce_eager": "maybe"}},
+        "teacher.vllm.enforce_eager: input should be true or false, not 'maybe'",
+    ),
+    ({"cluster__workers": 2.5}, "cluster.workers: input should be a whole number, not 2.5"),
+    ({"cluster__workers": "two"}, "cluster.workers: input should be a whole number, not 'two'"),
+    ({"train__balance": {"shares": 5}}, "train.balance.shares: input should be a section with keys or 'equal', not 5"),
+]
+
+
+@pytest.mark.parametrize(("changes", "problem"), ONE_PROBLEM, ids=[problem for _, problem in ONE_PROBLEM])
+def test_one_mistake_is_one_problem_in_the_words_of_a_job_file(tmp_path, changes, problem):
+    path = written(tmp_path, changed(**changes))
+    with pytest.raises(JobInvalid) as caught:
+        load_job(path, check_paths=False)
+    assert re.fullmatch(rf"{re.escape(str(path))}: (line \d+, )?{re.escape(problem)}", str(caught.value)), str(
+        caught.value
+    )
+
+
+def test_an_empty_value_is_no_word_of_python(tmp_path):
+    text = "name: a\nout: b\nteacher: {model: }\ncorpus: {sources: [" + json.dumps(SOURCE) + "]}\n"
+    with pytest.raises(JobInvalid, match=r"line 3, teacher\.model: input should be a valid string, not null$"):
+        load_job(written(tmp_path, text), check_paths=False)
 
 
 def test_line_is_that_of_the_key(tmp_path):

@@ -448,7 +448,7 @@ def _(place):
 def _(place):
     """the output of another job
     the job has another name
-    OUT: this folder belongs to job 'tiny', not to job 'another'; set `out` to another folder
+    OUT: this folder belongs to job 'tiny', and this job's name is 'another'; set `out` to another folder
     """
     place.change_job(name="another")
 

@@ -136,6 +136,19 @@ def _(place):
     place.change_job(corpus={"max_document_bytes": 2**20})
 
 
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a retention text of one document
+    it cannot be in both splits
+    the … split of the text of train.retention has no documents (1 kept, …); …: add documents to `train.retention.sources`, …
+    """
+    place.read_file("a.jsonl", good())
+    (place.folder / "other.jsonl").write_bytes(good(1))
+    described = {"name": "r", "style": "plain", "license": "MIT", "rights_basis": "owned"}
+    sources = [described | {"uri": str(place.folder / "other.jsonl")}]
+    place.change_job(corpus={"holdout_fraction": 0.2}, train={"retention": {"sources": sources}})
+
+
 @documents("corpus IN/job.yaml", 0)
 def _(place):
     """a document of one token

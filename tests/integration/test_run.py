@@ -181,7 +181,7 @@ def test_evaluation_before_training_says_so(finished, tmp_path):
 
 def test_output_of_another_job_is_refused(finished, tmp_path):
     path = copy_of(finished, tmp_path, name="another")
-    with pytest.raises(OutputForeign, match="belongs to job 'tiny', not to job 'another'"):
+    with pytest.raises(OutputForeign, match="belongs to job 'tiny', and this job's name is 'another'"):
         run(path)
 
 

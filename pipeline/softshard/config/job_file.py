@@ -5,14 +5,13 @@ Paths in a job file are relative to the folder in which the command runs.
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from softshard.config import Job, SourceSettings
-from softshard.config.base import KeyInvalid
+from softshard.config.problems import Problem, find_problems
 from softshard.errors import JobInvalid
 from softshard.sources.formats import find_remedy
 from softshard.storage import did_you_mean
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
     import yaml
 
 __all__ = ["load_job", "parse_job", "parse_values"]
-
-# Values in errors are shortened: a few lines of YAML aliases can expand to gigabytes.
-_shown = reprlib.Repr()
-_shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 200, 200
 
 
 def load_job(path: str | Path, *, check_paths: bool = True) -> Job:
@@ -52,7 +47,8 @@ def parse_job(text: bytes, *, file: str, check_paths: bool = True) -> Job:
     try:
         job = Job.model_validate(content)
     except ValidationError as error:
-        found = sorted(_place_and_problem(root, dict(item)) for item in error.errors(include_url=False))
+        problems = find_problems(error.errors(include_url=False), settings=Job)
+        found = sorted({_placed(root, problem) for problem in problems})
         (_, place, problem), *rest = found
         tail = "".join(f"; {later}: {other}" for _, later, other in rest)
         raise JobInvalid(file=file, place=place, problem=without_credentials(problem + tail)) from None
@@ -128,28 +124,10 @@ def _is_path(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
-def _place_and_problem(root: yaml.Node | None, item: dict[str, Any]) -> tuple[int, str, str]:
-    """Line, place and problem of one of pydantic's errors."""
-    kind, message, location = item["type"], item["msg"], item["loc"]
-    cause = item.get("ctx", {}).get("error")
-    below: tuple[str, ...] = ()
-    if kind == "missing":
-        *section, key = location
-        message = f"`{key}` is missing" if section else f"the top-level key `{key}` is missing"
-        location = tuple(section)
-    elif isinstance(cause, KeyInvalid):
-        message, below = cause.problem, tuple(cause.key.split("."))
-    elif kind == "value_error":
-        message = str(cause)
-    elif kind == "extra_forbidden":
-        message = "unknown key"
-    elif kind == "union_tag_invalid":
-        message = f"unknown kind {_shown.repr(item['ctx']['tag'])}; the kinds are {item['ctx']['expected_tags']}"
-        below = (item["ctx"]["discriminator"].strip("'"),)
-    else:
-        message = f"{message[0].lower()}{message[1:]}, not {_shown.repr(item['input'])}"
-    keys = (*_keys(root, location), *below)
-    return _line(root, keys), _place(root, keys), message
+def _placed(root: yaml.Node | None, problem: Problem) -> tuple[int, str, str]:
+    """Line, place and text of a problem."""
+    keys = (*_keys(root, problem.location), *problem.below)
+    return _line(root, keys), _place(root, keys), problem.text
 
 
 def _keys(root: yaml.Node | None, location: tuple[str | int, ...]) -> tuple[str | int, ...]:

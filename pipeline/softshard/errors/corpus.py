@@ -42,21 +42,30 @@ class TooMuchLeftOut(DataInvalid):
 class CorpusEmpty(DataInvalid):
     """No document is left after screening, or a split is empty.
 
-    `enough` is a hold-out fraction that would hold out one of the documents.
+    `enough` is a hold-out fraction that would hold out one of the documents; `section` of the job names the sources.
     """
 
-    def __init__(self, *, counts: dict[str, int], split: str | None = None, enough: float | None = None) -> None:
-        self.counts, self.split, self.enough = counts, split, enough
+    def __init__(
+        self,
+        *,
+        counts: dict[str, int],
+        split: str | None = None,
+        enough: float | None = None,
+        section: str = "corpus",
+    ) -> None:
+        self.counts, self.split, self.enough, self.section = counts, split, enough, section
         seen = ", ".join(f"{count} {name}" for name, count in counts.items())
-        where = f"the {split} split of the corpus" if split else "the corpus"
-        remedy = "check `corpus.sources` and `corpus.holdout_fraction`"
+        text = "the corpus" if section == "corpus" else f"the text of {section}"
+        where = f"the {split} split of {text}" if split else text
+        remedy = f"check `{section}.sources` and `corpus.holdout_fraction`"
         if split is not None:
             change = "change `corpus.holdout_fraction`"
             if enough is not None and counts.get("kept", 0) > 1:
                 change = f"set `corpus.holdout_fraction` to {enough:g} or more, which holds out one of them"
             remedy = (
-                "documents are held out whole, by a hash of each, and these are too few for both splits: set"
-                f" `split_texts` of the source if a text holds several, or {change}"
+                "documents are held out whole, by a hash of each, and these are too few for both splits: add"
+                f" documents to `{section}.sources`, set `split_texts` of the source if a text holds several, or"
+                f" {change}"
             )
         super().__init__(f"{where} has no documents ({seen}); {remedy}")
 

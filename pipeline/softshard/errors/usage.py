@@ -105,7 +105,9 @@ class OutputForeign(SoftshardError):
 
     def __init__(self, *, out: str, owner: str | None, job: str) -> None:
         self.out, self.owner, self.job = out, owner, job
-        problem = f"belongs to job {owner!r}, not to job {job!r}" if owner else "holds other files and no job.yaml"
+        problem = "holds other files and no job.yaml"
+        if owner:
+            problem = f"belongs to job {owner!r}, and this job's name is {job!r}"
         super().__init__(f"{out}: this folder {problem}; set `out` to another folder")
 
 

@@ -7,6 +7,7 @@ that names the command to run first.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from softshard.cluster.cluster import OpenCluster
@@ -16,7 +17,7 @@ from softshard.corpus.counts import GroupCount
 from softshard.corpus.documents import train_groups
 from softshard.corpus.manifest import CorpusManifest
 from softshard.corpus.read import iter_sequences
-from softshard.errors import ManifestMissing
+from softshard.errors import CorpusEmpty, ManifestMissing
 from softshard.models import check_context
 from softshard.output.workspace import Workspace
 from softshard.sketch.types import TokenSequence
@@ -24,7 +25,7 @@ from softshard.stages.corpus.tokenize import encode_on, is_worth_a_cluster
 from softshard.storage import Store
 from softshard.telemetry import Reporter
 
-__all__ = ["Corpora", "StoredCorpus", "ensure_corpora", "retention_settings"]
+__all__ = ["Corpora", "StoredCorpus", "ensure_corpora", "naming_retention", "retention_settings"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,16 @@ def retention_settings(job: Job) -> CorpusSettings | None:
     """The corpus settings of the retention text: those of the corpus, with its own sources; None without such text."""
     retention = job.train.retention
     return None if retention is None else job.corpus.model_copy(update={"sources": retention.sources})
+
+
+@contextmanager
+def naming_retention() -> Iterator[None]:
+    """Within the context, an empty corpus is that of the retention text, and its error names that section."""
+    try:
+        yield
+    except CorpusEmpty as error:
+        section = "train.retention"
+        raise CorpusEmpty(counts=error.counts, split=error.split, enough=error.enough, section=section) from error
 
 
 def ensure_corpora(workspace: Workspace, reporter: Reporter, cluster: OpenCluster, *, compute: bool) -> Corpora:
@@ -88,5 +99,6 @@ def ensure_corpora(workspace: Workspace, reporter: Reporter, cluster: OpenCluste
 
     style = ensure(job.corpus, workspace.corpus, job.teacher.folds)
     settings = retention_settings(job)
-    retention = None if settings is None else ensure(settings, workspace.retention, 0)
+    with naming_retention():
+        retention = None if settings is None else ensure(settings, workspace.retention, 0)
     return Corpora(style=style, retention=retention)

@@ -36,7 +36,7 @@ from softshard.errors import AuthorDominates, FilterMatchesNothing, ManifestMiss
 from softshard.finetune.loop import num_steps
 from softshard.models import Tokenizer
 from softshard.output.workspace import Workspace
-from softshard.stages.corpus.stage import Corpora, StoredCorpus, retention_settings
+from softshard.stages.corpus.stage import Corpora, StoredCorpus, naming_retention, retention_settings
 from softshard.stages.train.data import TrainingData, make_label_weights, make_row_filter, other_sets, source_credits
 from softshard.storage import open_store
 from softshard.telemetry import Reporter
@@ -145,7 +145,8 @@ def count_authors(
     workspace = Workspace(job=job, out=open_store(job.out))
     settings, retention = retention_settings(job), tuple[GroupCount, ...]()
     if settings is not None and _trains_on_retention_text(job.train):
-        count = count_corpus(settings=settings, tokenizer=tokenizer, folds=0, seed=job.seed, reporter=reporter)
+        with naming_retention():
+            count = count_corpus(settings=settings, tokenizer=tokenizer, folds=0, seed=job.seed, reporter=reporter)
         retention = count.groups
     shares = expected_shares(workspace, CountedText(style=style, retention=retention))
     if shares is None:
