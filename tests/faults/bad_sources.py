@@ -140,7 +140,7 @@ def _(place):
 def _(place):
     """a retention text of one document
     it cannot be in both splits
-    the … split of the text of train.retention has no documents (1 kept, …); …: add documents to `train.retention.sources`, …
+    the … split of the text of train.retention has no documents (1 kept, …); … `train.retention.sources`, …
     """
     place.read_file("a.jsonl", good())
     (place.folder / "other.jsonl").write_bytes(good(1))
