@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import socket
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from fakes.http_server import cut, status, web  # noqa: F401
 from softshard.config import SourceSettings
@@ -49,14 +54,28 @@ def test_a_server_that_refuses_connections_is_a_reason_to_try_again():
         list_source(source(f"http://127.0.0.1:{port}/a.txt"))
 
 
+def as_parquet(text):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": [text]}), sink)
+    return sink.getvalue()
+
+
+CONTENTS = {
+    "a.txt": TEXT.encode(),
+    "a.txt.gz": gzip.compress(TEXT.encode()),
+    "a.txt.zst": zstandard.ZstdCompressor().compress(TEXT.encode()),
+    "a.parquet": as_parquet(TEXT),
+}
+
+
 @pytest.mark.parametrize("failure", [cut, status(503)], ids=["cut", "503"])
-def test_a_server_that_fails_while_it_is_read_is_a_reason_to_try_again(web, failure):  # noqa: F811
-    web.files["/a.txt"] = TEXT.encode()
-    assert [document.text for document in read(f"{web.url}/a.txt")] == [TEXT]
-    documents = read_documents(source(f"{web.url}/a.txt"), max_document_bytes=2**20)
-    web.fail_after_listing("/a.txt", failure)
-    with pytest.raises(SourceUnavailable, match=rf"{web.url}/a\.txt"):
-        list(documents)
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_server_that_fails_while_it_is_read_is_a_reason_to_try_again(web, name, failure):  # noqa: F811
+    web.files[f"/{name}"] = CONTENTS[name]
+    assert [document.text for document in read(f"{web.url}/{name}")] == [TEXT]
+    web.fail_after_listing(f"/{name}", failure)
+    with pytest.raises(SourceUnavailable, match=f"{web.url}/{name}"):
+        read(f"{web.url}/{name}")
 
 
 def test_a_file_that_goes_between_listing_and_reading_is_a_reason_to_try_again(tmp_path):
