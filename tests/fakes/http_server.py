@@ -21,6 +21,8 @@ class WebServer:
     headers: dict[str, dict[str, str]] = field(default_factory=dict)
     """Headers of a file, beside its length."""
     failures: dict[str, Callable[[_Handler], None]] = field(default_factory=dict)
+    whole_only: set[str] = field(default_factory=set)
+    """Files of which requests for a part are answered with the whole, without a word of it."""
     port: int = 0
     seen: list[str] = field(default_factory=list)
 
@@ -61,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers = served.headers.get(path, {})
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted and headers.get("Accept-Ranges") != "none":
+        if wanted and path not in served.whole_only and headers.get("Accept-Ranges") != "none":
             start, stop = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
@@ -75,7 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if with_body:
-            self.wfile.write(content)
+            # A client that has seen enough goes away.
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass

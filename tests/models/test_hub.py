@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from softshard.errors import HubUnavailable, ModelInvalid, ModelMissing
+from softshard.errors import HubUnavailable, ModelInvalid, ModelMissing, OutputUnusable, StorageFull
 from softshard.models import resolve_model
 
 HTTP = sys.modules[hub_errors.HTTPError.__module__]
@@ -95,3 +97,12 @@ def test_folder_without_a_neighbour_of_almost_its_name_gets_no_hint(tmp_path):
     for model in (tmp_path / "tiny", tmp_path / "no/tiny"):
         with pytest.raises(ModelMissing, match="no such folder;"):
             resolve_model(str(model))
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StorageFull), (errno.EROFS, OutputUnusable)])
+def test_cache_of_the_hub_that_cannot_be_written_is_named_and_not_the_model(hub, number, kind):
+    hub(OSError(number, os.strerror(number), "/cache/models--nobody--nothing/blobs/1"))
+    with pytest.raises(kind, match=r"/cache|hub") as caught:
+        resolve_model("nobody/nothing")
+    assert "gives none of this name" not in str(caught.value)
+    assert caught.value.exit_code == {StorageFull: 75, OutputUnusable: 2}[kind]

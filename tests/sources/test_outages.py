@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import socket
 
@@ -126,3 +127,62 @@ def caused(error, cause):
 )
 def test_an_outage_is_told_from_other_errors_by_the_whole_chain_of_causes(error, reason):
     assert find_outage(error) == reason
+
+
+def lines_of(word, number):
+    return "".join(json.dumps({"text": f"{word} {i} " * 500}) + "\n" for i in range(number)).encode()
+
+
+@pytest.mark.parametrize("later", [lines_of("two", 2000), lines_of("two", 200)], ids=["replaced", "shorter"])
+def test_a_page_that_changes_while_it_is_read_is_not_taken_for_whole(web, later):  # noqa: F811
+    web.files["/a.jsonl"] = lines_of("one", 2000)
+    assert len(web.files["/a.jsonl"]) > 8 * 2**20, "more than one request fetches"
+    web.headers["/a.jsonl"] = {"Last-Modified": "Thu, 01 Jan 2026"}
+    documents = read_documents(source(f"{web.url}/a.jsonl"), max_document_bytes=2**20)
+    next(documents)
+    web.files["/a.jsonl"] = later
+    web.headers["/a.jsonl"] = {"Last-Modified": "Fri, 02 Jan 2026"}
+    with pytest.raises(SourceUnavailable, match=r"a\.jsonl.*it changed while it was read"):
+        list(documents)
+
+
+def test_a_page_of_a_server_that_sends_no_parts_is_read_or_refused_by_name(web):  # noqa: F811
+    web.files["/a.jsonl"] = lines_of("one", 2000)
+    web.headers["/a.jsonl"] = {"Accept-Ranges": "none"}
+    assert len(read(f"{web.url}/a.jsonl")) == 2000
+    web.files["/b.jsonl"] = lines_of("one", 6000)
+    web.whole_only.add("/b.jsonl")
+    with pytest.raises(SourceUnreadable, match=r"b\.jsonl.*the server sends no parts of a file; download it"):
+        read(f"{web.url}/b.jsonl")
+
+
+@pytest.mark.parametrize("ranges", [{}, {"Accept-Ranges": "none"}], ids=["parts", "whole"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_page_that_is_compressed_in_transfer_is_read_whole(web, name, ranges):  # noqa: F811
+    web.files[f"/{name}"] = gzip.compress(TEXT.encode())
+    web.headers[f"/{name}"] = {"Content-Encoding": "gzip", **ranges}
+    assert [document.text for document in read(f"{web.url}/{name}")] == [TEXT]
+
+
+@pytest.mark.parametrize("name", ["a[1].txt", "a::b.txt", "a#b.txt", "a%41.txt", "a*.txt", "a?.txt"])
+def test_a_file_whose_name_means_something_to_fsspec_is_read_by_its_name(tmp_path, name):
+    (tmp_path / name).write_text("one")
+    (tmp_path / "aA.txt").write_text("two")
+    assert sorted(document.text for document in read(tmp_path)) == ["one", "two"]
+
+
+def test_an_outage_that_a_data_set_takes_for_a_missing_file_is_a_reason_to_try_again(monkeypatch):
+    import datasets
+
+    class Rows:
+        column_names = None
+
+        def __iter__(self):
+            yield {"text": TEXT}
+            raise caused(FileNotFoundError("train/1.jsonl.zst"), TimeoutError("no answer"))
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
+    documents = read_documents(source("somebody/letters", format="datasets"), max_document_bytes=2**20)
+    assert next(documents).text == TEXT
+    with pytest.raises(SourceUnavailable, match="TimeoutError"):
+        next(documents)

@@ -13,7 +13,7 @@ import zstandard
 
 from fakes.s3_server import cut_reply, moto, proxy, refuse, slow_down, spoiled_server  # noqa: F401
 from softshard.config import SourceSettings
-from softshard.errors import EXIT_TRY_AGAIN, SourceUnreadable, StoreUnavailable, StoreUnusable
+from softshard.errors import EXIT_TRY_AGAIN, SourceUnavailable, SourceUnreadable, StoreUnavailable, StoreUnusable
 from softshard.sources.not_read import NotRead
 from softshard.sources.read import list_source, read_documents
 from softshard.storage import ObjectStore, list_inputs, open_input
@@ -116,7 +116,7 @@ def test_an_input_that_is_replaced_while_it_is_read_is_named(bucket):
     documents = read_documents(source(f"{bucket.uri}/a.jsonl"), max_document_bytes=10**6)
     next(documents)
     bucket.replace("a.jsonl", lines[::-1])
-    with pytest.raises(SourceUnreadable, match=r"a\.jsonl.*replaced while it was read"):
+    with pytest.raises(SourceUnavailable, match=r"a\.jsonl.*replaced while it was read"):
         list(documents)
 
 

@@ -15,6 +15,38 @@ from softshard.sources.read import list_versions
 from softshard.storage import list_inputs
 
 
+class Remembering(MemoryFileSystem):
+    """Lists a folder once, and then says what it said, as file systems of object stores do."""
+
+    protocol = "remembering"
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+    listed: ClassVar = {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("remembering://", "memory://"))
+
+    def ls(self, path, detail=True, **kwargs):
+        if path not in self.listed:
+            self.listed[path] = super().ls(path, detail=True, **kwargs)
+        return self.listed[path] if detail else [item["name"] for item in self.listed[path]]
+
+    def invalidate_cache(self, path=None):
+        self.listed.clear()
+
+
+def test_a_file_that_was_added_after_the_last_listing_of_this_process_is_seen():
+    fsspec.register_implementation("remembering", Remembering, clobber=True)
+    about = {"style": "plain", "license": "CC0-1.0", "rights_basis": "owned"}
+    source = SourceSettings(name="s", uri="remembering://box", **about)
+    file_system = fsspec.filesystem("remembering")
+    for name in ("a.txt", "b.txt"):
+        file_system.pipe(f"/box/{name}", b"text")
+        found = [uri.rsplit("/", 1)[1] for uri, _ in list_versions(source)]
+    assert found == ["a.txt", "b.txt"]
+
+
 class Telling(MemoryFileSystem):
     """Tells of a file what `told` holds, and its size."""
 

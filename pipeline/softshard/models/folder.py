@@ -6,13 +6,23 @@ pickles.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from softshard.errors import HubUnavailable, ModelInvalid, ModelMissing, PackageMissing, VocabularyMismatch
+from softshard.errors import (
+    HubUnavailable,
+    ModelInvalid,
+    ModelMissing,
+    OutputUnusable,
+    PackageMissing,
+    StorageFull,
+    VocabularyMismatch,
+    full_disk,
+)
 from softshard.storage import did_you_mean, find_outage, network_errors
 
 __all__ = [
@@ -37,6 +47,7 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
         ModelMissing: it can only be a folder, and there is none.
         ModelInvalid: it is neither, or the folder has no config.json.
         HubUnavailable: there is no such folder, and the hub cannot be reached for now.
+        StorageFull, OutputUnusable: what the hub gives cannot be written to the cache of its library.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -49,18 +60,30 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
 
 
 def _from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except network_errors(HFValidationError, OSError) as error:
+        if (unwritten := _unwritten(error, cache=constants.HF_HUB_CACHE)) is not None:
+            raise unwritten from error
         hint = did_you_mean(model)
         if (reason := find_outage(error)) is not None:
             raise HubUnavailable(model=model, reason=reason, hint=hint) from error
         problem = f"no such folder{hint}, and the hub gives none of this name ({type(error).__name__})"
         raise ModelInvalid(model=model, problem=problem) from error
+
+
+def _unwritten(error: BaseException, *, cache: str) -> StorageFull | OutputUnusable | None:
+    """The error to raise where the hub's library cannot write to its cache; None for every other error."""
+    if (full := full_disk(error, uri=cache)) is not None:
+        return full
+    if isinstance(error, OSError) and error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+        uri, problem = str(error.filename or cache), error.strerror or str(error)
+        return OutputUnusable(uri=uri, problem=problem, setting="HF_HOME")
+    return None
 
 
 def check_vocabulary(*, model: str, model_size: int, data: str, data_size: int) -> None:

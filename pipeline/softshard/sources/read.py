@@ -26,9 +26,12 @@ from softshard.sources.listing import find_format, list_files, list_source
 from softshard.sources.not_read import NotRead
 from softshard.sources.text import split_document
 from softshard.storage import (
+    InputChanged,
     content_version,
     find_compression,
+    forget_listings,
     is_missing,
+    is_unchanged,
     network_errors,
     open_input,
     source_failure,
@@ -44,6 +47,7 @@ def list_versions(source: Source) -> list[tuple[str, str]]:
         SourceUnavailable, SourceUnreadable: as `list_source`, and when a file that is read for its version cannot be.
     """
     found = []
+    forget_listings(source.uri)
     for file in list_source(source):
         with _named_errors(source, file.uri):
             found.append((file.uri, file.version or content_version(file.uri)))
@@ -79,6 +83,8 @@ def _read(source: Source, max_document_bytes: int, not_read: NotRead) -> Iterato
                 for document in _read_file(file.uri, source, max_document_bytes):
                     is_empty = False
                     yield document
+                if not is_unchanged(file):
+                    raise InputChanged("it changed while it was read")
         if is_empty:
             not_read.add("empty", file.uri)
 

@@ -12,11 +12,11 @@ only when it is complete and synced. Credentials come from the environment; no e
 from softshard.storage.compression import COMPRESSIONS, find_compression, unpack_by_content, without_compression
 from softshard.storage.folders import did_you_mean
 from softshard.storage.inputs import content_version, open_input
-from softshard.storage.listing import InputFile, Inputs, find_inputs, list_inputs
+from softshard.storage.listing import InputFile, Inputs, find_inputs, forget_listings, is_unchanged, list_inputs
 from softshard.storage.local import LocalStore
 from softshard.storage.location import OUTPUT_FORMS, find_store_kind, find_uri_problem, open_store
 from softshard.storage.objects import ObjectStore
-from softshard.storage.outages import find_outage, is_missing, network_errors, source_failure
+from softshard.storage.outages import InputChanged, find_outage, is_missing, network_errors, source_failure
 from softshard.storage.prefixed import PrefixedStream
 from softshard.storage.s3 import RetryPolicy
 from softshard.storage.store import Store
@@ -24,6 +24,7 @@ from softshard.storage.store import Store
 __all__ = [
     "COMPRESSIONS",
     "OUTPUT_FORMS",
+    "InputChanged",
     "InputFile",
     "Inputs",
     "LocalStore",
@@ -38,7 +39,9 @@ __all__ = [
     "find_outage",
     "find_store_kind",
     "find_uri_problem",
+    "forget_listings",
     "is_missing",
+    "is_unchanged",
     "list_inputs",
     "network_errors",
     "open_input",

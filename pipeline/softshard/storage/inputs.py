@@ -7,8 +7,9 @@ requests have a retry policy, and an object that changes while it is read is an 
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from softshard.records.digest import sha256_of_stream
 from softshard.storage.compression import unpack
@@ -40,10 +41,54 @@ def _open_raw(uri: str) -> Iterator[BinaryIO]:
         with open_object(s3, bucket=bucket, key=key, about=key, block_bytes=_BLOCK_BYTES) as stream:
             yield stream
         return
+    if uri.startswith("file://"):
+        # By its name as it was listed: fsspec takes `::` in it for a chain of file systems.
+        with open(uri.removeprefix("file://"), "rb") as file:
+            yield file
+        return
     import fsspec
 
-    with fsspec.open(uri, mode="rb") as raw:
-        yield raw
+    is_web = uri.startswith(("http://", "https://"))
+    # A server may declare a .gz file as compressed in transfer too; unpacked by aiohttp, it would be unpacked twice.
+    options = {"client_kwargs": {"auto_decompress": False}} if is_web and uri.endswith(".gz") else {}
+    with fsspec.open(uri, mode="rb", **options) as raw:
+        yield cast("BinaryIO", io.BufferedReader(_WebFile(raw), _BLOCK_BYTES)) if is_web else raw
+
+
+class _WebFile(io.RawIOBase):
+    """A file of fsspec's over http, of which what cannot be read is an OSError."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _as_os_error():
+            self._file.seek(offset, whence)
+        return self.tell()
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        with _as_os_error():
+            content: bytes = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise OSError("the server sends no parts of a file; download it, and name the copy") from error
 
 
 def open_bucket(uri: str) -> tuple[S3, str, str]:

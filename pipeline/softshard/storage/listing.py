@@ -20,7 +20,7 @@ from softshard.storage.outages import find_outage, network_errors, source_failur
 from softshard.storage.s3 import S3
 from softshard.storage.versions import find_version
 
-__all__ = ["InputFile", "Inputs", "find_inputs", "list_inputs"]
+__all__ = ["InputFile", "Inputs", "find_inputs", "forget_listings", "is_unchanged", "list_inputs"]
 
 _MAGIC = re.compile(r"[*?[]")
 
@@ -75,6 +75,34 @@ def find_inputs(uri: str, *, source: str) -> Inputs:
             problem = f"matches no file but {len(inputs.folders)} folder(s); add /** to read what is in them"
         raise SourceUnreadable(source=source, uri=uri, problem=problem)
     return inputs
+
+
+def forget_listings(uri: str) -> None:
+    """Make the next listing ask the file system: several keep what they have listed for as long as the process runs."""
+    if not uri.startswith("s3://"):
+        import fsspec
+
+        with contextlib.suppress(ImportError, ValueError):
+            fsspec.core.url_to_fs(uri)[0].invalidate_cache()
+
+
+def is_unchanged(file: InputFile) -> bool:
+    """Whether a file that was read is what was listed.
+
+    A file that is fetched in parts, or whose size was listed earlier, can be a mixture of two contents. True without a
+    look for local files, for objects of S3, which are read by their ETag, and for the hub, which lists whole folders.
+
+    Raises:
+        OSError and `network_errors`: the file system cannot be asked.
+    """
+    if "://" not in file.uri or file.uri.startswith(("file://", "s3://", "hf://")):
+        return True
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(file.uri)
+    fs.invalidate_cache(path)
+    now = _describe(fs, path, ())
+    return (now.size, now.version) == (file.size, file.version)
 
 
 def _find_files(uri: str) -> Inputs:

@@ -6,6 +6,7 @@ import io
 import os
 from typing import BinaryIO, cast
 
+from softshard.storage.outages import InputChanged
 from softshard.storage.s3 import S3, ConditionFailed
 
 __all__ = ["open_object"]
@@ -16,7 +17,7 @@ def open_object(s3: S3, *, bucket: str, key: str, about: str, block_bytes: int) 
 
     Raises:
         FileNotFoundError: there is no such object.
-        OSError: while reading: the object was replaced after it was opened.
+        InputChanged: while reading: the object was replaced after it was opened.
         StoreUnavailable, StoreUnusable: also while reading.
     """
     head = s3.call("head_object", about=about, Bucket=bucket, Key=key)
@@ -63,7 +64,7 @@ class _ObjectStream(io.RawIOBase):
         try:
             content: bytes = self._s3.call("get_object", about=self._about, Range=wanted, **self._object)["Content"]
         except ConditionFailed:
-            raise OSError("the object was replaced while it was read") from None
+            raise InputChanged("the object was replaced while it was read") from None
         if len(content) != stop - self._place:
             raise OSError(f"the server answered {wanted} with {len(content)} bytes")
         self._place = stop

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from softshard.errors import SourceUnavailable, SourceUnreadable
 from softshard.telemetry.redaction import without_credentials
 
-__all__ = ["find_outage", "is_missing", "network_errors", "source_failure"]
+__all__ = ["InputChanged", "find_outage", "is_missing", "network_errors", "source_failure"]
 
 _STATUSES = {408, 425, 429}
 """HTTP statuses, beside those from 500 on, after which a retry may succeed."""
@@ -58,6 +58,10 @@ _AWAY = {
     ("urllib3", "TimeoutError"),
 }
 """Package and class of what they raise when a server is away."""
+
+
+class InputChanged(OSError):
+    """A file changed while it was read; the message says so, without an address."""
 
 
 def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], ...]:
@@ -110,6 +114,8 @@ def _is_lasting(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str | None:
+    if isinstance(error, InputChanged):
+        return str(error)
     status = _status(error)
     if status is not None:
         is_away = status in _STATUSES or (status >= 500 and status not in _LASTING_STATUSES)
