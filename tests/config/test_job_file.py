@@ -341,3 +341,19 @@ def test_encoding_that_there_is_not_is_refused(tmp_path):
     for name in ("latin-27", "base64"):
         with pytest.raises(JobInvalid, match=rf"sources\[0\]\.encoding: '{name}' is not an encoding of text, such as"):
             load_job(written(tmp_path, changed(corpus__sources__0__encoding=name)), check_paths=False)
+
+
+def test_configuration_of_what_is_no_data_set_is_refused(tmp_path):
+    job = changed(corpus__sources__0__configuration="raw")
+    with pytest.raises(JobInvalid, match=r"sources\[0\]\.configuration: .* set `format: datasets`"):
+        load_job(written(tmp_path, job), check_paths=False)
+    job["corpus"]["sources"][0]["format"] = "datasets"
+    assert load_job(written(tmp_path, job), check_paths=False).corpus.sources[0].configuration == "raw"
+
+
+def test_a_list_whose_items_are_wrong_is_not_also_called_empty(tmp_path):
+    with pytest.raises(JobInvalid) as caught:
+        load_job(written(tmp_path, changed(corpus__sources__0__license="Mine")), check_paths=False)
+    assert "at least 1 item" not in str(caught.value)
+    with pytest.raises(JobInvalid, match="at least 1 item"):
+        load_job(written(tmp_path, changed(corpus__sources=[])), check_paths=False)

@@ -48,6 +48,12 @@ def test_what_cannot_be_decoded_spoils_its_own_line_alone(tmp_path, encoding, ba
     assert read(tmp_path, encoding=encoding) == [("one", None), (None, "undecodable"), ("one", None)]
 
 
+def test_json_lines_in_utf16_without_a_mark_are_undecodable_and_not_malformed(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "one"}\n{"text": "two"}\n'.encode("utf-16-le"))
+    assert {problem for _, problem in read(tmp_path)} == {"undecodable"}
+    assert read(tmp_path, encoding="utf-16-le") == [("one", None), ("two", None)]
+
+
 def test_half_a_character_at_the_end_is_undecodable(tmp_path):
     (tmp_path / "a.txt").write_bytes("text".encode("utf-16") + b"x")
     assert read(tmp_path) == [(None, "undecodable")]

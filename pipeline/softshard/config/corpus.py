@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from softshard.config.base import Settings
+from softshard.config.base import KeyInvalid, Settings
 from softshard.sources.encoding import is_utf8
 from softshard.sources.formats import FORMATS, describe_endings
 from softshard.sources.text import SPLITS
@@ -103,6 +103,12 @@ class SourceSettings(Settings):
     def _named_authors(self) -> SourceSettings:
         if self.consent and self.group_field is None:
             raise ValueError("consent names authors, and without a `group_field` the source has none")
+        return self
+
+    @model_validator(mode="after")
+    def _configured_data_set(self) -> SourceSettings:
+        if self.configuration is not None and self.format != "datasets":
+            raise KeyInvalid("configuration", "only a data set has one; set `format: datasets`, or leave it out")
         return self
 
     @field_validator("license")

@@ -73,7 +73,8 @@ def _read_line(line: bytes, place: str, name: str, source: Source, max_document_
     except UnicodeDecodeError:
         problem, reason = "undecodable", ""
     except (ValueError, RecursionError):
-        pass
+        if b"\x00" in line:  # as in every line of UTF-16 without a mark, and never in JSON
+            problem, reason = "undecodable", ""
     else:
         if isinstance(row, dict):
             return _read_object(row, place, name, source, max_document_bytes)
