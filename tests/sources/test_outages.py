@@ -7,6 +7,7 @@ import io
 import json
 import os
 import socket
+import ssl
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,7 +121,8 @@ def caused(error, cause):
             socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
             "Temporary failure in name resolution",
         ),
-        (caused(ConnectionError(), socket.gaierror(socket.EAI_NONAME, "Name or service not known")), None),
+        (caused(FileNotFoundError(), socket.gaierror(socket.EAI_NONAME, "Name not known")), "Name not known"),
+        (caused(ConnectionError(), ssl.SSLCertVerificationError("expired")), None),
         (ValueError("503"), None),
     ],
     ids=repr,

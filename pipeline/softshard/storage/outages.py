@@ -76,7 +76,7 @@ def network_errors(*others: type[BaseException]) -> tuple[type[BaseException], .
 def find_outage(error: BaseException) -> str | None:
     """Why a server or file system cannot be used for now, from an error's chain of causes; None: a retry is no use."""
     chain = list(_causes(error))
-    if any(_is_lasting(cause) for cause in chain):
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in chain):
         return None
     # The innermost says most: a refused connection, for one, where the outermost says that a file is not cached.
     return next((reason for cause in reversed(chain) if (reason := _reason(cause)) is not None), None)
@@ -106,13 +106,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _is_lasting(error: BaseException) -> bool:
-    """Whether an error says that something is wrong: a certificate, or a name that no server has."""
-    if isinstance(error, socket.gaierror):
-        return error.errno in {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
-    return isinstance(error, ssl.SSLCertVerificationError)
-
-
 def _reason(error: BaseException) -> str | None:
     if isinstance(error, InputChanged):
         return str(error)
@@ -123,6 +116,7 @@ def _reason(error: BaseException) -> str | None:
     kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
     if kinds & _AWAY or isinstance(error, ConnectionError | TimeoutError | http.client.IncompleteRead):
         return type(error).__name__
+    # Without a network, no name of a server is known.
     if isinstance(error, socket.gaierror) or (isinstance(error, OSError) and error.errno in _ERRNOS):
         return error.strerror or type(error).__name__
     return None

@@ -88,6 +88,10 @@ class _JsonLines(io.TextIOBase):
                 self.write("\n")
             self.flush()
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
     def flush(self) -> None:
         self._stream.flush()
 
