@@ -6,6 +6,7 @@ that knows only the stored name of a kind finds the class with `sketch_class`, s
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -82,9 +83,9 @@ class _Sketch(Settings):
         return ()
 
     @property
+    @abstractmethod
     def setting(self) -> str:
         """The value that sets the size of the sketch, in a few characters for people, such as 1/24."""
-        raise NotImplementedError
 
     @property
     def max_head_entries(self) -> int | None:
