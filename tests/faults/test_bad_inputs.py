@@ -1,4 +1,4 @@
-"""Bad inputs: every one ends with the exit code and the line that docs/reliability.md says it does."""
+"""Bad inputs and mistakes: each ends with the exit code and the line that docs/reliability.md and mistakes.md say."""
 
 import re
 import shlex
@@ -12,20 +12,23 @@ import yaml
 # As a script this file writes the page's table.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from faults import bad_outputs, bad_sources
-from faults.bad_inputs import Place
+from faults import bad_outputs, bad_sources, first_steps
+from faults.bad_inputs import Case, Place, Section
 from softshard.cli import main
 
-PAGE = Path(__file__).parents[2] / "docs/reliability.md"
+DOCS = Path(__file__).parents[2] / "docs"
 OPENING, CLOSING = "<!-- bad inputs: `python tests/faults/test_bad_inputs.py` -->\n", "<!-- end of bad inputs -->\n"
-SECTIONS = (*bad_outputs.SECTIONS, *bad_sources.SECTIONS)
-CASES = [case for section in SECTIONS for case in section.cases]
+PAGES = {"reliability.md": (*bad_outputs.SECTIONS, *bad_sources.SECTIONS), "mistakes.md": first_steps.SECTIONS}
 WAS_HERE = Path("/tmp/softshard-was-here")
 
 
-def table():
-    """The page's part on bad inputs."""
-    return "\n".join(line for section in SECTIONS for line in section.lines())
+def cases(page: str) -> list[Case]:
+    return [case for section in PAGES[page] for case in section.cases]
+
+
+def table(sections: tuple[Section, ...]) -> str:
+    """A page's part on bad inputs."""
+    return "\n".join(line for section in sections for line in section.lines())
 
 
 @pytest.fixture
@@ -42,8 +45,24 @@ def place(finished, tiny_model, scheduler, tmp_path):
         yield place
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
+@pytest.fixture
+def first_day(finished, tiny_model, scheduler, tmp_path):
+    """A folder for a first job, and an output that is not to be changed."""
+    (tmp_path / "in").mkdir()
+    return Place(finished=finished, out=finished, folder=tmp_path / "in", scheduler=scheduler, model=tiny_model)
+
+
+@pytest.mark.parametrize("case", cases("reliability.md"), ids=lambda case: case.what)
 def test_bad_input_ends_as_the_page_says(case, place, capsys):
+    assert_ends_as_said(case, place, capsys)
+
+
+@pytest.mark.parametrize("case", cases("mistakes.md"), ids=lambda case: case.what)
+def test_mistake_of_the_first_day_ends_as_the_page_says(case, first_day, capsys):
+    assert_ends_as_said(case, first_day, capsys)
+
+
+def assert_ends_as_said(case, place, capsys):
     case.make(place)
     capsys.readouterr()
     command = case.command.replace("OUT", str(place.out)).replace("IN/", f"{place.folder}/")
@@ -60,20 +79,23 @@ def test_bad_input_ends_as_the_page_says(case, place, capsys):
         look()
 
 
-def test_page_has_the_table_of_these_cases():
-    assert len(CASES) >= 40
-    text = PAGE.read_text()
-    assert text.partition(OPENING)[2].partition(CLOSING)[0] == table()
+@pytest.mark.parametrize(("page", "least"), [("reliability.md", 40), ("mistakes.md", 25)])
+def test_page_has_the_table_of_these_cases(page, least):
+    assert len(cases(page)) >= least
+    text = (DOCS / page).read_text()
+    assert text.partition(OPENING)[2].partition(CLOSING)[0] == table(PAGES[page])
 
 
 def test_every_test_that_the_page_names_is_there():
     tests = "".join(file.read_text() for file in Path(__file__).parents[1].rglob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", PAGE.read_text())
+    named = re.findall(r"`(test_\w+)`", (DOCS / "reliability.md").read_text())
     assert len(named) > 40
     assert [name for name in named if f"def {name}(" not in tests] == []
 
 
 if __name__ == "__main__":
-    before, _, rest = PAGE.read_text().partition(OPENING)
-    PAGE.write_text(before + OPENING + table() + CLOSING + rest.partition(CLOSING)[2])
-    sys.stdout.write(f"{PAGE.name}: {len(CASES)} bad inputs\n")
+    for name, sections in PAGES.items():
+        page = DOCS / name
+        before, _, rest = page.read_text().partition(OPENING)
+        page.write_text(before + OPENING + table(sections) + CLOSING + rest.partition(CLOSING)[2])
+        sys.stdout.write(f"{name}: {len(cases(name))} bad inputs\n")
