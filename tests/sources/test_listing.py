@@ -43,7 +43,8 @@ def put(folder, name, content):
 def test_card_and_licence_beside_data_are_no_documents(tmp_path):
     for name in ("README.md", "LICENSE", "data/license.txt", "COPYING"):
         put(tmp_path, name, b"about the data")
-    put(tmp_path, "data/train.jsonl", rows("one", "two"))
+    put(tmp_path, "data/notice.txt", b"one")
+    put(tmp_path, "data/train.jsonl", rows("two"))
     texts, said = read(tmp_path)
     assert texts == ["one", "two"]
     assert said == f"4 files not read: 4 README or LICENSE (first: file://{tmp_path}/COPYING)"
@@ -53,6 +54,16 @@ def test_readmes_that_are_all_there_is_are_the_documents(tmp_path):
     put(tmp_path, "a/README.md", b"first")
     put(tmp_path, "b/README.md", b"second")
     assert read(tmp_path) == (["first", "second"], "")
+
+
+def test_readmes_among_prose_are_prose_but_for_the_one_at_the_top(tmp_path):
+    for name in ("README.md", "guide.md", "tools/README.md", "tools/use.md", "tools/LICENSE.md"):
+        put(tmp_path, name, name.encode())
+    texts, said = read(tmp_path)
+    assert texts == ["guide.md", "tools/README.md", "tools/use.md"]
+    assert said.startswith("2 files not read: 2 README or LICENSE (first: ")
+    put(tmp_path, "tools/rows.jsonl", rows("one"))
+    assert read(tmp_path)[0] == ["guide.md", "one", "tools/use.md"]
 
 
 @pytest.mark.parametrize("uri", ["README.md", "*.md", "READ*", "**/README*"])

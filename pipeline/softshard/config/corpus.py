@@ -42,7 +42,7 @@ class SourceSettings(Settings):
     """Name of the source, a value to filter and join by."""
     uri: str = Field(min_length=1)
     """File, folder, glob or fsspec URI; with `format: datasets`, a data set's name or local folder. Of a folder, names
-    that begin with `_` or `.` are left out, and so are README and LICENSE beside other files."""
+    that begin with `_` or `.` are left out, and so are its README and LICENSE, where it has other files."""
     format: FormatName = Field(default="auto", description=describe_endings())
     encoding: str = "utf-8"
     """Encoding of text and JSON Lines, for example windows-1252; a file that begins with a byte order mark is read by

@@ -1,8 +1,9 @@
 """Lists the files of a source, and says which of them are not read.
 
-Of a folder, `README` and `LICENSE` beside other files are left out, and so is everything whose name begins with an
-underscore, by which Spark marks what is no data. A file that is named itself is never left out, nor is one that a glob
-matches by more than a bare `*` or `**`. With `format: auto`, the ending of each file tells its format.
+Of a folder, `LICENSE` beside other files is left out, and so are its own `README`, every other one where it has files
+of rows, and everything whose name begins with an underscore, by which Spark marks what is no data. A file that is named
+itself is never left out, nor is one that a glob matches by more than a bare `*` or `**`. With `format: auto`, the
+ending of each file tells its format.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from softshard.storage import InputFile, find_compression, find_inputs
 
 __all__ = ["find_format", "list_files", "list_source"]
 
-_ABOUT_DATA = re.compile(r"(readme|licen[cs]e|copying|notice|citation)(\.(md|markdown|txt|text|rst|cff|html))?", re.I)
+_ENDING = r"(?i:\.(md|markdown|txt|text|rst|cff|html))?"
+_README = re.compile(f"(?i:readme){_ENDING}")
+# A document may well be called notice.txt.
+_LICENCE = re.compile(f"((?i:licen[cs]e)|COPYING|NOTICE|CITATION){_ENDING}")
 
 
 def list_source(source: Source, *, not_read: NotRead | None = None) -> list[InputFile]:
@@ -39,7 +43,7 @@ def list_files(source: Source, *, not_read: NotRead) -> list[InputFile]:
     inputs = find_inputs(source.uri, source=source.name)
     for folder in inputs.folders:
         not_read.add("folder", folder)
-    files = _leave_out(inputs.files, not_read)
+    files = _leave_out(inputs.files, source, not_read)
     known = [file for file in files if find_format(file.uri, source) is not None]
     unknown = [file for file in files if find_format(file.uri, source) is None]
     for file in unknown:
@@ -49,20 +53,34 @@ def list_files(source: Source, *, not_read: NotRead) -> list[InputFile]:
     return known
 
 
-def _leave_out(files: Sequence[InputFile], not_read: NotRead) -> list[InputFile]:
+def _leave_out(files: Sequence[InputFile], source: Source, not_read: NotRead) -> list[InputFile]:
     """The files without those that are no data; where nothing else is there, README and LICENSE are the data."""
-    data = [file for file in files if not any(part.startswith("_") for part in file.found)]
-    prose = {file.uri for file in data if file.found and _is_about_data(file)}
-    if len(prose) == len(data):
-        prose = set()
-    kept = [file for file in data if file.uri not in prose]
-    marked = {file.uri for file in files} - {file.uri for file in data}
+    marked = {file.uri for file in files if any(part.startswith("_") for part in file.found)}
+    data = [file for file in files if file.uri not in marked]
+    has_rows = any(_holds_rows(file, source) for file in data)
+    about = {file.uri for file in data if _is_about_data(file, has_rows=has_rows)}
+    if len(about) == len(data):
+        about = set()
     for file in files:
         if file.uri in marked:
             not_read.add("_*", file.uri)
-        elif file.uri in prose:
+        elif file.uri in about:
             not_read.add("README or LICENSE", file.uri)
-    return kept
+    return [file for file in data if file.uri not in about]
+
+
+def _holds_rows(file: InputFile, source: Source) -> bool:
+    known = find_format(file.uri, source)
+    return find_ending(file.uri) in REMEDIES if known is None else known is not FORMATS["text"]
+
+
+def _is_about_data(file: InputFile, *, has_rows: bool) -> bool:
+    """Whether a file is a licence or the like, or a README that is at the top or in a source of rows."""
+    name = PurePosixPath(file.uri).name
+    if file.found[-1:] != (name,):
+        return False
+    is_readme = _README.fullmatch(name) is not None and (has_rows or len(file.found) == 1)
+    return is_readme or _LICENCE.fullmatch(name) is not None
 
 
 def find_format(uri: str, source: Source) -> FileFormat | None:
@@ -89,8 +107,3 @@ def _nothing_known(files: Sequence[InputFile], not_read: NotRead) -> str:
     remedies = [REMEDIES[ending] for ending in found if ending in REMEDIES]
     remedy = "; ".join(remedies) or "rename it, or set `format`"
     return f"has no ending that `format: auto` knows ({endings} after it); {remedy}; {not_read.describe()}"
-
-
-def _is_about_data(file: InputFile) -> bool:
-    name = PurePosixPath(file.uri).name
-    return file.found[-1] == name and _ABOUT_DATA.fullmatch(name) is not None
