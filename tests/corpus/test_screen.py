@@ -88,6 +88,28 @@ def test_long_texts_are_compared_as_a_whole(duplicates):
     assert [document is not None for document in kept] == [True, True, *[False] * len(same), *[True] * len(other)]
 
 
+STORY = " ".join(f"On day {i} the boat came in with {i * 7 % 31} fish and went out again." for i in range(40))
+EDITED = STORY.replace("day 20 the boat came", "day 20 the old boat came")
+OTHER = " ".join(f"In week {i} a cart went up to the mill with {i * 5 % 29} sacks of rye." for i in range(40))
+
+
+def test_near_duplicates_are_left_out_and_counted_where_the_settings_ask_for_it():
+    kept, screen = admit_all([STORY, EDITED, OTHER])
+    assert [document is not None for document in kept] == [True, True, True]
+    assert "near_duplicate" not in screen.counts
+    kept, screen = admit_all([STORY, EDITED, OTHER, STORY], near_duplicates=True)
+    assert [document is not None for document in kept] == [True, False, True, False]
+    assert (screen.counts["near_duplicate"], screen.counts["duplicate"]) == (1, 1)
+    assert "1 near_duplicate (first: letters/a.txt)" in screen.summary()
+    kept, _ = admit_all([EDITED, STORY], near_duplicates=True)
+    assert [document.text for document in kept if document] == [EDITED], "the first is kept"
+
+
+def test_settings_without_near_duplicates_are_what_they_were():
+    assert "near_duplicates" not in settings().model_dump()
+    assert settings(near_duplicates=True).model_dump()["near_duplicates"] is True
+
+
 def test_texts_without_words_are_compared_by_their_signs():
     kept, _ = admit_all(["* * *", "*  * *\n", "!?"], duplicates="words")
     assert [document is not None for document in kept] == [True, False, True]
@@ -194,11 +216,13 @@ def test_held_out_documents_and_a_corpus_without_folds_have_fold_minus_one():
     assert {d.fold for d in plain} == {-1}
 
 
-def test_screening_keeps_about_a_hundred_bytes_a_document():
-    screen = Screen(settings(), folds=2, seed=0)
+@pytest.mark.parametrize(("near", "documents", "limit"), [(False, 20_000, 160), (True, 1000, 3500)])
+def test_screening_keeps_few_bytes_a_document(near, documents, limit):
+    screen = Screen(settings(near_duplicates=near), folds=2, seed=0)
     tracemalloc.start()
-    for i in range(20_000):
+    for i in range(documents):
         screen.admit(raw(f"{i} " * 50), source=SOURCE)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held / 20_000 < 160
+    assert screen.counts["kept"] == documents
+    assert held / documents < limit

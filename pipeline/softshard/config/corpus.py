@@ -140,6 +140,9 @@ class CorpusSettings(Settings):
     duplicates: Duplicates = "spacing"
     """What makes two documents duplicates, of which the first is kept: `exact`: the same normalised text; `spacing`:
     the same but for white space; `words`: the same but for white space, punctuation and case."""
+    near_duplicates: bool = Field(default=False, exclude_if=lambda value: value is False)
+    """Leave out a document too that shares most of its runs of five words with an earlier one: half of those that share
+    70%, nearly all that share 80%; counted as near_duplicate."""
     max_document_bytes: int = Field(default=64 * 2**20, ge=1)
     """Longest document; a longer one is counted, reported and left out, and is never held in memory."""
     max_left_out: float = Field(default=0.05, ge=0, le=1)

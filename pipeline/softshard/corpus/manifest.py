@@ -98,7 +98,7 @@ class CorpusManifest(SpooledRecord):
     sources: tuple[SourceRights, ...]
     counts: dict[str, int]
     """Documents by outcome of the screening: kept, empty, undecodable, oversize, malformed, duplicate, and, if any is,
-    dropped."""
+    near_duplicate and dropped."""
     train_digests: tuple[str, ...]
     """By fold: SHA-256 of the ids of its train documents, 16 bytes each, in their order; empty without folds."""
     slices: Spool[CorpusSlice]
