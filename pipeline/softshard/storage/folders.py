@@ -27,6 +27,9 @@ def did_you_mean(folder: str) -> str:
 def new_folder(folder: Path, *, keep_existing: bool) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; on success, rename it to `folder`; after an error, remove it.
 
+    Its files have the mode of the umask, whatever a library has written them with: safetensors' can be read by their
+    owner alone.
+
     Args:
         folder: what is made; its parents are created.
         keep_existing: leave a folder that another process has made in the meantime, and raise nothing.
@@ -39,5 +42,14 @@ def new_folder(folder: Path, *, keep_existing: bool) -> Iterator[Path]:
         made = Path(scratch) / "folder"
         made.mkdir()
         yield made
+        _open_to_readers(made)
         with contextlib.suppress(OSError) if keep_existing else contextlib.nullcontext():
             made.rename(folder)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give the files in a folder the mode of the umask, which the folder itself has been made with."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
