@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from softshard.cli import main
 from softshard.cli.commands.registry import COMMANDS
 from softshard.cli.job_or_output import job_named
+from softshard.corpus.manifest import read_corpus_manifest
 from softshard.shard.manifest import read_manifest
 from softshard.stages import STAGES
+from softshard.storage import LocalStore
 
 ROOT = Path(__file__).parents[2]
 NAMES = [command.name for command in COMMANDS]
@@ -237,6 +240,28 @@ def test_plan_counts_what_the_run_then_makes(finished, tiny_job, tmp_path, capsy
     # A teacher of one short epoch is nearly the model as it is, which is what the plan measured.
     assert plan["bytes"] == pytest.approx(sum(part.num_bytes for part in manifest.parts), rel=0.05)
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_names_the_hold_out_the_times_and_what_is_not_measured(finished, tiny_job, tiny_model, tmp_path, capsys):
+    """Counts are those of a run, times follow from them at 20 tokens a second, and the weights are float32."""
+    from softshard.models import load_model
+
+    job = tiny_job(tmp_path, train={"optimizer": {"batch_tokens": 100_000, "epochs": 1}})
+    assert main(["plan", str(job), "--quiet", "--tokens-per-second", "20"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:15].strip(): line[16:] for line in lines if line[:1].isalpha()}
+    slices = read_corpus_manifest(LocalStore(finished / "corpus")).slices
+    train, test = (sum(part.num_tokens for part in slices if part.split == split) for split in ("train", "test"))
+    documents = sum(part.num_documents for part in slices if part.split == "test")
+    assert rows["hold-out"] == f"{documents} document(s), {test:,} tokens"
+    assert rows["targets"] == f"{(train + 2 * test) / 20 / 60:.0f} min"
+    model = load_model(tiny_model, dtype=torch.float32, device="cpu")
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    assert rows["memory"].startswith(f"{weights / 1000:.0f} kB of weights per worker")
+    assert rows["training"].startswith("1 step(s) each; all ")
+    assert rows["evaluation"].endswith("; the report's samples: not measured")
+    assert any(line.startswith("Warning: a training with `train.optimizer` is one step") for line in lines)
+    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
 
 
 def test_committed_schemas_and_reference_are_what_the_code_gives(capsys):

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
 
     from softshard.config import DataType
 
-__all__ = ["check_device", "device_failed", "out_of_memory", "release_memory", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "check_device",
+    "device_failed",
+    "out_of_memory",
+    "peak_memory",
+    "release_memory",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 
 _SIGNS_OF_A_DEVICE = ("CUDA error", "CUDA driver", "CUDA GPUs", "NVIDIA driver", "CUBLAS_STATUS", "cuDNN", "NCCL")
@@ -68,6 +76,14 @@ def device_failed(error: BaseException) -> bool:
     said = str(error)
     named = isinstance(error, RuntimeError) and any(sign in said for sign in _SIGNS_OF_A_DEVICE)
     return not out_of_memory(error) and (isinstance(error, torch.AcceleratorError) or named)
+
+
+def peak_memory(device: str) -> int | None:
+    """Most bytes that this process's tensors had on a CUDA device so far; None for other devices, or without any."""
+    import torch
+
+    device = resolve_device(device)
+    return (torch.cuda.max_memory_allocated(device) or None) if device.startswith("cuda") else None
 
 
 def release_memory(device: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "check_packages",
     "check_vocabulary",
     "check_weights",
+    "num_weights",
     "output_size",
     "read_architecture",
     "read_config",
@@ -187,6 +189,17 @@ def _shards_of_index(folder: Path) -> set[str]:
         return set(json.loads(index.read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelInvalid(model=str(folder), problem=f"its {_INDEX} cannot be read: {error!r}") from error
+
+
+def num_weights(folder: Path) -> int:
+    """Number of weights of a model folder, from the headers of its files. Raises ModelInvalid."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in check_weights(folder):
+        with safe_open(file, framework="np") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - no mapping
+    return total
 
 
 @lru_cache(maxsize=8)

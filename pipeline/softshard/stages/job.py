@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from softshard.cluster.cluster import lazy_cluster
 from softshard.config import Job
+from softshard.corpus.manifest import CorpusManifest
 from softshard.errors import JobInvalid
 from softshard.evaluate.report import Report
 from softshard.finetune.record import Trained
@@ -18,6 +19,7 @@ from softshard.output.workspace import Workspace, claim, open_workspace
 from softshard.shard.manifest import Manifest
 from softshard.stages import STAGES
 from softshard.stages.corpus.stage import ensure_corpora
+from softshard.stages.estimate import weigh_corpus
 from softshard.stages.evaluate import ensure_report
 from softshard.stages.models import check_models
 from softshard.stages.targets.stage import ensure_targets
@@ -77,6 +79,8 @@ def _run_stages(workspace: Workspace, reporter: Reporter, stages: Collection[str
     with lazy_cluster(workspace.job.cluster, reporter) as cluster:
         with stage("corpus") as compute:
             corpora = ensure_corpora(workspace, reporter, cluster, compute=compute)
+            if compute:
+                _warn_of_little(workspace.job, corpora.style.manifest, reporter)
         if last >= STAGES.index("teacher"):
             check_corpora(workspace, corpora)
             with stage("teacher") as compute:
@@ -94,6 +98,14 @@ def _run_stages(workspace: Workspace, reporter: Reporter, stages: Collection[str
                 report = ensure_report(workspace, corpora, manifest, trained, reporter, compute=compute)
     seconds = time.monotonic() - started
     return Outcome(out=workspace.job.out, seconds=seconds, manifest=manifest, trained=trained, report=report)
+
+
+def _warn_of_little(job: Job, corpus: CorpusManifest, reporter: Reporter) -> None:
+    """Say where a corpus is too small for its trainings or its hold-out to mean much."""
+    train_tokens = sum(part.num_tokens for part in corpus.slices if part.split == "train")
+    test_documents = sum(part.num_documents for part in corpus.slices if part.split == "test")
+    for warning in weigh_corpus(job, train_tokens=train_tokens, test_documents=test_documents):
+        reporter.say(f"warning: {warning}")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from softshard.config import Job
 from softshard.corpus.build import count_corpus, first_sequences
-from softshard.models import Tokenizer, resolve_model, weights_digest
+from softshard.models import Tokenizer, peak_memory, resolve_model, weights_digest
 from softshard.output.workspace import Workspace
 from softshard.pilot.measure import (
     NUM_SEQUENCES,
@@ -26,6 +26,14 @@ from softshard.pilot.measure import (
 from softshard.shard.commit import PartSpec
 from softshard.sketch.types import TokenSequence
 from softshard.stages import STAGES
+from softshard.stages.estimate import (
+    PASSES_OF_A_TRAINING_STEP,
+    StudentEstimate,
+    WeightBytes,
+    estimate_student,
+    weigh_corpus,
+    weight_bytes,
+)
 from softshard.stages.models import check_models
 from softshard.stages.train.author_cap import CountedAuthors, count_authors
 from softshard.stages.train.trainings import count_trainings
@@ -36,7 +44,6 @@ from softshard.telemetry import Reporter, SilentReporter
 
 __all__ = ["Plan", "make_plan"]
 
-_PASSES_OF_A_TRAINING_STEP = 3.0
 _SPREAD_FACTOR = 16
 """A pilot's sequences are spread over this many times their number, from the start of the corpus."""
 
@@ -84,6 +91,16 @@ class Plan:
     """The measurements of a pilot; None where none was made."""
     authors: CountedAuthors | None
     """Shares of the authors in the training data; None where unknown before there are targets."""
+    holdout_documents: int
+    holdout_tokens: int
+    student: StudentEstimate
+    """Steps and hours of the student's trainings and of the report."""
+    weight_bytes: WeightBytes
+    """Memory that the weights alone need."""
+    peak_bytes: int | None
+    """Most memory of a CUDA device while the teacher's speed was measured; None where it was not counted."""
+    warnings: list[str]
+    """What makes the run of little use, though it can be done."""
 
 
 def make_plan(
@@ -145,6 +162,14 @@ def make_plan(
         budget=job.target.budget,
         pilot=found.pilot,
         authors=count_authors(job, tokenizer, count.groups, reporter),
+        holdout_documents=test["num_documents"],
+        holdout_tokens=test["num_tokens"],
+        student=estimate_student(
+            job, train_tokens=train["num_tokens"], test_tokens=test["num_tokens"], tokens_per_second=speed
+        ),
+        weight_bytes=weight_bytes(workspace),
+        peak_bytes=found.peak_bytes,
+        warnings=weigh_corpus(job, train_tokens=train["num_tokens"], test_documents=test["num_documents"]),
     )
 
 
@@ -162,7 +187,7 @@ def _teacher_hours(job: Job, *, train_tokens: int, test_tokens: int, speed: floa
     scored = train_tokens + test_tokens * max(1, folds)
     trained = train_tokens * max(0, folds - 1) * job.teacher.optimizer.epochs
     scoring = scored / speed / 3600
-    training = trained * _PASSES_OF_A_TRAINING_STEP / speed / 3600
+    training = trained * PASSES_OF_A_TRAINING_STEP / speed / 3600
     wall = scoring / workers + (training / min(workers, folds) if folds else 0.0)
     return _Hours(scoring=scoring, training=training, wall=wall)
 
@@ -174,6 +199,7 @@ class _Measurements:
     tokens_per_second: float
     target: Measured
     pilot: Pilot | None
+    peak_bytes: int | None
 
 
 def _measure(
@@ -198,9 +224,10 @@ def _measure(
     else:
         rows = [row for row in pilot.rows if row.sketch == part.sketch]
     (target,) = rows
+    peak = peak_memory(job.teacher.device)
     engine.close()
     num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
-    return _Measurements(tokens_per_second=num_tokens / seconds, target=target, pilot=pilot)
+    return _Measurements(tokens_per_second=num_tokens / seconds, target=target, pilot=pilot, peak_bytes=peak)
 
 
 def _first_sequences(job: Job, tokenizer: Tokenizer, *, num_tokens: int) -> list[TokenSequence]:

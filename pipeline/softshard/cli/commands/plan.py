@@ -76,19 +76,23 @@ def _render(plan: Plan) -> str:
         ("documents", f"{plan.documents:,}" + (f" (left out: {left_out})" if left_out else "")),
         ("tokens", f"{plan.tokens:,} in {plan.sequences:,} sequences"),
         ("positions", f"{plan.positions:,}"),
+        ("hold-out", f"{plan.holdout_documents:,} document(s), {plan.holdout_tokens:,} tokens"),
         ("parts", f"{plan.parts:,}"),
         ("target", plan.target + (f", for {plan.budget}" if plan.budget else "")),
         ("bytes", f"about {plan.bytes:,} at {plan.bytes_per_position:.1f} per position"),
         ("speed", f"{plan.tokens_per_second:,.0f} tokens per second and worker, {plan.speed_is}"),
-        ("style teacher", f"{plan.training_hours:.3g} hours"),
-        ("targets", f"{plan.scoring_hours:.3g} hours"),
-        ("teacher in all", f"{plan.wall_hours:.3g} hours with {plan.workers} worker(s)"),
+        ("style teacher", _format_hours(plan.training_hours)),
+        ("targets", _format_hours(plan.scoring_hours)),
+        ("teacher in all", f"{_format_hours(plan.wall_hours)} with {plan.workers} worker(s)"),
     ]
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f}"))
     rows.append(("then", f"{plan.num_trainings} training(s) of the student, {plan.trained_tokens:,} tokens in all"))
+    rows += _student_rows(plan)
     rows.append(("authors", _describe_authors(plan.authors)))
     lines = [f"{plan.out}: job {plan.job}", "", *(f"{name:<15} {value}" for name, value in rows)]
+    for warning in plan.warnings:
+        lines += ["", *wrapped(f"Warning: {warning}.")]
     for name, text in plan.not_read.items():
         lines += ["", printable(f"Source {name}: {text}")]
     if plan.authors is not None and plan.authors.refusal is not None:
@@ -96,6 +100,40 @@ def _render(plan: Plan) -> str:
     if plan.pilot is not None:
         lines += ["", *_table(plan.pilot), "", *_measured_on(plan, plan.pilot)]
     return "\n".join(lines) + "\n"
+
+
+def _student_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Times of the student, and memory, as far as they are known."""
+    student, weights = plan.student, plan.weight_bytes
+    if student.training_hours is None or student.evaluation_hours is None:
+        yield "training", f"{student.steps:,} step(s) each; time not measured:"
+        yield "", f"{student.not_measured}"
+        yield "evaluation", "not measured"
+    else:
+        yield (
+            "training",
+            f"{student.steps:,} step(s) each; all {_format_hours(student.training_hours)} at the teacher's speed",
+        )
+        yield (
+            "evaluation",
+            f"{_format_hours(student.evaluation_hours)} for the hold-out; the report's samples: not measured",
+        )
+    yield (
+        "memory",
+        f"{_format_bytes(weights.teacher)} of weights per worker, {_format_bytes(weights.student)} for the student;",
+    )
+    peak = "" if plan.peak_bytes is None else f"{_format_bytes(plan.peak_bytes)} in all while scoring; "
+    yield "", f"{peak}{'training' if peak else 'activations and gradients'}: not measured"
+
+
+def _format_hours(hours: float) -> str:
+    """A time in the unit that gives it one to three digits."""
+    seconds = 3600 * hours
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3570 else f"{hours:.3g} hours"
 
 
 def _describe_authors(authors: CountedAuthors | None) -> str:

@@ -110,12 +110,13 @@ def training_specs(
     return [make_spec(setting) for setting in _grid(settings)], [make_spec(setting) for setting in _baselines(settings)]
 
 
-def count_trainings(settings: TrainSettings) -> int:
-    """Number of different trainings of a job: those of the grid and those of the baseline."""
+def count_trainings(settings: TrainSettings, *, with_retention: bool = False) -> int:
+    """Number of different trainings of a job, those of the grid and of the baseline; or of those with retention."""
     return len(
         {
             (setting.alpha, setting.optimizer.learning_rate, setting.retention_weight)
             for setting in (*_grid(settings), *_baselines(settings))
+            if setting.retention_weight > 0 or not with_retention
         }
     )
 
