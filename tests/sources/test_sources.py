@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,6 +70,18 @@ def test_every_format_is_read_plain_and_compressed(tmp_path, kind, ending):
     assert {document.group for document in documents} == {"letters"}
 
 
+@pytest.mark.parametrize("within", ["in/a.jsonl", "in", "in/*.jsonl*"])
+def test_files_of_an_archive_are_read_by_their_own_endings(tmp_path, within):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("in/a.jsonl", as_jsonl(ROWS[:1]))
+        archive.writestr("in/b.jsonl.gz", gzip.compress(as_jsonl(ROWS[1:])))
+        archive.writestr("other/c.jsonl", as_jsonl(ROWS))
+    expected = [row["text"] for row in (ROWS[:1] if within.endswith("a.jsonl") else ROWS)]
+    documents = read(f"zip://{within}::{tmp_path}/all.zip")
+    assert texts(documents) == expected
+    assert documents[0].name == f"zip://in/a.jsonl::{tmp_path}/all.zip, line 1"
+
+
 @pytest.mark.parametrize("name", ["jsonl", "parquet"])
 def test_group_field_names_the_group_and_null_stands_for_the_source(tmp_path, name):
     rows = [{"body": "one", "author": "Ada"}, {"body": "two", "author": None}]
@@ -121,6 +134,11 @@ def test_unknown_endings_alone_are_refused_with_the_known_ones_named(tmp_path, s
 def test_format_in_the_settings_overrules_the_ending(tmp_path):
     (tmp_path / "notes.log").write_text("a line\n")
     assert texts(read(tmp_path / "notes.log", format="text")) == ["a line\n"]
+
+
+def test_uri_that_is_not_complete_is_refused_by_name():
+    with pytest.raises(SourceUnreadable, match=r"github://x: .* the URI is not complete"):
+        read("github://x")
 
 
 def test_missing_source_is_refused_by_name(tmp_path):

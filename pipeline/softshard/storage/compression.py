@@ -31,12 +31,19 @@ _ZSTD_PIECE_BYTES = 2**11
 
 def find_compression(uri: str) -> str | None:
     """The compression that a name ends with, in lower case; None for a file that is not compressed."""
-    return next((ending for ending in COMPRESSIONS if uri.lower().endswith(ending)), None)
+    name = _name_in_archive(uri).lower()
+    return next((ending for ending in COMPRESSIONS if name.endswith(ending)), None)
 
 
 def without_compression(uri: str) -> str:
-    """The name without the ending of its compression."""
-    return uri.removesuffix(uri[-len(ending) :]) if (ending := find_compression(uri)) else uri
+    """The name without the ending of its compression; of a file in an archive, its name there."""
+    name, ending = _name_in_archive(uri), find_compression(uri)
+    return name[: -len(ending)] if ending else name
+
+
+def _name_in_archive(uri: str) -> str:
+    """The name of a file in an archive, without the archive's: `zip://name::archive`."""
+    return uri if "://" not in uri or uri.startswith("file://") else uri.partition("::")[0]
 
 
 def unpack_by_content(head: bytes, whole: BinaryIO) -> BinaryIO | None:

@@ -107,9 +107,13 @@ def is_unchanged(file: InputFile) -> bool:
 
 def _find_files(uri: str) -> Inputs:
     import fsspec
+    from fsspec.archive import AbstractArchiveFileSystem
     from fsspec.implementations.local import LocalFileSystem
 
-    fs, path = fsspec.core.url_to_fs(uri)
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+    except TypeError as error:
+        raise ValueError(f"the URI is not complete: {error}") from error
     is_local = isinstance(fs, LocalFileSystem)
     folders: list[str] = []
     if fs.isdir(path):
@@ -120,7 +124,8 @@ def _find_files(uri: str) -> Inputs:
     else:
         names, folders = _glob_local(path) if is_local else _glob(fs, path)
         found = [(name, _found_by(path, name)) for name in names]
-    files = [_describe(fs, name, parts) for name, parts in sorted(found) if not _is_hidden(name, path)]
+    archive = f"::{uri.partition('::')[2]}" if isinstance(fs, AbstractArchiveFileSystem) else ""
+    files = [_describe(fs, name, parts, archive) for name, parts in sorted(found) if not _is_hidden(name, path)]
     if not files:
         # `exists` and `isdir` of several file systems take a server that is away for a file that is not there.
         _ask_why(fs, path)
@@ -275,6 +280,8 @@ def _ask_why(fs: Any, path: str) -> None:
             raise
 
 
-def _describe(fs: Any, name: str, found: tuple[str, ...]) -> InputFile:
+def _describe(fs: Any, name: str, found: tuple[str, ...], archive: str = "") -> InputFile:
+    """A file; `archive` is what follows its name in a URI where the file system is an archive in another one."""
     info = fs.info(name)
-    return InputFile(uri=fs.unstrip_protocol(name), size=info.get("size"), version=find_version(info), found=found)
+    uri = f"{fs.unstrip_protocol(name)}{archive}"
+    return InputFile(uri=uri, size=info.get("size"), version=find_version(info), found=found)
