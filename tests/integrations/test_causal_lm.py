@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from itertools import islice
 
 import numpy as np
@@ -310,7 +311,8 @@ def test_rows_keep_a_ghost_token_and_what_it_stands_for(heads, alpha):
 
 def padded_as_axolotl(given):
     """Tensors of rows padded on the right, as the kd plugin's collator documents its own."""
-    length, width = max(len(one["input_ids"]) for one in given), max(len(one["target_mask"][0]) for one in given)
+    length = max(len(one["input_ids"]) for one in given)
+    width = max(len(entries) for one in given for entries in one["target_mask"])
     padded = {}
     for name, filler in (("target_token_ids", 0), ("target_logprobs", -1e9), ("target_mask", 0)):
         full = torch.full((len(given), length, width), filler, dtype=torch.double if filler else torch.long)
@@ -337,6 +339,59 @@ def test_axolotl_rows_give_its_loss_the_renormalised_targets(heads):
     torch.testing.assert_close(model(**ours).loss.double(), cross_entropy, rtol=1e-5, atol=0)
     sums = torch.where(kept, batch["target_logprobs"].exp(), 0.0).sum(-1)[kept.any(-1)]
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-5, atol=0)
+
+
+def dense_kl_of_heads(given, logits, *, over_heads):
+    """KL of the renormalised heads to the student, label by label; `over_heads`: the student's are renormalised too."""
+    total, labels = 0.0, 0
+    for index, columns in enumerate(given):
+        for place, (ids, logprobs, mask) in enumerate(
+            zip(columns["target_token_ids"], columns["target_logprobs"], columns["target_mask"], strict=True)
+        ):
+            if any(mask):
+                q = torch.softmax(logits[index, place, :VOCAB], dim=-1)[ids]
+                q = q / q.sum() if over_heads else q
+                p = torch.tensor(logprobs, dtype=torch.double).exp()
+                total, labels = total + float((p * (p / q).log()).sum()), labels + 1
+    return total / labels
+
+
+def kl_of_axolotl(batch, logits, *, normalize_topk):
+    """The forward KL of the plugin, over the k entries of the padded batch, of which the mask keeps some."""
+    logp = torch.log_softmax(logits[..., :VOCAB], dim=-1).gather(-1, batch["target_token_ids"])
+    if normalize_topk:
+        logp = logp - logp.logsumexp(dim=-1, keepdim=True)
+    kept = batch["target_mask"].bool()
+    p = batch["target_logprobs"][kept].exp()
+    return float((p * (batch["target_logprobs"][kept] - logp[kept])).sum() / (batch["labels"] != -100).sum())
+
+
+@pytest.mark.parametrize("normalize_topk", [False, True])
+@pytest.mark.parametrize("kind", ["topk", "nucleus"])
+@pytest.mark.filterwarnings("ignore:these heads have different lengths")
+def test_axolotl_has_the_kl_of_the_heads_in_each_mode_that_the_page_allows(tmp_path, kind, normalize_topk):
+    rng = np.random.default_rng(1)
+    store, manifest = write_targets(tmp_path, [[row(f"{n:032d}", 9, rng, kind=kind) for n in range(4)]], kind=kind)
+    given = list(axolotl_rows(TargetSet(store=store, manifest=manifest)))
+    batch = padded_as_axolotl(given)
+    with torch.no_grad():
+        logits = student()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    found = kl_of_axolotl(batch, logits, normalize_topk=normalize_topk)
+    right = dense_kl_of_heads(given, logits, over_heads=normalize_topk)
+    if kind == "nucleus" and normalize_topk:
+        assert abs(found - right) > 0.1, "the page says that this mode is wrong for such heads"
+    else:
+        assert found == pytest.approx(right, rel=1e-6)
+
+
+def test_heads_of_different_lengths_warn_of_the_mode_that_is_wrong_for_them(tmp_path, heads):
+    rng = np.random.default_rng(1)
+    store, manifest = write_targets(tmp_path, [[row("0" * 32, 9, rng, kind="nucleus")]], kind="nucleus")
+    with pytest.warns(UserWarning, match="leave `kd_normalize_topk` unset or false"):
+        next(axolotl_rows(TargetSet(store=store, manifest=manifest)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(axolotl_rows(heads))
 
 
 def test_a_sampled_tail_is_not_given_to_axolotl(targets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,10 @@ __all__ = ["axolotl_rows"]
 
 _NO_LOGPROB = -1e9
 """The value that axolotl's collator writes where there is no entry."""
+_VARIABLE_HEADS = (
+    "these heads have different lengths: in axolotl leave `kd_normalize_topk` unset or false, because otherwise it"
+    " counts its own padding as tokens, and the loss is wrong"
+)
 
 
 def axolotl_rows(targets: TargetSet) -> Iterator[dict[str, Any]]:
@@ -24,6 +29,10 @@ def axolotl_rows(targets: TargetSet) -> Iterator[dict[str, Any]]:
     the target after token t, as the plugin's loss expects since axolotl 0.10 (in earlier releases index t was the
     target of token t). Heads are renormalised to 1, because the plugin has no ghost token. Tokens without a target have
     entries with mask 0.
+
+    With `kd_normalize_topk: true` the plugin renormalises the student too, over all k entries that its collator pads
+    to, and counts the padding as tokens of id 0. So heads of different lengths, those of `nucleus`, need it unset or
+    false; a warning says so.
 
     Raises:
         ValueError: the sketch is `threshold`: its tail is a sample, and biased as log-probabilities that sum to 1.
@@ -35,6 +44,8 @@ def axolotl_rows(targets: TargetSet) -> Iterator[dict[str, Any]]:
             f"{targets.store.uri}: the sketch is {reader.metadata.kind}, and its sampled tail has no log-probabilities;"
             " train from it with SoftLabelCollator, or capture `topk` for axolotl"
         )
+    if reader.metadata.kind == "nucleus":
+        warnings.warn(_VARIABLE_HEADS, stacklevel=2)
     for row in mixed_in_order(reader):
         yield _axolotl_row(row)
 
