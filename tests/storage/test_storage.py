@@ -7,6 +7,7 @@ import sys
 import pytest
 import zstandard
 
+from fakes.http_server import web  # noqa: F401
 from softshard.errors import JobInvalid, OutputUnusable, PartConflict, SourceUnreadable
 from softshard.storage import LocalStore, list_inputs, open_input
 
@@ -223,3 +224,16 @@ def test_a_folder_that_cannot_be_opened_is_not_passed_over(tmp_path, monkeypatch
         list_inputs(str(tmp_path), source="s")
     (tmp_path / "closed").rename(tmp_path / "lost+found")
     assert len(list_inputs(str(tmp_path), source="s")) == 1, "only root may open this one, on every disk"
+
+
+def test_a_page_may_take_longer_to_read_than_the_library_allows_for_a_request(web, monkeypatch):  # noqa: F811
+    """Documents are tokenised while a page is read, which may take hours."""
+    import aiohttp
+    from fsspec.implementations.http import HTTPFileSystem
+
+    web.files["/a.txt"] = b"It rained."
+    web.headers["/a.txt"] = {"Accept-Ranges": "none"}
+    HTTPFileSystem.clear_instance_cache()
+    monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=1e-9))
+    with open_input(f"{web.url}/a.txt") as stream:
+        assert stream.read() == b"It rained."

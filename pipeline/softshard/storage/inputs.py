@@ -19,6 +19,7 @@ from softshard.storage.s3 import S3, RetryPolicy
 __all__ = ["content_version", "open_bucket", "open_input"]
 
 _BLOCK_BYTES = 4 * 2**20
+_CONNECT_SECONDS, _SILENCE_SECONDS = 30.0, 60.0
 
 
 @contextlib.contextmanager
@@ -49,10 +50,17 @@ def _open_raw(uri: str) -> Iterator[BinaryIO]:
     import fsspec
 
     is_web = uri.startswith(("http://", "https://"))
-    # A server may declare a .gz file as compressed in transfer too; unpacked by aiohttp, it would be unpacked twice.
-    options = {"client_kwargs": {"auto_decompress": False}} if is_web and uri.endswith(".gz") else {}
-    with fsspec.open(uri, mode="rb", **options) as raw:
+    with fsspec.open(uri, mode="rb", **(_web_options(uri) if is_web else {})) as raw:
         yield cast("BinaryIO", io.BufferedReader(_WebFile(raw), _BLOCK_BYTES)) if is_web else raw
+
+
+def _web_options(uri: str) -> dict[str, Any]:
+    import aiohttp
+
+    # Documents are tokenised while a file is read, and aiohttp ends every request after five minutes in all.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
+    # A server may declare a .gz file as compressed in transfer too; unpacked by aiohttp, it would be unpacked twice.
+    return {"client_kwargs": {"timeout": timeout, "auto_decompress": not uri.endswith(".gz")}}
 
 
 class _WebFile(io.RawIOBase):
