@@ -147,7 +147,9 @@ def test_a_process_whose_engine_does_not_open_is_started_anew_and_no_task_is_los
     wait_for(lambda: workers_of(cluster) == 2)
     listener = Listener()
     orders = ["breaks its process", *(f"needs an engine {number}" for number in range(20))]
-    results, failures = run_orders(Cluster(cluster.client, cluster.settings, listener), tmp_path, *orders)
+    # With one attempt, a task that is blamed for what its worker did would be set aside.
+    settings = cluster.settings.model_copy(update={"max_attempts": 1})
+    results, failures = run_orders(Cluster(cluster.client, settings, listener), tmp_path, *orders)
     assert failures == {}
     assert sorted(results) == sorted(orders)
     ((event, values),) = listener.events

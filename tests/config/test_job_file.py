@@ -106,7 +106,7 @@ SOURCE = GOOD["corpus"]["sources"][0]
 ONE_PROBLEM = [
     (
         {"corpus__sources": [SOURCE | {"licence": "MIT"}]},
-        "corpus.sources[0].licence: unknown key, did you mean `license`?",
+        "corpus.sources[0].licence: unknown key; did you mean `license`?",
     ),
     ({"corpus__sources": [SOURCE | {"uri": 5}]}, "corpus.sources[0].uri: input should be a valid string, not 5"),
     (
@@ -120,14 +120,14 @@ ONE_PROBLEM = [
         {"target": "topk"},
         "target: input should be a section with keys such as `kind`, `temperature`, `step`, not 'topk'",
     ),
-    ({"traim": {}}, "traim: unknown key, did you mean `train`?"),
-    ({"train__lr": 1}, "train.lr: unknown key, did you mean `train.optimizer.learning_rate`?"),
-    ({"train__optimizer": {"lr": 1}}, "train.optimizer.lr: unknown key, did you mean `learning_rate`?"),
-    ({"train__baseline": {"lr": 1}}, "train.baseline.lr: unknown key, did you mean `learning_rates`?"),
-    ({"train__epochs": 1}, "train.epochs: unknown key, did you mean `train.optimizer.epochs`?"),
-    ({"train__batch_size": 1}, "train.batch_size: unknown key, did you mean `train.optimizer.batch_tokens`?"),
-    ({"teacher__context_tokens": 1}, "teacher.context_tokens: unknown key, did you mean `corpus.context_tokens`?"),
-    ({"target": {"kind": "topk", "top_k": 5}}, "target.top_k: unknown key, did you mean `k`?"),
+    ({"traim": {}}, "traim: unknown key; did you mean `train`?"),
+    ({"train__lr": 1}, "train.lr: unknown key; did you mean `train.optimizer.learning_rate`?"),
+    ({"train__optimizer": {"lr": 1}}, "train.optimizer.lr: unknown key; did you mean `learning_rate`?"),
+    ({"train__baseline": {"lr": 1}}, "train.baseline.lr: unknown key; did you mean `learning_rates`?"),
+    ({"train__epochs": 1}, "train.epochs: unknown key; did you mean `train.optimizer.epochs`?"),
+    ({"train__batch_size": 1}, "train.batch_size: unknown key; did you mean `train.optimizer.batch_tokens`?"),
+    ({"teacher__context_tokens": 1}, "teacher.context_tokens: unknown key; did you mean `corpus.context_tokens`?"),
+    ({"target": {"kind": "topk", "top_k": 5}}, "target.top_k: unknown key; did you mean `k`?"),
     (
         {"train__baseline": {"learning_rates": 1e-4}},
         "train.baseline.learning_rates: input should be a list, not 0.0001",

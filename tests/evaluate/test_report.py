@@ -143,7 +143,7 @@ def test_metrics_have_one_object_a_model_with_the_promised_keys(tmp_path):
     for name in ("base", "ce", "adapter"):
         assert promised <= values[name].keys()
     assert values["base"]["human_nll_nats"] == 3.9981
-    assert values["settings"]["train"]["alpha"] == 0.5, "defaults are part of the settings"
+    assert values["settings"]["train"]["alpha"] == 0.75, "defaults are part of the settings"
 
 
 def test_metrics_can_be_read_back(tmp_path):

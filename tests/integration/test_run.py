@@ -297,6 +297,16 @@ def test_a_chat_model_of_the_same_vocabulary_is_trained_on_targets_of_its_base_m
         assert {**its, "ms_per_token": None} == {**of_its_base, "ms_per_token": None}
 
 
+@pytest.mark.parametrize("logits", [304, 384])
+def test_a_student_whose_logits_are_padded_to_another_size_is_trained(finished, tmp_path, logits):
+    """The targets' teacher has 320 logits for its 300 tokens; logits beyond the tokens stand for nothing."""
+    from fakes.tiny import save_tiny_model
+
+    other = save_tiny_model(tmp_path / "student", vocab_size=logits)
+    path = copy_of(finished, tmp_path, train__model=str(other), train__baseline=None, train__retention=None)
+    assert run(path, "train").trained.adapter.num_steps > 0
+
+
 def test_student_with_a_smaller_vocabulary_is_refused(finished, tiny_model, tmp_path):
     from fakes.tiny import save_tiny_model
 

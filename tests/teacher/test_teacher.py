@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softshard.config import FullSketch, LoraSettings, OptimizerSettings, TeacherSettings, ThresholdSketch
-from softshard.errors import LogitsInvalid, ModelInvalid, PartCorrupt
+from softshard.errors import LogitsInvalid, ModelInvalid, ModelMissing, PartCorrupt
 from softshard.finetune.adapters.lora import load_adapter
 from softshard.models import load_model, load_tokenizer
 from softshard.models.decoder import Decoder, batches_by_length
@@ -181,7 +181,7 @@ def test_targets_of_a_model_that_caps_its_logits_are_those_of_the_capped_ones(tm
 def test_missing_model_and_missing_weights_are_named(tmp_path):
     from softshard.models import resolve_model, weights_digest
 
-    with pytest.raises(ModelInvalid, match="no such folder"):
+    with pytest.raises(ModelMissing, match="no such folder"):
         resolve_model(str(tmp_path / "nowhere"))
     with pytest.raises(ModelInvalid, match=r"no config\.json"):
         resolve_model(str(tmp_path))

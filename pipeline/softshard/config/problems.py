@@ -165,17 +165,17 @@ def _suggestion(location: Location, settings: type[Settings]) -> str:
     prefix = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in above).lstrip(".")
     for name in names[1:]:
         if name in own:
-            return f", did you mean `{name}`?"
+            return f"; did you mean `{name}`?"
     if close := difflib.get_close_matches(str(key), own, n=1, cutoff=0.75):
-        return f", did you mean `{close[0]}`?"
+        return f"; did you mean `{close[0]}`?"
     for name in names:
         for path in (path for path, last in inside.items() if last == name):
-            return f", did you mean `{prefix}{'.' if prefix else ''}{path}`?"
+            return f"; did you mean `{prefix}{'.' if prefix else ''}{path}`?"
     for name in names:
         for path in (path for path, last in anywhere.items() if last == name):
-            return f", did you mean `{path}`?"
+            return f"; did you mean `{path}`?"
     if close := difflib.get_close_matches(str(key), own, n=1, cutoff=0.5):
-        return f", did you mean `{close[0]}`?"
+        return f"; did you mean `{close[0]}`?"
     return ""
 
 
