@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,8 +74,9 @@ def test_an_exported_model_is_the_base_with_its_adapter(done, tiny_model, tmp_pa
     ).encode("The dog")
     card = (tmp_path / "model" / "README.md").read_text()
     receipt = json.loads((out / "adapter" / "adapter.json").read_bytes())["adapter"]
-    for named in (str(tiny_model), said["adapter"], *receipt["manifests"], "CC0-1.0, owned"):
+    for named in (tiny_model.name, said["adapter"], *receipt["manifests"], "CC0-1.0, owned"):
         assert named in card
+    assert str(tiny_model) not in card
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -193,3 +195,18 @@ def test_a_damaged_adapter_is_not_exported(finished, tmp_path, capsys):
     file.write_text(file.read_text() + " ")
     assert main(["export", str(out), "--to", str(tmp_path / "model")]) == 3
     assert "is not the file" in capsys.readouterr().err
+
+
+def test_what_a_processor_and_other_templates_need_is_copied(finished, tiny_model, tmp_path, capsys):
+    model = shutil.copytree(tiny_model, tmp_path / "base")
+    extra = ("preprocessor_config.json", "processor_config.json", "additional_chat_templates/tools.jinja")
+    for name in extra:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("{}")
+    out = shutil.copytree(finished, tmp_path / "out")
+    job = yaml.safe_load((out / "job.yaml").read_text())
+    job["teacher"]["model"] = str(model)
+    (out / "job.yaml").write_text(yaml.safe_dump(job))
+    assert main(["export", str(out), "--to", str(tmp_path / "exported")]) == 0
+    capsys.readouterr()
+    assert [name for name in extra if not (tmp_path / "exported" / name).is_file()] == []

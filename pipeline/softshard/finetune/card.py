@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from softshard.finetune.adapters.output import OUTPUT_ADAPTERS
 from softshard.records.canonical import canonical_json
+from softshard.shard.card import licence_header
 from softshard.shard.manifest import SourceRights
 from softshard.storage import Store
 
@@ -46,6 +48,8 @@ class AdapterCard(_Record):
 
     job: str
     base_model: str
+    """Its name on the hub, or that of its folder without the path to it."""
+    base_model_on_hub: bool
     manifests: tuple[str, ...]
     """Digests of the target sets' manifests; the job's own comes first, if it is used."""
     sources: tuple[SourceRights, ...]
@@ -56,7 +60,7 @@ class AdapterCard(_Record):
     training: dict[str, Any]
     """Id, objective, alpha, learning rate, retention weight, steps and tokens."""
     settings: dict[str, Any]
-    """The job's train section, including defaults."""
+    """The job's train section, including defaults; of local models and files only the names."""
     author_cap: float
     author_shares: dict[str, float]
     """Largest share at any step, of the train tokens or of their weight in the loss, of each named author who has not
@@ -79,7 +83,7 @@ def renew_card(store: Store, folder: str, card: AdapterCard) -> None:
 def card_files(card: AdapterCard) -> dict[str, bytes]:
     """Content of `card.json` and `README.md`."""
     lines = ["---", yaml.safe_dump(_header(card), sort_keys=True, allow_unicode=True).rstrip(), "---", ""]
-    lines += [f"# Adapter of {card.job}", "", "An adapter that was trained on stored next-token distributions.", ""]
+    lines += [f"# Adapter of {card.job}", "", _introduction(card), "", *_usage(card), ""]
     lines += ["| training | |", "|---|---|", *(f"| {name} | {value} |" for name, value in card.training.items())]
     if card.holdout_nll_nats is not None:
         lines.append(f"| hold-out NLL, nats per token | {card.holdout_nll_nats:.4f} |")
@@ -101,16 +105,46 @@ def _sources(sources: tuple[SourceRights, ...]) -> list[str]:
 
 
 def _header(card: AdapterCard) -> dict[str, Any]:
-    """Keys that the hub knows. It allows one licence per model, so several become `other`."""
-    licences = sorted({source.license for source in (*card.sources, *card.retention_sources)})
+    """Keys that the hub knows; it looks `base_model` up, so a folder's name is left out."""
+    reads_peft = _is_of_peft(card)
     header: dict[str, Any] = {
-        "base_model": card.base_model,
-        "library_name": "peft",
-        "tags": ["knowledge-distillation", "lora", "soft-labels"],
+        "library_name": "peft" if reads_peft else "softshard",
+        "pipeline_tag": "text-generation",
+        "tags": ["knowledge-distillation", *(["lora"] if reads_peft else []), "soft-labels"],
     }
-    if len(licences) == 1 and not licences[0].startswith("LicenseRef-") and " " not in licences[0]:
-        return {**header, "license": licences[0].lower()}
-    return {**header, "license": "other", "license_name": ", ".join(licences)}
+    if card.base_model_on_hub:
+        header["base_model"] = card.base_model
+    return {**header, **licence_header((*card.sources, *card.retention_sources))}
+
+
+def _is_of_peft(card: AdapterCard) -> bool:
+    return card.settings["adapter"] not in OUTPUT_ADAPTERS
+
+
+def _introduction(card: AdapterCard) -> str:
+    place = "a name on the hub" if card.base_model_on_hub else "a local folder when it was trained"
+    return (
+        f"An adapter (`{card.settings['adapter']}`) of {card.base_model}, {place}. It was trained on stored next-token"
+        " distributions."
+    )
+
+
+def _usage(card: AdapterCard) -> list[str]:
+    """How to load it, as Python."""
+    if _is_of_peft(card):
+        lines = [
+            "from peft import AutoPeftModelForCausalLM",
+            'model = AutoPeftModelForCausalLM.from_pretrained("FOLDER_OF_THIS_ADAPTER")',
+        ]
+    else:
+        lines = [
+            "from pathlib import Path",
+            "from transformers import AutoModelForCausalLM",
+            "from softshard import load_adapter",
+            f'base = AutoModelForCausalLM.from_pretrained("{card.base_model}")',
+            'model = load_adapter(base, Path("FOLDER_OF_THIS_ADAPTER"), device="cpu")',
+        ]
+    return ["```python", *lines, "```"]
 
 
 def _authors(card: AdapterCard) -> list[str]:

@@ -25,7 +25,23 @@ class Model:
     """A model that the job names, and its folder on disk."""
 
     name: str
+    """As the job names it."""
     folder: Path
+
+    @property
+    def hub_name(self) -> str | None:
+        """Its name on the hub; None for a folder that the job names."""
+        return None if Path(self.name).expanduser().is_dir() else self.name
+
+    @property
+    def title(self) -> str:
+        """Its name for other people: on the hub, or of its folder, without the path to it."""
+        return self.hub_name or self.folder.absolute().name
+
+    @property
+    def location(self) -> str:
+        """Where a program finds it, whatever folder that runs in: its name on the hub, or an absolute path."""
+        return self.hub_name or str(self.folder.absolute())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

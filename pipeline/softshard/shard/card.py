@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from softshard.shard.manifest import Manifest
+import yaml
+
+from softshard.shard.manifest import Manifest, SourceRights
 from softshard.storage import Store
 
-__all__ = ["write_card"]
+__all__ = ["licence_header", "write_card"]
 
 
 def write_card(store: Store, manifest: Manifest) -> None:
@@ -18,23 +21,20 @@ def write_card(store: Store, manifest: Manifest) -> None:
     named = {path for listed in paths.values() for path in listed}
     if named.issuperset(store.list("data")):
         paths = {split: [f"data/{split}/*.parquet"] if listed else [] for split, listed in paths.items()}
-    lines = ["---", "configs:", "- config_name: default", "  data_files:"]
-    for split, listed in paths.items():
-        if listed:
-            lines += [f"  - split: {split}", "    path:", *(f"    - {path}" for path in listed)]
     totals = manifest.totals
+    header = {
+        "configs": [{"config_name": "default", "data_files": _data_files(paths)}],
+        "pretty_name": f"Targets of {manifest.job}",
+        "size_categories": [_size_category(totals.num_sequences)],
+        "tags": ["knowledge-distillation", "soft-labels"],
+        "task_categories": ["text-generation"],
+        **licence_header(manifest.sources),
+    }
+    lines = ["---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+    lines += [f"# Targets of {manifest.job}", ""]
     licenses = sorted({source.license for source in manifest.sources})
     lines += [
-        "tags:",
-        "- soft-labels",
-        "- knowledge-distillation",
-        "---",
-        "",
-        f"# Targets of {manifest.job}",
-        "",
-    ]
-    lines += [
-        "One row a sequence; every label of it has a sparse record of the teacher's whole next-token distribution.",
+        "One row per sequence; every label of it has a sparse record of the teacher's whole next-token distribution.",
         f"Manifest `{manifest.digest[:16]}`: {totals.num_parts} parts,"
         f" {totals.num_sequences:,} sequences, {totals.num_labels:,} labels. Licences: {', '.join(licenses)}.",
         "",
@@ -56,6 +56,28 @@ def write_card(store: Store, manifest: Manifest) -> None:
     content = ("\n".join(lines) + "\n").encode()
     if not store.exists("README.md") or store.read("README.md") != content:
         store.replace("README.md", content)
+
+
+def licence_header(sources: tuple[SourceRights, ...]) -> dict[str, str]:
+    """The licence in the hub's keys. It allows one identifier, so several licences become `other`."""
+    licences = sorted({source.license for source in sources})
+    if len(licences) == 1 and not licences[0].startswith("LicenseRef-") and " " not in licences[0]:
+        return {"license": licences[0].lower()}
+    return {"license": "other", "license_name": ", ".join(licences)}
+
+
+def _data_files(paths: dict[str, list[str]]) -> list[dict[str, Any]]:
+    return [{"split": split, "path": listed} for split, listed in paths.items() if listed]
+
+
+def _size_category(num_rows: int) -> str:
+    """The hub's category of a number of rows, such as `1K<n<10K`."""
+    lower, name = "", "1K"
+    for limit, name in ((10**3, "1K"), (10**4, "10K"), (10**5, "100K"), (10**6, "1M"), (10**7, "10M"), (10**8, "100M")):
+        if num_rows < limit:
+            return f"{lower}<n<{name}" if lower else f"n<{name}"
+        lower = name
+    return f"n>{name}"
 
 
 def _fidelity(manifest: Manifest) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from torch import Tensor
 
 from softshard.errors import (
@@ -41,6 +42,8 @@ _ALLOWED = 1e-4
 """Largest difference of a logit, in float32."""
 _CANARY_TOKENS = 64
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+_OTHER_FILES = ("generation_config.json", "*processor_config.json", "additional_chat_templates/*.jinja")
+"""Of models that read images or sound, and templates beside the default one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +127,13 @@ def export_model(out: str, to: str | Path, *, dtype: Literal["base", "float32"] 
         merge_difference=merged.difference,
     )
     try:
-        _write(student, merged.model, folder, kind=kind, card=_model_card(exported, receipt))
+        _write(
+            student,
+            merged.model,
+            folder,
+            kind=kind,
+            card=_model_card(exported, receipt, student, num_weights=merged.model.num_parameters()),
+        )
     except OSError as error:
         raise OutputUnusable(uri=str(to), problem=str(error), setting="--to") from error
     return exported
@@ -203,9 +212,11 @@ def _write(student: Model, merged: Any, folder: Path, *, kind: torch.dtype, card
     _set_type(merged, kind)
     with new_folder(folder, keep_existing=False) as made:
         merged.save_pretrained(made)
-        for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
+        for pattern in (*_TOKENIZER_FILES, *_OTHER_FILES):
             for file in student.folder.glob(pattern):
-                shutil.copyfile(file, made / file.name)
+                copy = made / file.relative_to(student.folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
         (made / "README.md").write_text(card)
         ids = _canary_ids(student)
         _set_type(merged, torch.float32)
@@ -216,22 +227,31 @@ def _write(student: Model, merged: Any, folder: Path, *, kind: torch.dtype, card
             raise ModelInvalid(model=str(folder), problem=problem)
 
 
-def _model_card(exported: Exported, receipt: TrainingReceipt) -> str:
+def _model_card(exported: Exported, receipt: TrainingReceipt, student: Model, *, num_weights: int) -> str:
     """The README.md of the folder: what the model was made of, and by what right."""
     sources = [f"- {each.name}: {each.license}, {each.rights_basis}, style {each.style}" for each in receipt.sources]
     tied = "is tied to the embedding" if exported.tied else "has a matrix of its own"
+    header = {
+        **({"base_model": student.hub_name} if student.hub_name is not None else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["softshard"],
+    }
     lines = [
         "---",
-        f"base_model: {exported.base}",
-        "library_name: transformers",
-        "tags:",
-        "- softshard",
+        yaml.safe_dump(header, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {Path(exported.base).name}, adapted",
+        f"# {student.title.rpartition('/')[2]}, adapted",
         "",
-        f"`{exported.base}` with an adapter ({exported.kind}) merged into its weights ({exported.dtype}); the output",
-        f"layer {tied}.",
+        f"{student.title} with an adapter ({exported.kind}) merged into its weights: {num_weights:,} parameters in",
+        f"{exported.dtype}; the output layer {tied}.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        "```",
         "",
         f"- Adapter: `{exported.adapter}`",
         *(f"- Manifest of the targets: `{digest}`" for digest in exported.manifests),

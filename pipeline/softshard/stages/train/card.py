@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from softshard.config import TrainSettings
 from softshard.data.authors import Credit
 from softshard.data.groups import Tally
 from softshard.finetune.card import AdapterCard, CardBalance, CardGroup
 from softshard.finetune.record import TrainingReceipt
+from softshard.output.workspace import Model
 from softshard.shard.manifest import SourceRights
 from softshard.stages.train.data import TrainingData, source_credits
 
@@ -21,7 +24,7 @@ def make_card(
     settings: TrainSettings,
     *,
     job: str,
-    base_model: str,
+    base_model: Model,
     author_shares: Tally,
     retention_sources: tuple[SourceRights, ...],
     num_compared: int,
@@ -33,7 +36,7 @@ def make_card(
         data: what it trained on.
         settings: the train section of the job, as it is now.
         job: name of the job.
-        base_model: name of the student's model.
+        base_model: the student's model.
         author_shares: largest share of each author, by name.
         retention_sources: of the retention text that it trained on.
         num_compared: number of trainings from which the adapter, or the baseline, is chosen.
@@ -44,7 +47,8 @@ def make_card(
         balance = CardBalance(column=data.balance.column, clip=data.balance.clip, groups=groups)
     return AdapterCard(
         job=job,
-        base_model=base_model,
+        base_model=base_model.title,
+        base_model_on_hub=base_model.hub_name is not None,
         manifests=receipt.manifests,
         sources=data.sources,
         retention_sources=retention_sources,
@@ -58,13 +62,24 @@ def make_card(
             "num_steps": receipt.num_steps,
             "num_tokens": receipt.num_tokens,
         },
-        settings=settings.model_dump(mode="json"),
+        settings=_settings(settings, base_model),
         author_cap=settings.author_cap,
         author_shares=author_shares,
         balance=balance,
         holdout_nll_nats=receipt.holdout_nll_nats,
         num_compared=num_compared,
     )
+
+
+def _settings(settings: TrainSettings, base_model: Model) -> dict[str, Any]:
+    """The train section without paths of this machine: of a local model or file, only the name is left."""
+    values = settings.model_dump(mode="json")
+    if values["model"] is not None:
+        values["model"] = base_model.title
+    for source in values["retention"]["sources"] if values["retention"] else ():
+        if source["format"] != "datasets" and "://" not in source["uri"]:
+            source["uri"] = Path(source["uri"]).name
+    return values
 
 
 def _consent(data: TrainingData, settings: TrainSettings, *, with_retention: bool) -> dict[str, tuple[str, ...]]:

@@ -211,7 +211,7 @@ def _store_training(
     shared: _Shared, spec: TrainingSpec, tuned: FineTuned, *, holdout_nll: float | None
 ) -> TrainingReceipt:
     """Store the adapter and its log; returns the receipt, which is not stored yet."""
-    files = save_adapter(tuned.model, base_model=shared.student.model.name)
+    files = save_adapter(tuned.model, base_model=shared.student.model.location)
     for name, content in files.items():
         shared.store.put_once(f"{spec.folder}/{name}", content)
     log = "".join(json.dumps(asdict(step)) + "\n" for step in tuned.log)
@@ -239,7 +239,7 @@ def _write_card(shared: _Shared, spec: TrainingSpec, receipt: TrainingReceipt, *
         shared.data,
         shared.settings,
         job=shared.job,
-        base_model=shared.student.model.name,
+        base_model=shared.student.model,
         author_shares=shared.author_shares,
         retention_sources=shared.retention_sources(spec),
         num_compared=num_compared,
