@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from softshard.errors import ModelInvalid
-from softshard.models import check_weights, load_model, out_of_memory, weights_digest
+from softshard.models import check_weights, expert_share, load_model, out_of_memory, weights_digest
 
 INDEX = "model.safetensors.index.json"
 
@@ -104,3 +104,16 @@ def test_memory_that_ran_out_is_told_from_other_failures(ask):
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2, 3) @ torch.zeros(2, 3)
     assert not out_of_memory(caught.value)
+
+
+def test_share_of_the_experts_is_theirs_of_all_weights(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**shape, vocab_size=50, num_key_value_heads=1, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "moe")
+    # Each of four experts in two layers has three matrices of 16 by 24.
+    assert expert_share(tmp_path / "moe") == pytest.approx(2 * 4 * 3 * 16 * 24 / model.num_parameters())
+
+
+def test_most_models_have_no_experts(tiny_model):
+    assert expert_share(tiny_model) == 0

@@ -50,6 +50,8 @@ class AdapterCard(_Record):
     base_model: str
     """Its name on the hub, or that of its folder without the path to it."""
     base_model_on_hub: bool
+    expert_share: float
+    """Share of the base model's weights that are experts, which the adapter does not change; 0 for most models."""
     manifests: tuple[str, ...]
     """Digests of the target sets' manifests; the job's own comes first, if it is used."""
     sources: tuple[SourceRights, ...]
@@ -123,10 +125,13 @@ def _is_of_peft(card: AdapterCard) -> bool:
 
 def _introduction(card: AdapterCard) -> str:
     place = "a name on the hub" if card.base_model_on_hub else "a local folder when it was trained"
-    return (
-        f"An adapter (`{card.settings['adapter']}`) of {card.base_model}, {place}. It was trained on stored next-token"
-        " distributions."
-    )
+    sentences = [
+        f"An adapter (`{card.settings['adapter']}`) of {card.base_model}, {place}.",
+        "It was trained on stored next-token distributions.",
+    ]
+    if card.expert_share:
+        sentences.append(f"{card.expert_share:.0%} of the model's weights are experts, which it leaves as they are.")
+    return " ".join(sentences)
 
 
 def _usage(card: AdapterCard) -> list[str]:

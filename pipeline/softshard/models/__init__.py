@@ -25,7 +25,7 @@ from softshard.models.folder import (
     resolve_model,
     weights_digest,
 )
-from softshard.models.loading import load_empty_model, load_model
+from softshard.models.loading import expert_share, load_empty_model, load_model
 from softshard.models.tokenizer import Tokenizer, check_tokenizer, load_tokenizer, wrap_tokenizer
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "check_vocabulary",
     "check_weights",
     "device_failed",
+    "expert_share",
     "load_empty_model",
     "load_model",
     "load_tokenizer",

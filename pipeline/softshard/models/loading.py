@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from softshard.models.folder import check_weights, read_config
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_empty_model", "load_model"]
+__all__ = ["expert_share", "load_empty_model", "load_model"]
 
 
 def load_empty_model(folder: Path) -> Any:
@@ -38,6 +39,18 @@ def load_empty_model(folder: Path) -> Any:
         raise ModelInvalid(model=str(folder), problem=problem)
     model.name_or_path = str(folder)
     return model
+
+
+@lru_cache(maxsize=8)
+def expert_share(folder: Path) -> float:
+    """Share of a model's weights that are experts in tensors of all experts of a layer, which no linear layer holds.
+
+    Raises:
+        ModelInvalid: as `load_empty_model`.
+    """
+    weights = dict(load_empty_model(folder).named_parameters())
+    experts = (weight.numel() for name, weight in weights.items() if ".experts." in name and weight.ndim == 3)
+    return float(sum(experts) / sum(weight.numel() for weight in weights.values()))
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: str) -> Any:

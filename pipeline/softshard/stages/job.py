@@ -54,7 +54,8 @@ def run_job(job: Job, reporter: Reporter, *, stages: Collection[str] = STAGES, r
     """
     refuse_without_holdout(job, stages)
     workspace = open_workspace(job)
-    check_models(workspace, stages)
+    for warning in check_models(workspace, stages):
+        reporter.say(f"warning: {warning}")
     with hold_lease(workspace.out, job=job.name, run=run or uuid.uuid4().hex[:12]) as lease:
         # Checked again: another job may have claimed the empty folder before this run had the lease.
         open_workspace(job)

@@ -21,8 +21,8 @@ from softshard.teacher.engines import check_engine
 __all__ = ["check_models"]
 
 
-def check_models(workspace: Workspace, stages: Collection[str]) -> None:
-    """Refuse models, devices and engines that one of these stages could not use.
+def check_models(workspace: Workspace, stages: Collection[str]) -> list[str]:
+    """Refuse models, devices and engines that one of these stages could not use; returns warnings of the others.
 
     Raises:
         DeviceMissing: torch does not see the device.
@@ -44,10 +44,12 @@ def check_models(workspace: Workspace, stages: Collection[str]) -> None:
         check_device(job.train.device, setting="train.device")
         check_packages(workspace.student_model.folder, setting="train.model")
     check_context(workspace.teacher_model.folder, context_tokens=job.corpus.context_tokens)
+    warnings: list[str] = []
     if uses_teacher and needs_transformers:
-        check_adapter(workspace.teacher_model, "lora", job.teacher.lora)
+        warnings += check_adapter(workspace.teacher_model, "lora", job.teacher.lora)
     if trains:
-        _check_student(workspace)
+        warnings += _check_student(workspace)
+    return list(dict.fromkeys(warnings))
 
 
 def _check_engine(job: Job, stages: Collection[str]) -> None:
@@ -57,10 +59,11 @@ def _check_engine(job: Job, stages: Collection[str]) -> None:
         check_engine(job.teacher)
 
 
-def _check_student(workspace: Workspace) -> None:
+def _check_student(workspace: Workspace) -> list[str]:
     settings, teacher = workspace.job.train, workspace.teacher_model
     vocab_size = teacher.tokenizer.vocab_size
     check_student(workspace, data=teacher.name, fingerprint=teacher.tokenizer.fingerprint, vocab_size=vocab_size)
-    check_adapter(workspace.student_model, settings.adapter, settings.lora)
+    warnings = check_adapter(workspace.student_model, settings.adapter, settings.lora)
     with contextlib.suppress(ManifestMissing):
         refuse_unfit(workspace, other_sets(settings), vocab_size=vocab_size)
+    return warnings

@@ -125,7 +125,7 @@ def make_plan(
         SoftshardError: a model, a device or an engine cannot be used; see `check_models`.
     """
     workspace = Workspace(job=job, out=open_store(job.out))
-    check_models(workspace, STAGES)
+    warnings = check_models(workspace, STAGES)
     tokenizer = workspace.teacher_model.tokenizer
     count = count_corpus(
         settings=job.corpus, tokenizer=tokenizer, folds=job.teacher.folds, seed=job.seed, reporter=reporter
@@ -169,7 +169,10 @@ def make_plan(
         ),
         weight_bytes=weight_bytes(workspace),
         peak_bytes=found.peak_bytes,
-        warnings=weigh_corpus(job, train_tokens=train["num_tokens"], test_documents=test["num_documents"]),
+        warnings=[
+            *warnings,
+            *weigh_corpus(job, train_tokens=train["num_tokens"], test_documents=test["num_documents"]),
+        ],
     )
 
 

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from softshard.config import LoraSettings
 from softshard.errors import AdapterMissing, ModelInvalid
-from softshard.finetune.adapters.lora import adapter_digest, attach_lora, load_adapter, save_adapter
+from softshard.finetune.adapters.lora import PLACEMENTS, adapter_digest, attach_lora, load_adapter, save_adapter
 from softshard.models import load_model
 
 IDS = torch.arange(40).reshape(2, 20)
@@ -55,6 +55,32 @@ def test_all_linear_layers_but_the_output_are_adapted(tiny_model):
     linear = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
     linear |= {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
     assert adapted_modules(model) == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in linear}
+
+
+def multimodal():
+    """A Gemma 3 of two layers with a vision tower of two."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**shape, "vocab_size": 300, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
+    vision = {**shape, "image_size": 28, "patch_size": 14}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=299)
+    )
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora_and_lm_head"])
+@pytest.mark.parametrize(("last_layers", "layers"), [(None, {0, 1}), (1, {1})])
+def test_of_a_model_that_sees_only_the_language_model_is_adapted(tmp_path, kind, last_layers, layers):
+    lora = LoraSettings(rank=2, last_layers=last_layers)
+    model = attach_lora(multimodal(), lora, seed=0, placement=PLACEMENTS[kind])
+    linear = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    expected = {f"model.language_model.layers.{layer}.{name}" for layer in layers for name in linear}
+    assert adapted_modules(model) == expected | ({"lm_head"} if kind == "lora_and_lm_head" else set())
+    again = load_adapter(
+        multimodal(), written(save_adapter(model), tmp_path / "saved"), adapter_name="default", device="cpu"
+    )
+    assert {name for name, _ in again.named_modules() if name.endswith("lora_A")} == {
+        name for name, _ in model.named_modules() if name.endswith("lora_A")
+    }
 
 
 def test_last_layers_adapts_only_those(tiny_model):

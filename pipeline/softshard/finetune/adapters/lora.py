@@ -8,6 +8,7 @@ bytes. `PLACEMENTS` lists the kinds.
 from __future__ import annotations
 
 import json
+import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,8 +58,8 @@ PLACEMENTS: dict[AdapterKind, Placement] = {
 def attach_lora(model: Any, lora: LoraSettings, *, seed: int, placement: Placement = PLACEMENTS["lora"]) -> PeftModel:
     """Put a new adapter, which changes nothing yet, on a model in place; `unload()` of the result gives the model back.
 
-    `all-linear` means every linear layer of the decoder (Conv1D counts), without the output layer. If `last_layers`
-    exceeds the number of decoder layers, all of them are adapted.
+    `all-linear` means every linear layer of the decoder (Conv1D counts), without the output layer. Layers of a vision
+    or audio tower are never adapted. If `last_layers` exceeds the number of decoder layers, all of them are adapted.
 
     Raises:
         ModelInvalid: a module that `target_modules` names does not exist.
@@ -83,6 +84,7 @@ def attach_lora(model: Any, lora: LoraSettings, *, seed: int, placement: Placeme
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=_outside_decoder(model, set(targets)),
         layers_to_transform=last,
         fan_in_fan_out=placement.decoder and any(_is_conv1d(linear[name]) for name in names),
         task_type="CAUSAL_LM",
@@ -103,19 +105,35 @@ def _linear_modules(model: Any) -> dict[str, nn.Module]:
 
 
 def _output_name(model: Any) -> str:
-    output = model.get_output_embeddings()
-    return next(str(name) for name, module in model.named_modules() if module is output)
+    return _name_in(model, model.get_output_embeddings())
+
+
+def _name_in(model: Any, wanted: nn.Module) -> str:
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
 
 
 def _names_in_layers(model: Any, last_parts: set[str], layers: set[int]) -> list[str]:
     """Full names of the linear layers of some layers of the decoder that end in one of some names."""
     found = []
-    for name, module in model.named_modules():
+    prefix = _name_in(model, model.get_decoder())
+    for place, module in model.get_decoder().named_modules():
+        name = f"{prefix}.{place}"
         numbers = [int(part) for part in name.split(".") if part.isdecimal()]
         linear = isinstance(module, nn.Linear) or _is_conv1d(module)
         if linear and name.rsplit(".", 1)[-1] in last_parts and numbers and numbers[0] in layers:
             found.append(name)
     return found
+
+
+def _outside_decoder(model: Any, targets: set[str]) -> str | None:
+    """A pattern of the names of all modules outside the decoder but the output layer; None where no target is there."""
+    prefix, output = f"{_name_in(model, model.get_decoder())}.", _output_name(model)
+    outside = (
+        name.rsplit(".", 1)[-1] in targets and (isinstance(module, nn.Linear) or _is_conv1d(module))
+        for name, module in model.named_modules()
+        if name != output and not name.startswith(prefix)
+    )
+    return rf"(?!{re.escape(prefix)}|{re.escape(output)}$).*" if any(outside) else None
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from softshard.models import (
     check_context,
     check_tokenizer,
     check_vocabulary,
+    expert_share,
     load_empty_model,
     load_model,
     output_size,
@@ -83,8 +84,14 @@ def check_student(workspace: Workspace, *, data: str, fingerprint: str, vocab_si
     check_vocabulary(model=student.name, model_size=size, data=data, data_size=vocab_size)
 
 
-def check_adapter(model: Model, kind: AdapterKind, shape: LoraSettings) -> None:
-    """Refuse a model that is no causal language model, or cannot have an adapter of this kind. Raises ModelInvalid."""
+def check_adapter(model: Model, kind: AdapterKind, shape: LoraSettings) -> list[str]:
+    """What an adapter of this kind leaves out of a model without a word, in sentences; mostly nothing.
+
+    Raises:
+        ModelInvalid: it is no causal language model, or cannot have such an adapter.
+    """
     empty = load_empty_model(model.folder)
     output_parts(empty.get_output_embeddings(), model=model.name)
     attach_adapter(empty, kind, shape, seed=0)
+    share = expert_share(model.folder)
+    return [f"{model.name}: {share:.0%} of its weights are experts, which no adapter changes"] if share else []
