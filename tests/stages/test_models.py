@@ -7,9 +7,14 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fakes.tiny import save_tiny_model
 from softshard.cli import main
+from softshard.config.job_file import load_job
+from softshard.output.workspace import open_workspace
+from softshard.stages import STAGES
+from softshard.stages.models import check_models
 
 
 def edited(model, folder, **config):
@@ -146,3 +151,19 @@ def test_an_engine_that_is_not_installed_is_refused_before_anything_is_computed(
     (line,) = capsys.readouterr().err.splitlines()
     assert "teacher.engine: vllm is not installed" in line
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_experts_that_no_adapter_changes_are_said(tiny_job, tiny_model, tmp_path):
+    folder = tmp_path / "experts"
+    shutil.copytree(tiny_model, folder)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**shape, vocab_size=320, num_key_value_heads=1, num_local_experts=4, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    job = load_job(tiny_job(tmp_path, teacher={"model": str(folder)}))
+    (warning,) = check_models(open_workspace(job), STAGES)
+    assert warning.startswith(f"{folder}: ")
+    assert warning.endswith("% of its weights are experts, which no adapter changes")
+
+
+def test_of_a_plain_model_nothing_is_said(tiny_job, tmp_path):
+    assert check_models(open_workspace(load_job(tiny_job(tmp_path))), STAGES) == []
