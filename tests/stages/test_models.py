@@ -120,6 +120,27 @@ def test_cuda_without_a_device_is_refused_at_once(tiny_job, tmp_path, capsys):
     assert "teacher.device: cuda: torch sees no CUDA device here; set `device: auto` or `device: cpu`" in line
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_plan_measures_here_so_the_device_must_be_here(tiny_job, tmp_path, capsys):
+    assert main(["plan", str(tiny_job(tmp_path, teacher={"device": "cuda"})), "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "teacher.device: cuda: torch sees no CUDA device here" in line
+
+
+def test_plan_refuses_a_retention_text_that_is_too_small_before_it_measures(tiny_job, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("The only one of its kind.")
+    source = {
+        "name": "r",
+        "uri": str(tmp_path / "other.txt"),
+        "style": "plain",
+        "license": "MIT",
+        "rights_basis": "owned",
+    }
+    assert main(["plan", str(tiny_job(tmp_path, train={"retention": {"sources": [source]}})), "--quiet"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "split of the text of train.retention has no documents (1 kept" in line
+
+
 def test_the_device_of_a_teacher_on_other_machines_is_their_affair(tiny_job, tmp_path):
     """Only the workers of a scheduler that runs elsewhere know their devices; without tasks for them all goes well."""
     assert main(["corpus", str(tiny_job(tmp_path, teacher={"device": "cuda"})), "--quiet"]) == 0

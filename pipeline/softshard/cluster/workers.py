@@ -7,6 +7,7 @@ a while. If it keeps failing while others work, it is retired; if no worker work
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -60,7 +61,7 @@ class WorkerHealth:
         self._proven: set[str] = set()
         self._failures: Counter[str] = Counter()
         self._restarted: dict[str, float] = {}
-        self._ended: set[str] = set()
+        self._ended: dict[str, float] = {}
 
     def name(self, address: str) -> str:
         """A worker's name, which stays when its process is started anew; the address where the worker is gone."""
@@ -88,18 +89,18 @@ class WorkerHealth:
         Raises:
             TryAgain: no worker is left that does not keep failing.
         """
-        name, present = self.name(address), self._workers.addresses()
-        if address in self._ended or (address not in present and name != address):
+        name, present, now = self.name(address), self._workers.addresses(), time.monotonic()
+        is_ending = now - self._ended.get(address, -math.inf) < _SECONDS_TO_COME_BACK
+        if is_ending or (address not in present and name != address):
             return  # one failure for each process
         self._failures[name] += 1
         keeps_failing = {each for each, number in self._failures.items() if number >= _FAILURES_IN_A_ROW}
-        now = time.monotonic()
         expected = {each for each, at in self._restarted.items() if now - at < _SECONDS_TO_COME_BACK}
         alive = set(present.values()) | expected
         if name in keeps_failing and alive <= keeps_failing:
             problem = f"no worker is left that works: {address} failed {self._failures[name]} times in a row, {reason}"
-            raise TryAgain(f"{problem}; what is committed is kept, find out what ails it and run the job again")
-        self._ended.add(address)
+            raise TryAgain(f"{problem}; what is committed is kept, see the log of that worker, and run the job again")
+        self._ended[address] = now
         if name in keeps_failing and alive & self._proven - keeps_failing:
             self._restarted.pop(name, None)
             del self._failures[name]
@@ -112,4 +113,4 @@ class WorkerHealth:
             self._workers.warn("worker_restarted", worker=address, reason=reason, message=message)
             self._workers.restart(address)
         else:
-            self._ended.discard(address)
+            del self._ended[address]

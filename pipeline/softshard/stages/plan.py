@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from softshard.config import Job
 from softshard.corpus.build import count_corpus, first_sequences
-from softshard.models import Tokenizer, peak_memory, resolve_model, weights_digest
+from softshard.models import Tokenizer, check_device, peak_memory, resolve_model, weights_digest
 from softshard.output.workspace import Workspace
 from softshard.pilot.measure import (
     NUM_SEQUENCES,
@@ -126,10 +126,13 @@ def make_plan(
     """
     workspace = Workspace(job=job, out=open_store(job.out))
     warnings = check_models(workspace, STAGES)
+    # The teacher is measured here, wherever the workers of the run are.
+    check_device(job.teacher.device, setting="teacher.device")
     tokenizer = workspace.teacher_model.tokenizer
     count = count_corpus(
         settings=job.corpus, tokenizer=tokenizer, folds=job.teacher.folds, seed=job.seed, reporter=reporter
     )
+    authors = count_authors(job, tokenizer, count.groups, reporter)
     train, test, everything = count.total("train"), count.total("test"), count.total()
     extent = Extent(num_parts=everything["num_slices"], num_labels=everything["num_labels"])
     found = _measure(job, tokenizer, reporter, extent=extent, num_pilot=num_pilot)
@@ -161,7 +164,7 @@ def make_plan(
         target=f"{job.target.kind} {found.target.sketch.setting}",
         budget=job.target.budget,
         pilot=found.pilot,
-        authors=count_authors(job, tokenizer, count.groups, reporter),
+        authors=authors,
         holdout_documents=test["num_documents"],
         holdout_tokens=test["num_tokens"],
         student=estimate_student(

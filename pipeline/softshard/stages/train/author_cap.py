@@ -140,14 +140,14 @@ def count_authors(
 ) -> CountedAuthors | None:
     """`expected_shares` of a job that has not run, summarised, from the counts of its corpus; None where unknown.
 
-    Reads and counts the retention text where a training learns it. Raises as `expected_shares` and `count_corpus`.
+    Reads and counts the retention text too. Raises as `expected_shares` and `count_corpus`.
     """
     workspace = Workspace(job=job, out=open_store(job.out))
     settings, retention = retention_settings(job), tuple[GroupCount, ...]()
-    if settings is not None and _trains_on_retention_text(job.train):
+    if settings is not None:
         with naming_retention():
             count = count_corpus(settings=settings, tokenizer=tokenizer, folds=0, seed=job.seed, reporter=reporter)
-        retention = count.groups
+        retention = count.groups if _trains_on_retention_text(job.train) else ()
     shares = expected_shares(workspace, CountedText(style=style, retention=retention))
     if shares is None:
         return None
