@@ -185,7 +185,7 @@ def test_complete_corpus_is_given_back_without_reading_or_writing(tmp_path, lett
     def unread(*_, **__):
         raise AssertionError("text was read")
 
-    monkeypatch.setattr("softshard.corpus.build.read_documents", unread)
+    monkeypatch.setattr("softshard.corpus.reading.read_documents", unread)
     assert build(letters, tmp_path / "out", tokenizer) == first
     assert tree(tmp_path / "out") == before
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,15 +203,38 @@ def test_only_documents_with_enough_to_follow_are_begun():
 
 
 def test_a_continuation_ends_where_the_labels_do():
-    (prompt,) = beginnings(
-        [
-            row("answer", 0, 40, label_spans=((4, 13), (20, 40))),
-            row("question", 0, 40, label_spans=((1, 4), (5, 40))),
-            row("brief", 0, 40, label_spans=((4, 11), (20, 40))),
-        ]
+    assert beginnings([row("whole", 0, 40, label_spans=((1, 13), (20, 40)))])[0].human_continuation == (
+        *range(104, 113),
     )
-    assert prompt.sequence_id == "answer@0"
-    assert prompt.human_continuation == tuple(range(104, 113))
+    with pytest.raises(HoldoutEmpty):
+        beginnings([row("question", 0, 40, label_spans=((1, 4), (5, 40)))])
+
+
+def test_the_prompt_of_a_conversation_is_all_before_its_first_answer():
+    rows = [
+        row("answer", 0, 40, label_spans=((6, 26), (30, 40))),
+        row("brief", 0, 40, label_spans=((20, 22),)),
+        row("far", 0, 40, label_spans=((31, 40),)),
+        row("later", 40, 40, label_spans=((3, 40),)),
+    ]
+    chosen = {prompt.sequence_id: prompt for prompt in beginnings(rows, context_tokens=40)}
+    assert {name: len(prompt.token_ids) for name, prompt in chosen.items()} == {"answer@0": 6, "brief@0": 20}
+    assert chosen["answer@0"].human_continuation == tuple(range(106, 116))
+    assert chosen["brief@0"].human_continuation == (120, 121)
+    assert {name: prompt.end_id for name, prompt in chosen.items()} == {"answer@0": 125, "brief@0": 121}
+
+
+def test_an_answer_ends_with_its_own_token(model, tokenizer):
+    prompts = prompts_of(tokenizer, "The harbour", "Rain")
+    whole = sample(Watched(model, no_end), prompts, tokenizer)
+    drawn = whole.continuations.token_ids
+    assert whole.num_ended == 0
+    ended = [replace(prompt, end_id=ids[3]) for prompt, ids in zip(prompts, drawn, strict=True)]
+    found = sample(Watched(model, no_end), ended, tokenizer)
+    expected = tuple(ids[: ids.index(ids[3])] for ids in drawn)
+    assert (found.continuations.token_ids, found.num_ended) == (expected, 2)
+    people = [replace(prompt, human_continuation=ids) for prompt, ids in zip(ended, drawn, strict=True)]
+    assert human_continuations(people, tokenizer=tokenizer).token_ids == expected
 
 
 def test_the_choice_depends_on_ids_and_seed_and_not_on_the_order_of_rows():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator, model_validator
 
 from softshard.config.base import KeyInvalid, Settings
+from softshard.sources.conversations import LAYOUTS
 from softshard.sources.encoding import is_utf8
 from softshard.sources.formats import FORMATS, describe_endings
 from softshard.sources.text import SPLITS
@@ -26,9 +27,11 @@ __all__ = [
 if TYPE_CHECKING:
     FormatName = str
     SplitName = str
+    LayoutName = str
 else:
     FormatName = Literal["auto", *FORMATS]
     SplitName = Literal[SPLITS]
+    LayoutName = Literal[LAYOUTS]
 
 
 Duplicates = Literal["exact", "spacing", "words"]
@@ -64,6 +67,19 @@ class SourceSettings(Settings):
     split_texts: SplitName = "none"
     """Where each text is split into documents: `lines` makes every line one, `blank_lines` ends one at a blank line,
     `headings` begins one at a Markdown heading (`# Title`). Each is named after the line on which it begins."""
+    layout: LayoutName = "text"
+    """How a row holds its document: `text`, in `text_field`; or a conversation, `messages` (role, content), `sharegpt`
+    (conversations: from, value), `alpaca` (instruction, input, output, history), `prompt_completion`. `auto` goes by
+    the row's fields, and a row with the text field is text."""
+    roles: dict[str, Literal["system", "user", "assistant"]] = Field(default={})
+    """Roles by the names that the rows give them, beyond the usual: system, user, human, prompter, assistant, gpt, bot,
+    model."""
+    answers: str = Field(default="assistant", min_length=1)
+    """Who answers in a conversation, and so whose words are learned: `assistant`; `last`, of the assistant's answers
+    the last one alone; between two people without roles the `first` or `second` to speak, or `both`, each answering
+    the other; or the name of a person."""
+    system: str | None = None
+    """System prompt of the conversations that have none."""
     consent: tuple[str, ...] = ()
     """Authors, as the group field has them, who agreed that a model is trained to write as they do; their writing here
     is not counted against `train.author_cap`."""
@@ -98,6 +114,12 @@ class SourceSettings(Settings):
     @classmethod
     def _without_space_around(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(text.strip() for text in value)
+
+    @model_validator(mode="after")
+    def _whole_conversations(self) -> SourceSettings:
+        if self.layout not in ("text", "auto") and self.split_texts != "none":
+            raise ValueError("split_texts splits texts, and a conversation is one document; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _named_authors(self) -> SourceSettings:
@@ -135,6 +157,8 @@ class CorpusSettings(Settings):
     """Most tokens of a sequence."""
     overlap_tokens: int = Field(default=64, ge=1)
     """Tokens that a window shares with the window before it: context, whose targets are not stored again."""
+    chat_template: str | None = None
+    """Chat template of conversations, as Jinja text or the path of a file; without it, the tokenizer's own."""
     normalisation: Literal["NFC", "NFKC", "none"] = "NFC"
     """Unicode normalisation."""
     duplicates: Duplicates = "spacing"

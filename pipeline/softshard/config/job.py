@@ -23,7 +23,7 @@ class EvaluateSettings(Settings):
     num_samples: int = Field(default=24, ge=1)
     """Held-out prompts that each model continues: the beginnings of documents."""
     prompt_tokens: int = Field(default=24, ge=1)
-    """Tokens of a prompt."""
+    """Tokens of a prompt; the prompt of a conversation is all that comes before its first answer."""
     sample_tokens: int = Field(default=96, ge=8)
     """Most tokens of a continuation."""
     temperature: float = Field(default=1.0, gt=0)

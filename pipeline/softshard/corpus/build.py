@@ -8,12 +8,7 @@ bytes, and a complete corpus from the same input is not made again.
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from softshard.config import CorpusSettings
 from softshard.corpus.counts import CorpusCount, CorpusCounter
@@ -24,30 +19,32 @@ from softshard.corpus.manifest import (
     read_corpus_manifest,
     write_corpus_manifest,
 )
-from softshard.corpus.screen import Screen, ScreenedDocument
+from softshard.corpus.reading import Encode, find_template, tokenise_documents
+from softshard.corpus.screen import Screen
 from softshard.corpus.slices import SliceWriter
-from softshard.corpus.tally import FilesNotRead, SourceTally
-from softshard.corpus.tokenize import encode_texts
-from softshard.corpus.windows import document_windows, num_document_tokens
+from softshard.corpus.tally import FilesNotRead
 from softshard.errors import CorpusEmpty
 from softshard.models import Tokenizer
 from softshard.records.digest import canonical_digest
 from softshard.shard.manifest import SourceRights
 from softshard.sketch.types import TokenSequence
-from softshard.sources.read import list_versions, read_documents
+from softshard.sources.read import list_versions
 from softshard.storage import Store
 from softshard.telemetry import Reporter, SilentReporter
 
-__all__ = ["Encode", "build_corpus", "corpus_key", "count_corpus", "current_corpus", "first_sequences"]
+__all__ = ["build_corpus", "corpus_key", "count_corpus", "current_corpus", "first_sequences"]
 
-_BATCH_BYTES = 2**20
-_BATCH_DOCUMENTS = 256
 
-_LATER_KEYS: dict[str, Any] = {"encoding": "utf-8", "drop_texts": [], "split_texts": "none", "configuration": None}
-
-TokenisedDocument = tuple[ScreenedDocument, NDArray[np.int32]]
-Encode = Callable[[Iterable[list[str]]], Iterator[list[NDArray[np.int32]]]]
-"""Tokenises batches of texts, in their order; it may take a bounded number of batches in advance."""
+_LATER_KEYS: dict[str, Any] = {
+    "encoding": "utf-8",
+    "drop_texts": [],
+    "split_texts": "none",
+    "configuration": None,
+    "layout": "text",
+    "roles": {},
+    "answers": "assistant",
+    "system": None,
+}
 
 
 def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, seed: int) -> str:
@@ -56,14 +53,18 @@ def corpus_key(settings: CorpusSettings, *, tokenizer: Tokenizer, folds: int, se
     Raises:
         SourceUnreadable: a source cannot be listed.
         SourceUnavailable: a source cannot be reached for now.
+        ChatTemplateInvalid: there are conversations, and no chat template for them.
     """
+    template = find_template(settings, tokenizer)
     files = [
         [source.name, [[ascii(uri), version] for uri, version in list_versions(source)]] for source in settings.sources
     ]
     # Consent changes what may be trained on, and the largest share left out what is refused, not what is read.
-    read = settings.model_dump(mode="json", exclude={"sources": {"__all__": {"consent"}}, "max_left_out": True})
+    excluded: dict[str, Any] = {"sources": {"__all__": {"consent"}}, "max_left_out": True, "chat_template": True}
+    read = settings.model_dump(mode="json", exclude=excluded)
     read["sources"] = [_without_later_keys(source) for source in read["sources"]]
-    return canonical_digest([CORPUS_VERSION, read, tokenizer.fingerprint, tokenizer.vocab_size, folds, seed, files])
+    made_from = [CORPUS_VERSION, read, tokenizer.fingerprint, tokenizer.vocab_size, folds, seed, files]
+    return canonical_digest(made_from if template is None else [*made_from, template.text])
 
 
 def _without_later_keys(source: dict[str, Any]) -> dict[str, Any]:
@@ -114,13 +115,14 @@ def build_corpus(
         CorpusEmpty: nothing is left after screening, or a split is empty.
         FoldEmpty: a fold's style teacher would have no document.
         PartCorrupt: the existing manifest cannot be read.
+        ChatTemplateInvalid: there are conversations, and no chat template for them.
         StorageFull: no space is left.
     """
     key = corpus_key(settings, tokenizer=tokenizer, folds=folds, seed=seed)
     existing = _find_complete(store, key)
     if existing is not None:
         return existing
-    screen, counter = Screen(settings, folds=folds, seed=seed), CorpusCounter(settings, tokenizer=tokenizer)
+    screen, counter = Screen(settings, folds=folds, seed=seed), CorpusCounter(settings)
     windows: dict[str, str | int] = {
         "schema_version": CORPUS_VERSION,
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -130,11 +132,10 @@ def build_corpus(
     }
     slices = SliceWriter(store, sequences_per_slice=settings.sequences_per_part, metadata=windows)
     documents = DocumentsWriter(store)
-    for document, token_ids in _tokenised(settings, encode or _encoder(tokenizer), screen, reporter):
-        num_tokens = num_document_tokens(token_ids, tokenizer=tokenizer)
-        num_sequences = counter.add(document, num_tokens=num_tokens)
-        documents.add(document, num_tokens=num_tokens, num_sequences=num_sequences)
-        slices.add(document, _windows(document, token_ids, tokenizer, settings))
+    for found in tokenise_documents(settings, tokenizer, screen, reporter, encode=encode):
+        count = counter.add(found.document, found.sequences())
+        documents.add(found.document, num_tokens=found.num_tokens, count=count)
+        slices.add(found.document, found.sequences())
     counter.finish(screen, folds=folds)
     files = documents.finish()
     manifest = CorpusManifest(
@@ -157,10 +158,10 @@ def count_corpus(
     *, settings: CorpusSettings, tokenizer: Tokenizer, folds: int, seed: int, reporter: Reporter
 ) -> CorpusCount:
     """Count what `build_corpus` would write, with the same code and without writing. Raises what it raises."""
-    screen, counter = Screen(settings, folds=folds, seed=seed), CorpusCounter(settings, tokenizer=tokenizer)
+    screen, counter = Screen(settings, folds=folds, seed=seed), CorpusCounter(settings)
     not_read: list[FilesNotRead] = []
-    for document, token_ids in _tokenised(settings, _encoder(tokenizer), screen, reporter, not_read):
-        counter.add(document, num_tokens=num_document_tokens(token_ids, tokenizer=tokenizer))
+    for found in tokenise_documents(settings, tokenizer, screen, reporter, not_read=not_read):
+        counter.add(found.document, found.sequences())
     return counter.finish(screen, folds=folds).model_copy(update={"not_read": tuple(not_read)})
 
 
@@ -176,8 +177,8 @@ def first_sequences(
     screen = Screen(settings, folds=0, seed=seed)
     sequences: list[TokenSequence] = []
     given = 0
-    for document, token_ids in _tokenised(settings, _encoder(tokenizer), screen, SilentReporter()):
-        for sequence in _windows(document, token_ids, tokenizer, settings):
+    for found in tokenise_documents(settings, tokenizer, screen, SilentReporter()):
+        for sequence in found.sequences():
             sequences.append(sequence)
             given += len(sequence.token_ids)
             if given >= num_tokens:
@@ -187,77 +188,8 @@ def first_sequences(
     return sequences
 
 
-def _windows(
-    document: ScreenedDocument, token_ids: NDArray[np.int32], tokenizer: Tokenizer, settings: CorpusSettings
-) -> Iterator[TokenSequence]:
-    return document_windows(
-        document,
-        token_ids=token_ids,
-        tokenizer=tokenizer,
-        context_tokens=settings.context_tokens,
-        overlap_tokens=settings.overlap_tokens,
-    )
-
-
 def _list_rights(settings: CorpusSettings) -> tuple[SourceRights, ...]:
     return tuple(
         SourceRights(name=source.name, style=source.style, license=source.license, rights_basis=source.rights_basis)
         for source in settings.sources
     )
-
-
-def _encoder(tokenizer: Tokenizer) -> Encode:
-    return lambda batches: (encode_texts(texts, tokenizer=tokenizer) for texts in batches)
-
-
-def _tokenised(
-    settings: CorpusSettings,
-    encode: Encode,
-    screen: Screen,
-    reporter: Reporter,
-    not_read: list[FilesNotRead] | None = None,
-) -> Iterator[TokenisedDocument]:
-    """Yield the kept documents with their token ids, in the order of the sources; then report what was left out.
-
-    Files that are not read are reported, and added to `not_read`.
-    """
-    ahead: deque[list[ScreenedDocument]] = deque()
-
-    def texts() -> Iterator[list[str]]:
-        for batch in _batches(settings, screen, reporter, [] if not_read is None else not_read):
-            ahead.append(batch)
-            yield [document.text for document in batch]
-
-    with reporter.progress("corpus", total=None, unit="documents") as progress:
-        for encoded in encode(texts()):
-            for document, token_ids in zip(ahead.popleft(), encoded, strict=True):
-                if len(token_ids):
-                    yield document, token_ids
-                else:
-                    screen.withdraw(document)
-            progress(screen.num_seen, note=f"{screen.counts['kept']:,} kept")
-    reporter.say(screen.summary())
-
-
-def _batches(
-    settings: CorpusSettings, screen: Screen, reporter: Reporter, not_read: list[FilesNotRead]
-) -> Iterator[list[ScreenedDocument]]:
-    """Yield the kept documents in batches of bounded size; a larger document is a batch of its own."""
-    batch: list[ScreenedDocument] = []
-    num_bytes = 0
-    for source in settings.sources:
-        tally = SourceTally(source)
-        for raw in read_documents(source, max_document_bytes=settings.max_document_bytes, not_read=tally.not_read):
-            tally.add(raw)
-            document = screen.admit(raw, source=source)
-            if document is None:
-                continue
-            batch.append(document)
-            num_bytes += document.num_bytes
-            if num_bytes >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
-                yield batch
-                batch, num_bytes = [], 0
-        tally.finish(reporter, max_left_out=settings.max_left_out)
-        not_read += tally.files_not_read()
-    if batch:
-        yield batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,12 +11,18 @@ from softshard.config import CorpusSettings
 from softshard.corpus.boundaries import SliceCutter
 from softshard.corpus.screen import Screen, ScreenedDocument, Split
 from softshard.corpus.tally import FilesNotRead
-from softshard.corpus.windows import make_sequence_id, window_starts
 from softshard.errors import CorpusEmpty, FoldEmpty
-from softshard.models import Tokenizer
 from softshard.records.record import Record
+from softshard.sketch.types import TokenSequence
 
-__all__ = ["CorpusCount", "CorpusCounter", "GroupCount", "SplitCount"]
+__all__ = ["CorpusCount", "CorpusCounter", "DocumentCount", "GroupCount", "SplitCount"]
+
+
+class DocumentCount(NamedTuple):
+    """Sequences and labels of one document."""
+
+    num_sequences: int
+    num_labels: int
 
 
 class GroupCount(NamedTuple):
@@ -77,38 +84,32 @@ class _FoldCounts:
 
 
 class CorpusCounter:
-    """Counts documents, their windows and the slices of these, one document after another."""
+    """Counts documents, their sequences and the slices of these, one document after another."""
 
-    def __init__(self, settings: CorpusSettings, *, tokenizer: Tokenizer) -> None:
-        self._settings, self._tokenizer = settings, tokenizer
+    def __init__(self, settings: CorpusSettings) -> None:
+        self._settings = settings
         self._parts: dict[tuple[Split, int], _FoldCounts] = {}
         self._groups: Counter[tuple[str, str, str, int]] = Counter()
 
-    def add(self, document: ScreenedDocument, *, num_tokens: int) -> int:
-        """Count a document, of `num_tokens` tokens including BOS and EOS; the number of its windows."""
-        context, overlap = self._settings.context_tokens, self._settings.overlap_tokens
+    def add(self, document: ScreenedDocument, sequences: Iterable[TokenSequence]) -> DocumentCount:
+        """Count a document and its sequences."""
         place = (document.split, document.fold)
         part = self._parts.get(place)
         if part is None:
             part = self._parts[place] = _FoldCounts(cutter=SliceCutter(max_length=self._settings.sequences_per_part))
-        starts = window_starts(num_tokens, context_tokens=context, overlap_tokens=overlap)
-        for start in starts:
-            sequence_id = make_sequence_id(
-                document.document_id,
-                tokenizer=self._tokenizer,
-                start=start,
-                context_tokens=context,
-                overlap_tokens=overlap,
-            )
-            part.num_full_slices += part.cutter.add(sequence_id) > 0
+        num_sequences = num_labels = 0
+        for sequence in sequences:
+            part.num_full_slices += part.cutter.add(sequence.sequence_id) > 0
+            part.num_tokens += len(sequence.token_ids)
+            num_labels += sequence.num_labels
+            num_sequences += 1
         if document.split == "train":
-            self._groups[document.source, document.style, document.group, document.fold] += num_tokens - 1
+            self._groups[document.source, document.style, document.group, document.fold] += num_labels
         part.num_documents += 1
         part.num_bytes_text += document.num_bytes
-        part.num_tokens += num_tokens + (len(starts) - 1) * overlap
-        part.num_labels += num_tokens - 1
-        part.num_sequences += len(starts)
-        return len(starts)
+        part.num_labels += num_labels
+        part.num_sequences += num_sequences
+        return DocumentCount(num_sequences=num_sequences, num_labels=num_labels)
 
     def finish(self, screen: Screen, *, folds: int) -> CorpusCount:
         """The counts of a corpus that can be trained on.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softshard.corpus.counts import GroupCount
+from softshard.corpus.counts import DocumentCount, GroupCount
 from softshard.corpus.manifest import CorpusStatistics, DocumentsFile
 from softshard.corpus.read import read_listed
 from softshard.corpus.screen import ScreenedDocument
@@ -57,7 +57,7 @@ class DocumentsWriter:
         self._files: list[DocumentsFile] = []
         self._train_ids = defaultdict[int, "hashlib._Hash"](hashlib.sha256)
 
-    def add(self, document: ScreenedDocument, *, num_tokens: int, num_sequences: int) -> None:
+    def add(self, document: ScreenedDocument, *, num_tokens: int, count: DocumentCount) -> None:
         """Add a document, of `num_tokens` tokens including BOS and EOS. Raises StorageFull, PartConflict."""
         self._rows.append(
             {
@@ -71,8 +71,8 @@ class DocumentsWriter:
                 "fold": document.fold,
                 "bytes": document.num_bytes,
                 "tokens": num_tokens,
-                "sequences": num_sequences,
-                "labels": num_tokens - 1,
+                "sequences": count.num_sequences,
+                "labels": count.num_labels,
             }
         )
         if document.split == "train":

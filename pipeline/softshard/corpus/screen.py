@@ -17,12 +17,12 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from softshard.config import CorpusSettings, Duplicates, SourceSettings
 from softshard.corpus.similarity import similarity_keys
-from softshard.sources.documents import RawDocument
+from softshard.sources.documents import RawDocument, Turns
 
 __all__ = [
     "Screen",
@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 Split = Literal["train", "test"]
+Outcome = Literal["empty", "oversize", "malformed"]
+"""What a document that was kept may turn out to be."""
 
 _PIECE_CHARACTERS = 2**16
 _SPACE = re.compile(r"\s")
@@ -60,6 +62,8 @@ class ScreenedDocument:
     split: Split
     fold: int
     """Fold of a train document; -1 for a test document, and where there are no folds."""
+    views: tuple[Turns, ...] = ()
+    """The turns of a conversation, once for each person who answers in it, normalised; empty for a text."""
 
 
 def normalise(text: str, *, form: Literal["NFC", "NFKC", "none"]) -> str:
@@ -184,12 +188,17 @@ class Screen:
             group=raw.group,
             split=split,
             fold=assign_fold(document_id, seed=self._seed, folds=self._folds) if split == "train" else -1,
+            views=tuple(self._normalised(view) for view in raw.views),
         )
 
-    def withdraw(self, document: ScreenedDocument) -> None:
-        """Count a kept document as empty, because its text has no token."""
+    def _normalised(self, turns: Turns) -> Turns:
+        form = self._settings.normalisation
+        return tuple(replace(turn, text=normalise(turn.text, form=form)) for turn in turns)
+
+    def withdraw(self, document: ScreenedDocument, outcome: Outcome = "empty") -> None:
+        """Count a kept document in another way: as empty, because its text has no token, or what its rendering says."""
         self._counts["kept"] -= 1
-        self._leave_out("empty", document.name)
+        self._leave_out(outcome, document.name)
 
     def summary(self) -> str:
         """One line: what was kept, what was left out, and the first document of each problem."""

@@ -40,15 +40,30 @@ class SourceTally:
         self._faults: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._first: dict[str, str] = {}
+        self._num_long_answers = 0
+        self._first_long_answer = ""
         self.not_read = NotRead()
 
     def add(self, raw: RawDocument) -> None:
         """Count a document."""
         self._num_documents += 1
         if raw.problem in _FAULTS:
-            self._faults[raw.problem] += 1
-            self._reasons[raw.reason] += 1
-            self._first.setdefault(raw.reason, " ".join(raw.name.split()))
+            self._add_fault(raw.problem, raw.reason, raw.name)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Count a document that was added, and whose conversation cannot be rendered."""
+        self._add_fault("malformed", reason, name)
+
+    def _add_fault(self, problem: str, reason: str, name: str) -> None:
+        self._faults[problem] += 1
+        self._reasons[reason] += 1
+        self._first.setdefault(reason, " ".join(name.split()))
+
+    def add_long_answers(self, name: str, num_answers: int) -> None:
+        """Count answers of a conversation that are longer than a sequence, and are labels of none."""
+        if num_answers:
+            self._num_long_answers += num_answers
+            self._first_long_answer = self._first_long_answer or " ".join(name.split())
 
     def files_not_read(self) -> tuple[FilesNotRead, ...]:
         """The files that were not read, as one entry or none."""
@@ -74,6 +89,13 @@ class SourceTally:
             reporter.event(
                 "files_not_read", source=source.name, files=unread.num_files, kinds=kinds, level=unread.level
             )
+        if self._num_long_answers:
+            counted = f"{self._num_long_answers:,} answer{'s' if self._num_long_answers != 1 else ''}"
+            reporter.say(
+                f"source {source.name!r}: {counted} left out, too long for `corpus.context_tokens` with the question"
+                f" (first: {self._first_long_answer})"
+            )
+            reporter.event("answers_left_out", source=source.name, answers=self._num_long_answers, level="warning")
         faults = {name: self._faults[name] for name in _FAULTS if self._faults[name]}
         left_out = sum(faults.values())
         share = left_out / max(1, self._num_documents)
@@ -106,12 +128,16 @@ class SourceTally:
             outcomes=faults,
             first=f"{first}: {reason}" if reason else first,
             allowed=max_left_out,
-            remedy=_remedy(reason),
+            remedy=_remedy(reason, source),
         )
 
 
-def _remedy(reason: str) -> str:
+def _remedy(reason: str, source: SourceSettings) -> str:
     """What to do about documents that are left out for a reason; an empty one is that they cannot be decoded."""
     if not reason:
         return "set the source's `encoding`, for example to windows-1252"
-    return "mend them" if reason.startswith("is not JSON") else "check the fields that the source names"
+    if reason.startswith("is not JSON"):
+        return "mend them"
+    if source.layout != "text":
+        return "check the source's `layout`, `roles` and `answers`"
+    return "check the fields that the source names"

@@ -50,10 +50,20 @@ def window_starts(num_tokens: int, *, context_tokens: int, overlap_tokens: int) 
 
 
 def make_sequence_id(
-    document_id: str, *, tokenizer: Tokenizer, start: int, context_tokens: int, overlap_tokens: int
+    document_id: str,
+    *,
+    tokenizer: Tokenizer,
+    start: int,
+    context_tokens: int,
+    overlap_tokens: int,
+    rendering: str | None = None,
 ) -> str:
-    """blake2b-128, in hex, of document, tokenizer fingerprint, start, context and overlap, one per line."""
-    parts = (document_id, tokenizer.fingerprint, start, context_tokens, overlap_tokens)
+    """blake2b-128, in hex, of document, tokenizer fingerprint, start, context and overlap, one per line.
+
+    For a conversation, `rendering` follows them: a digest of its tokens and labels, which its template decides.
+    """
+    parts = [document_id, tokenizer.fingerprint, start, context_tokens, overlap_tokens]
+    parts += [] if rendering is None else [rendering]
     return hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 

@@ -16,7 +16,7 @@ from softshard.errors.base import (
     TryAgain,
     exit_code_for,
 )
-from softshard.errors.corpus import CorpusEmpty, FoldEmpty, SourceUnreadable, TooMuchLeftOut
+from softshard.errors.corpus import ConversationRefused, CorpusEmpty, FoldEmpty, SourceUnreadable, TooMuchLeftOut
 from softshard.errors.data import (
     AdapterMissing,
     AdapterNotApplied,
@@ -60,6 +60,7 @@ from softshard.errors.temporary import (
     full_disk,
 )
 from softshard.errors.usage import (
+    ChatTemplateInvalid,
     DeviceMissing,
     EngineMissing,
     ExtraMissing,
@@ -88,6 +89,8 @@ __all__ = [
     "BalanceImpossible",
     "BlendIncomplete",
     "BlendInvalid",
+    "ChatTemplateInvalid",
+    "ConversationRefused",
     "CorpusEmpty",
     "DataInvalid",
     "DeviceFailed",

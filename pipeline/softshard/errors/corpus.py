@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from softshard.errors.base import DataInvalid
 
-__all__ = ["CorpusEmpty", "FoldEmpty", "SourceUnreadable", "TooMuchLeftOut"]
+__all__ = ["ConversationRefused", "CorpusEmpty", "FoldEmpty", "SourceUnreadable", "TooMuchLeftOut"]
+
+
+class ConversationRefused(DataInvalid):
+    """A conversation that a chat template cannot render so that its answers are known; the corpus leaves it out."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
 
 
 class SourceUnreadable(DataInvalid):

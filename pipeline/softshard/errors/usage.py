@@ -5,6 +5,7 @@ from __future__ import annotations
 from softshard.errors.base import EXIT_JOB, SoftshardError
 
 __all__ = [
+    "ChatTemplateInvalid",
     "DeviceMissing",
     "EngineMissing",
     "ExtraMissing",
@@ -28,6 +29,18 @@ class JobInvalid(SoftshardError):
     def __init__(self, *, file: str, place: str, problem: str) -> None:
         self.file, self.place, self.problem = file, place, problem
         super().__init__(f"{file}: {place}: {problem}" if place else f"{file}: {problem}")
+
+
+class ChatTemplateInvalid(SoftshardError):
+    """Conversations have no chat template to be rendered with, or one that is not a template."""
+
+    exit_code = EXIT_JOB
+
+    def __init__(self, *, problem: str) -> None:
+        self.problem = problem
+        super().__init__(
+            f"corpus.chat_template: {problem}; give `chat_template` the text of a Jinja template, or the path of a file"
+        )
 
 
 class DeviceMissing(SoftshardError):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,14 +35,16 @@ _BATCH_PROMPTS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """The beginning of a held-out document."""
+    """The beginning of a held-out document: the first tokens of a text, or a conversation up to its first answer."""
 
     sequence_id: str
     token_ids: tuple[int, ...]
     """The beginning, including the BOS token if the tokenizer adds one."""
     human_continuation: tuple[int, ...]
     """The tokens that follow in the document: at most `sample_tokens`, fewer where the document or its first window
-    ends."""
+    ends, or the answer of a conversation."""
+    end_id: int | None = None
+    """The token that ends the answer of a conversation, beside the end-of-text token; None for a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,7 @@ class Samples:
 
     continuations: Continuations
     num_ended: int
-    """Continuations that end with the model's own end-of-text token."""
+    """Continuations that the model itself ended, with the end-of-text token or that of an answer."""
     decode_seconds: float
     """Wall-clock time of all decoding steps but the first of each batch, which reads the prompts."""
     num_sequence_steps: int
@@ -80,35 +83,55 @@ def make_prompts(
     prompt_tokens: int,
     sample_tokens: int,
     seed: int,
+    context_tokens: int | None = None,
 ) -> list[Prompt]:
     """At most `num_samples` beginnings, one per document, chosen and ordered by a hash of seed and sequence id.
 
-    Only a document's first window is used, and only if at least 8 labels follow the beginning without a context token
-    between them.
+    Only a document's first sequence is used. Of a text, only if at least 8 labels follow the beginning; of a
+    conversation, only if `sample_tokens` more than what is before its first answer are within `context_tokens`.
 
     Raises:
         HoldoutEmpty: no document is long enough.
     """
-    beginnings = (
-        sequence
-        for (sequence, _), _ in rows
-        if sequence.start == 0 and len(_labels_from(sequence, prompt_tokens)) >= _MIN_CONTINUATION
-    )
-    chosen = heapq.nsmallest(num_samples, beginnings, key=lambda s: _digest(seed, "prompt", s.sequence_id))
+    longest = np.inf if context_tokens is None else context_tokens - sample_tokens
+    firsts = (sequence for (sequence, _), _ in rows if sequence.start == 0)
+    prompts = (_answer_prompt(s, longest) if _is_answer(s) else _prompt(s, prompt_tokens) for s in firsts)
+    found = (prompt for prompt in prompts if prompt is not None)
+    chosen = heapq.nsmallest(num_samples, found, key=lambda prompt: _digest(seed, "prompt", prompt.sequence_id))
     if not chosen:
         raise HoldoutEmpty(
             data="the test split of the targets",
             problem=f"no document has the {prompt_tokens} tokens of a beginning and {_MIN_CONTINUATION} after it",
-            remedy="lower `evaluate.prompt_tokens`, or add documents",
+            remedy="lower `evaluate.prompt_tokens` (for conversations: `evaluate.sample_tokens`), or add documents",
         )
-    return [_prompt(sequence, prompt_tokens, sample_tokens) for sequence in chosen]
+    return [replace(p, human_continuation=p.human_continuation[:sample_tokens]) for p in chosen]
 
 
-def _prompt(sequence: TokenSequence, prompt_tokens: int, sample_tokens: int) -> Prompt:
+def _is_answer(sequence: TokenSequence) -> bool:
+    """Whether the first sequence of a document is of a conversation: every token of a text but the first is a label."""
+    return sequence.label_spans[0][0] > 1
+
+
+def _prompt(sequence: TokenSequence, prompt_tokens: int) -> Prompt | None:
+    labels = _labels_from(sequence, prompt_tokens)
+    if len(labels) < _MIN_CONTINUATION:
+        return None
     return Prompt(
         sequence_id=sequence.sequence_id,
         token_ids=tuple(sequence.token_ids[:prompt_tokens].tolist()),
-        human_continuation=tuple(_labels_from(sequence, prompt_tokens)[:sample_tokens].tolist()),
+        human_continuation=tuple(labels.tolist()),
+    )
+
+
+def _answer_prompt(sequence: TokenSequence, longest: float) -> Prompt | None:
+    start, stop = sequence.label_spans[0]
+    if start > longest:
+        return None
+    return Prompt(
+        sequence_id=sequence.sequence_id,
+        token_ids=tuple(sequence.token_ids[:start].tolist()),
+        human_continuation=tuple(sequence.token_ids[start:stop].tolist()),
+        end_id=int(sequence.token_ids[stop - 1]),
     )
 
 
@@ -126,13 +149,21 @@ def human_continuations(prompts: Sequence[Prompt], *, tokenizer: Tokenizer) -> C
 def _continuations(
     prompts: Sequence[Prompt], token_ids: Sequence[Sequence[int]], tokenizer: Tokenizer
 ) -> Continuations:
-    """Cut each continuation before its first end-of-text token."""
-    cut = [tuple(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids) for ids in token_ids]
+    """Cut each continuation before its first end-of-text token, or that of its answer."""
+    cut = [_before_end(ids, _ends(prompt, tokenizer)) for ids, prompt in zip(token_ids, prompts, strict=True)]
     texts = [
         text_after(tokenizer, (*prompt.token_ids, *ids), start=len(prompt.token_ids))
         for prompt, ids in zip(prompts, cut, strict=True)
     ]
     return Continuations(token_ids=tuple(cut), texts=tuple(texts))
+
+
+def _before_end(ids: Sequence[int], ends: set[int]) -> tuple[int, ...]:
+    return tuple(itertools.takewhile(lambda token_id: token_id not in ends, ids))
+
+
+def _ends(prompt: Prompt, tokenizer: Tokenizer) -> set[int]:
+    return {tokenizer.eos_id} if prompt.end_id is None else {tokenizer.eos_id, prompt.end_id}
 
 
 def generate(
@@ -156,7 +187,7 @@ def generate(
     for start in range(0, len(prompts), _BATCH_PROMPTS):
         batch = prompts[start : start + _BATCH_PROMPTS]
         uniforms = np.stack([_uniforms(seed, prompt.sequence_id, sample_tokens) for prompt in batch])
-        decoding = _Decoding.start(model, [prompt.token_ids for prompt in batch], tokenizer, device)
+        decoding = _Decoding.start(model, batch, tokenizer, device)
         decoding.advance(uniforms[:, 0], temperature)
         began = time.perf_counter()
         for step in range(1, sample_tokens):
@@ -169,7 +200,7 @@ def generate(
     continuations = _continuations(prompts, drawn, tokenizer)
     return Samples(
         continuations=continuations,
-        num_ended=sum(tokenizer.eos_id in ids for ids in drawn),
+        num_ended=sum(not _ends(p, tokenizer).isdisjoint(ids) for p, ids in zip(prompts, drawn, strict=True)),
         decode_seconds=seconds,
         num_sequence_steps=sequence_steps,
     )
@@ -189,14 +220,17 @@ class _Decoding:
     drawn: NDArray[np.int64]
     """[batch, steps] all tokens drawn so far."""
     ended: NDArray[np.bool_]
-    """[batch] whether the end-of-text token was drawn."""
+    """[batch] whether the end-of-text token was drawn, or that of the answer."""
+    end_ids: NDArray[np.int64]
+    """[batch] the token that ends the answer; the end-of-text token for a text."""
 
     @classmethod
-    def start(cls, model: Any, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, device: str) -> _Decoding:
-        longest = max(len(ids) for ids in prompts)
-        padding = [longest - len(ids) for ids in prompts]
-        ids = [[tokenizer.eos_id] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+    def start(cls, model: Any, prompts: Sequence[Prompt], tokenizer: Tokenizer, device: str) -> _Decoding:
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        padding = [longest - len(prompt.token_ids) for prompt in prompts]
+        ids = [[tokenizer.eos_id] * pad + list(prompt.token_ids) for pad, prompt in zip(padding, prompts, strict=True)]
         mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
+        ends = [tokenizer.eos_id if prompt.end_id is None else prompt.end_id for prompt in prompts]
         return cls(
             model=model,
             tokenizer=tokenizer,
@@ -205,6 +239,7 @@ class _Decoding:
             cache=None,
             drawn=np.zeros((len(prompts), 0), dtype=np.int64),
             ended=np.zeros(len(prompts), dtype=np.bool_),
+            end_ids=np.array(ends, np.int64),
         )
 
     def advance(self, uniforms: NDArray[np.float64], temperature: float) -> None:
@@ -215,7 +250,7 @@ class _Decoding:
         self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(self.input_ids)], dim=1)
         column = tokens.cpu().numpy()
         self.drawn = np.concatenate([self.drawn, column[:, None]], axis=1)
-        self.ended = self.ended | (column == self.tokenizer.eos_id)
+        self.ended = self.ended | (column == self.tokenizer.eos_id) | (column == self.end_ids)
 
     @torch.inference_mode()
     def next_logits(self) -> Tensor:

@@ -58,6 +58,25 @@ class Tokenizer:
             self._refuse_unknown(ids)
         return ids
 
+    def encode_rendered(self, text: str, *, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of the text of a chat template, and the place of each token in it as (start, stop).
+
+        Args:
+            text: of any length; nothing is put before or after it.
+            special: whether special tokens that it spells are such; else they are plain text, as for `encode`.
+
+        Raises:
+            ModelInvalid: as for `encode`.
+        """
+        core = self.backend.backend_tokenizer
+        core.encode_special_tokens = not special
+        core.no_truncation()
+        core.no_padding()
+        encoding = core.encode(text, add_special_tokens=False)
+        if len(self.backend) > self.vocab_size:
+            self._refuse_unknown([encoding.ids])
+        return encoding.ids, encoding.offsets
+
     def _refuse_unknown(self, ids: list[list[int]]) -> None:
         highest = max((max(text) for text in ids if text), default=0)
         if highest >= self.vocab_size:

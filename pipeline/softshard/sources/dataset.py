@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from softshard.errors import SourceUnreadable
+from softshard.sources.conversations import check_conversation_columns, find_layout, make_conversation
 from softshard.sources.documents import RawDocument, Source, check_columns, make_document
 from softshard.storage import InputFile, list_inputs, network_errors, source_failure
 
@@ -47,21 +48,32 @@ def read_dataset(source: Source, *, max_document_bytes: int) -> Iterator[RawDocu
         SourceUnreadable: there is no such data set, split or column, or a file of it cannot be read.
         SourceUnavailable: the hub cannot be reached for now.
     """
-    fields = [field for field in (source.text_field, source.group_field) if field is not None]
     with _named_errors(source):
         rows = _open(source)
         if rows.column_names is not None:
-            check_columns(fields, rows.column_names, source=source, uri=source.uri)
-            rows = rows.select_columns(fields)
+            rows = rows.select_columns(_fields(source, rows.column_names))
         for number, row in enumerate(rows, start=1):
-            check_columns(fields, list(row), source=source, uri=source.uri)
-            yield make_document(
-                row[source.text_field],
-                group=row[source.group_field] if source.group_field is not None else None,
-                name=f"{source.uri}, {source.split}, row {number}",
-                source=source,
-                max_document_bytes=max_document_bytes,
-            )
+            _fields(source, list(row))
+            name = f"{source.uri}, {source.split}, row {number}"
+            group = row[source.group_field] if source.group_field is not None else None
+            limit = max_document_bytes
+            if find_layout(source, row) == "text":
+                yield make_document(
+                    row[source.text_field], group=group, name=name, source=source, max_document_bytes=limit
+                )
+            else:
+                yield make_conversation(row, group=group, name=name, source=source, max_document_bytes=limit)
+
+
+def _fields(source: Source, present: list[str]) -> list[str]:
+    """The fields to read: of text or conversation, and of the group. Raises SourceUnreadable: one is not there."""
+    group = [] if source.group_field is None else [source.group_field]
+    if find_layout(source, present) == "text":
+        check_columns([source.text_field, *group], present, source=source, uri=source.uri)
+        return [source.text_field, *group]
+    fields = check_conversation_columns(source, present, uri=source.uri)
+    check_columns(group, present, source=source, uri=source.uri)
+    return list(dict.fromkeys([*fields, *group]))
 
 
 def _configuration(source: Source) -> dict[str, str]:

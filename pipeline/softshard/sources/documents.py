@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 from urllib.parse import unquote
@@ -16,6 +16,8 @@ __all__ = [
     "Problem",
     "RawDocument",
     "Source",
+    "Turn",
+    "Turns",
     "check_columns",
     "find_partitions",
     "kind_name",
@@ -24,6 +26,8 @@ __all__ = [
 ]
 
 Problem = Literal["undecodable", "oversize", "malformed", "dropped"]
+
+Role = Literal["system", "user", "assistant"]
 
 _PARTITION = re.compile(r"([^/=]+)=([^/]*)(?=/)")
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
@@ -84,6 +88,35 @@ class Source(Protocol):
     def max_documents(self) -> int | None:
         """Read at most this many documents; None: all."""
 
+    @property
+    def layout(self) -> str:
+        """How a row holds its document: a layout of conversations, text, or auto."""
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """Roles of a conversation by the names that a row gives them, beyond the usual ones."""
+
+    @property
+    def answers(self) -> str:
+        """Who answers in a conversation: assistant, last, first, second, both, or a name."""
+
+    @property
+    def system(self) -> str | None:
+        """System prompt of a conversation that has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What one side of a conversation says at a time."""
+
+    role: Role
+    text: str
+    answer: bool = False
+    """Whether its tokens are labels; only what the assistant says can be."""
+
+
+Turns = tuple[Turn, ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawDocument:
@@ -100,6 +133,8 @@ class RawDocument:
     in it; dropped: one of the source's `drop_texts`."""
     reason: str = ""
     """What is wrong with a malformed document, such as `has no field 'text'`."""
+    views: tuple[Turns, ...] = ()
+    """The turns of a conversation, once for each person who answers in it; empty for a text."""
 
 
 def unusable_document(*, name: str, source: Source, problem: Problem, reason: str = "") -> RawDocument:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from softshard.errors import SourceUnreadable
+from softshard.sources.conversations import find_layout, make_conversation
 from softshard.sources.documents import (
     Problem,
     RawDocument,
@@ -83,16 +84,17 @@ def _read_line(line: bytes, place: str, name: str, source: Source, max_document_
 
 
 def _read_object(row: dict[str, object], place: str, name: str, source: Source, max_document_bytes: int) -> RawDocument:
-    field = source.group_field
+    field, layout = source.group_field, find_layout(source, row)
     groups = row if field in row else find_partitions(name)
     reason = ""
-    if source.text_field not in row:
+    if layout == "text" and source.text_field not in row:
         reason = f"has no field {source.text_field!r}"
     elif field is not None and field not in groups:
         reason = f"has no field {field!r}, the `group_field`"
     if reason:
         return unusable_document(name=place, source=source, problem="malformed", reason=reason)
     group = None if field is None else groups[field]
-    return make_document(
-        row[source.text_field], group=group, name=place, source=source, max_document_bytes=max_document_bytes
-    )
+    limit = max_document_bytes
+    if layout == "text":
+        return make_document(row[source.text_field], group=group, name=place, source=source, max_document_bytes=limit)
+    return make_conversation(row, group=group, name=place, source=source, max_document_bytes=limit)

@@ -6,10 +6,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from softshard.errors import SourceUnreadable
-from softshard.sources.documents import RawDocument, Source, check_columns, find_partitions, make_document
+from softshard.sources.conversations import check_conversation_columns, find_layout, make_conversation
+from softshard.sources.documents import (
+    RawDocument,
+    Source,
+    check_columns,
+    find_partitions,
+    make_document,
+    unusable_document,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 __all__ = ["read_parquet"]
 
@@ -18,7 +27,7 @@ _ROWS_AT_ONCE = 16
 
 
 def read_parquet(file: BinaryIO, *, name: str, source: Source, max_document_bytes: int) -> Iterator[RawDocument]:
-    """One document per row, of a file that can seek; only the text and group columns are read.
+    """One document per row, of a file that can seek; only the columns of text or conversation and group are read.
 
     A file whose text column has the type of nothing but nulls has no documents.
 
@@ -33,6 +42,9 @@ def read_parquet(file: BinaryIO, *, name: str, source: Source, max_document_byte
     group_column, group, partitions = source.group_field, None, find_partitions(name)
     if group_column is not None and group_column in partitions and group_column not in schema.names:
         group, group_column = partitions[group_column], None
+    if find_layout(source, schema.names) != "text":
+        yield from _read_conversations(parquet, group_column, group, name, source, max_document_bytes)
+        return
     columns = [source.text_field] + ([] if group_column is None else [group_column])
     check_columns(columns, schema.names, source=source, uri=name)
     _check_kinds(schema, group_column, name=name, source=source)
@@ -48,6 +60,34 @@ def read_parquet(file: BinaryIO, *, name: str, source: Source, max_document_byte
             yield make_document(text, group=row_group, name=place, source=source, max_document_bytes=max_document_bytes)
 
 
+def _read_conversations(
+    parquet: pq.ParquetFile,
+    group_column: str | None,
+    group: str | None,
+    name: str,
+    source: Source,
+    max_document_bytes: int,
+) -> Iterator[RawDocument]:
+    present = parquet.schema_arrow.names
+    columns = check_conversation_columns(source, present, uri=name)
+    if group_column is not None:
+        check_columns([group_column], present, source=source, uri=name)
+        _check_group(parquet.schema_arrow, group_column, name=name, source=source)
+        columns = list(dict.fromkeys([*columns, group_column]))
+    number = 0
+    for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns, use_threads=False):
+        for index in range(batch.num_rows):
+            number += 1
+            place = f"{name}, row {number}"
+            try:
+                (row,) = batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield unusable_document(name=place, source=source, problem="undecodable")
+                continue
+            named = group if group_column is None else row[group_column]
+            yield make_conversation(row, group=named, name=place, source=source, max_document_bytes=max_document_bytes)
+
+
 def _check_kinds(schema: pa.Schema, group_column: str | None, *, name: str, source: Source) -> None:
     from pyarrow import types
 
@@ -56,7 +96,14 @@ def _check_kinds(schema: pa.Schema, group_column: str | None, *, name: str, sour
     if not _is_text(plain) and not types.is_null(plain):
         problem = f"column {source.text_field!r} holds {kind}, not text; name another with `text_field`"
         raise SourceUnreadable(source=source.name, uri=name, problem=problem)
-    if group_column is not None and types.is_nested(group_kind := schema.field(group_column).type):
+    if group_column is not None:
+        _check_group(schema, group_column, name=name, source=source)
+
+
+def _check_group(schema: pa.Schema, group_column: str, *, name: str, source: Source) -> None:
+    from pyarrow import types
+
+    if types.is_nested(group_kind := schema.field(group_column).type):
         problem = f"column {group_column!r} holds {group_kind}, which cannot name a group; change `group_field`"
         raise SourceUnreadable(source=source.name, uri=name, problem=problem)
 

@@ -100,10 +100,17 @@ def _read_file(uri: str, source: Source, max_document_bytes: int) -> Iterator[Ra
             stream = cast("BinaryIO", unpacked)
         documents = file_format.read(stream, name=uri, source=source, max_document_bytes=max_document_bytes)
         if file_format.splits_texts:
+            _refuse_plain_text(uri, source)
             yield from documents
             return
         for document in documents:
             yield from split_document(document, source=source, max_document_bytes=max_document_bytes)
+
+
+def _refuse_plain_text(uri: str, source: Source) -> None:
+    if source.layout not in ("text", "auto"):
+        problem = f"is plain text, and `layout: {source.layout}` is of rows: JSON Lines, Parquet or a data set"
+        raise SourceUnreadable(source=source.name, uri=uri, problem=problem)
 
 
 def _unpack(stream: BinaryIO, file: IO[bytes]) -> None:

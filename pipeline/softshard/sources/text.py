@@ -37,8 +37,8 @@ def read_text(stream: BinaryIO, *, name: str, source: Source, max_document_bytes
 
 
 def split_document(document: RawDocument, *, source: Source, max_document_bytes: int) -> Iterator[RawDocument]:
-    """The pieces of a row's text; a document with a problem as it is."""
-    if document.text is None or source.split_texts == "none":
+    """The pieces of a row's text; a conversation, and a document with a problem, as it is."""
+    if document.text is None or document.views or source.split_texts == "none":
         yield document
         return
     lines = document.text.encode().split(b"\n")

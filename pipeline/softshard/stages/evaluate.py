@@ -111,7 +111,7 @@ def _make_report(
     if not manifest.of_split("test"):
         raise CorpusEmpty(counts={}, split="test")
     job, adapters = workspace.job, workspace.adapter
-    protocol = _make_protocol(make_holdout(workspace, manifest, corpora.retention), job.evaluate, seed=job.seed)
+    protocol = _make_protocol(make_holdout(workspace, manifest, corpora.retention), job)
     student = make_student(workspace)
     measured = {}
     for name, receipt in _compared_models(trained).items():
@@ -134,15 +134,17 @@ def _make_report(
     return report
 
 
-def _make_protocol(holdout: Holdout, settings: EvaluateSettings, *, seed: int) -> _Protocol:
+def _make_protocol(holdout: Holdout, job: Job) -> _Protocol:
+    settings = job.evaluate
     prompts = make_prompts(
         holdout.rows(),
         num_samples=settings.num_samples,
         prompt_tokens=settings.prompt_tokens,
         sample_tokens=settings.sample_tokens,
-        seed=seed,
+        seed=job.seed,
+        context_tokens=job.corpus.context_tokens,
     )
-    return _Protocol(holdout=holdout, prompts=prompts, settings=settings, seed=seed)
+    return _Protocol(holdout=holdout, prompts=prompts, settings=settings, seed=job.seed)
 
 
 def _compared_models(trained: Trained) -> dict[str, TrainingReceipt | None]:

@@ -7,7 +7,7 @@ from softshard.cluster import cluster as cluster_module
 from softshard.cluster.cluster import Cluster
 from softshard.config import ClusterSettings, CorpusSettings, SourceSettings
 from softshard.config.job_file import load_job
-from softshard.corpus import build
+from softshard.corpus import reading
 from softshard.errors import PartsFailed, SourceUnreadable
 from softshard.stages.corpus import stage as corpus_stage
 from softshard.stages.corpus import tokenize as encoding
@@ -20,7 +20,7 @@ from softshard.telemetry import SilentReporter
 def any_corpus(monkeypatch):
     """Any corpus is worth a cluster, and is given to it in batches of a few documents."""
     monkeypatch.setattr(encoding, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(build, "_BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(reading, "_BATCH_DOCUMENTS", 2)
 
 
 def test_workers_give_the_corpus_of_one_process(any_corpus, finished, tiny_job, tmp_path, monkeypatch):

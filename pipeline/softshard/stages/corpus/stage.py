@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from softshard.cluster.cluster import OpenCluster
 from softshard.config import CorpusSettings, Job
-from softshard.corpus.build import Encode, build_corpus, current_corpus
+from softshard.corpus.build import build_corpus, current_corpus
 from softshard.corpus.counts import GroupCount
 from softshard.corpus.documents import train_groups
 from softshard.corpus.manifest import CorpusManifest
 from softshard.corpus.read import iter_sequences
+from softshard.corpus.reading import Encode
 from softshard.errors import CorpusEmpty, ManifestMissing
 from softshard.models import check_context
 from softshard.output.workspace import Workspace

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from softshard.cluster.cluster import Cluster
 from softshard.config import ClusterSettings, CorpusSettings
-from softshard.corpus.build import Encode
+from softshard.corpus.reading import Encode
 from softshard.corpus.tokenize import encode_texts
 from softshard.errors import TokenizerMismatch
 from softshard.models import Tokenizer, load_tokenizer
