@@ -204,6 +204,19 @@ def test_trainer_takes_the_steps_of_a_plain_loop_to_the_end_of_the_last_epoch(
     torch.testing.assert_close(trained(model), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_trainer_logs_passes_over_the_stream_and_no_samples_that_it_has_not_counted(targets, tmp_path):
+    data = stream(targets)
+    settings = arguments(tmp_path, num_train_epochs=2, logging_steps=1)
+    trainer = SoftLabelTrainer(model=adapted(), args=settings, train_dataset=data, vocab_size=VOCAB)
+    metrics = trainer.train().metrics
+    seen = [entry["epoch"] for entry in trainer.state.log_history]
+    first, second = (data.batches_per_epoch(epoch) for epoch in (0, 1))
+    expected = [(n + 1) / first for n in range(first)] + [1 + (n + 1) / second for n in range(second)]
+    assert seen[: first + second] == pytest.approx(expected)
+    assert seen[-1] == metrics["epoch"] == 2.0
+    assert not any("samples_per_second" in name for entry in (metrics, *trainer.state.log_history) for name in entry)
+
+
 def test_trainer_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(targets, tmp_path):
     def run(folder, *, until, resume=None, data=None):
         model = adapted()

@@ -43,7 +43,17 @@ def trainer_of(targets, folder, *, kind=SoftLabelTrainer, data=None, **changes):
     return kind(args=settings, **own)
 
 
-OF_TRAINER = ("objective", "compute_loss_func", "processing_class", "eval_dataset", "data_collator", "model")
+OF_TRAINER = (
+    "objective",
+    "compute_loss_func",
+    "compute_metrics",
+    "preprocess_logits_for_metrics",
+    "processing_class",
+    "eval_dataset",
+    "data_collator",
+    "model",
+)
+UNPREPARED = {"dataset_kwargs": {"skip_prepare_dataset": True}}
 
 
 def test_a_model_of_model_init_is_trained_on_the_targets_as_one_that_is_given(targets, tmp_path):
@@ -142,6 +152,10 @@ def test_a_model_takes_targets_once_and_with_one_objective(targets):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"kind": SoftLabelSFT, "loss_type": "dft", "dataset_kwargs": {"skip_prepare_dataset": True}}, "loss_type"),
         ({"compute_loss_func": lambda *given, **more: None}, "compute_loss_func"),
+        ({"compute_metrics": lambda found: {}}, "compute_metrics"),
+        ({"preprocess_logits_for_metrics": lambda logits, labels: logits}, "preprocess_logits_for_metrics"),
+        ({"kind": SoftLabelSFT, "completion_only_loss": True, **UNPREPARED}, "completion_only_loss"),
+        ({"kind": SoftLabelSFT, "max_length": 5, **UNPREPARED}, "max_length=5"),
         ({"save_strategy": "epoch"}, "save_strategy"),
         ({"logging_strategy": "epoch"}, "logging_strategy"),
         ({"objective": Objective(temperature=4.0)}, "temperature"),

@@ -65,6 +65,9 @@ class SoftLabelTraining:
     add_callback: Any
     compute_loss_context_manager: Any
     _prepare_inputs: Any
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
+    state: Any
 
     def __init__(
         self,
@@ -145,6 +148,17 @@ class SoftLabelTraining:
         self._stream.position = self.train_dataset.state_dict()
         self._stream.num_left = self._batches_left
         return self._stream
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's. Of a stream, `epoch` counts passes over the data, and no samples per second are reported.
+
+        Trainer would count the whole training as one epoch, and samples by the batch size that a stream ignores.
+        """
+        parent: Any = super()
+        if self._stream is not None:
+            self.state.epoch = self._stream.num_epochs_since(self._first_epoch)
+            logs.pop("train_samples_per_second", None)
+        parent.log(logs, start_time)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """Batches of a step, and the weight of their labels over all processes, which need not be an integer."""
@@ -229,9 +243,24 @@ def _refuse_overridden(trainer: SoftLabelTraining) -> None:
         raise ValueError(f"loss_type={arguments.loss_type!r} has no effect on targets; give `objective` instead")
     if trainer.compute_loss_func is not None:
         raise ValueError("compute_loss_func has no effect on targets; give `objective` instead")
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if getattr(trainer, name, None) is not None:
+            raise ValueError(f"{name} would get no logits: the loss on targets makes none; evaluate it by yourself")
+    _refuse_preprocessing(arguments)
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     if any(isinstance(data, ShardedBatches) for data in held_out.values()):
         raise ValueError("eval_dataset is a stream; give rows of `target_rows` and a SoftLabelCollator")
+
+
+def _refuse_preprocessing(arguments: Any) -> None:
+    """Raise ValueError for arguments of TRL that change rows of text: those of targets have tokens and labels."""
+    for name in ("completion_only_loss", "assistant_only_loss"):
+        if getattr(arguments, name, None):
+            raise ValueError(f"{name}={getattr(arguments, name)} has no effect on targets, which have labels already")
+    length = type(arguments).__dataclass_fields__.get("max_length")
+    if length is not None and arguments.max_length not in (None, length.default):
+        problem = "has no effect on targets, which are not truncated; set `corpus.context_tokens` in the job"
+        raise ValueError(f"max_length={arguments.max_length} {problem}, or give None")
 
 
 def _check_stream(trainer: SoftLabelTraining, data: ShardedBatches, objective: Objective) -> None:
@@ -281,6 +310,11 @@ class _Stream(DataLoader[Any]):
             self.dataset.load_state_dict(self.position)
         while batch is not None:
             yield batch.without_weight().features()
+
+    def num_epochs_since(self, first: int) -> float:
+        """Passes over the data since the beginning of an epoch, up to the batch that was given last."""
+        epoch, consumed = self.position["epoch"], self.position["consumed"]
+        return float(epoch - first + consumed / self.dataset.num_batches(epoch))
 
     def __len__(self) -> int:
         raise TypeError("the length of a stream is counted in steps")
