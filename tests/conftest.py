@@ -33,6 +33,11 @@ def pytest_collection_finish() -> None:
     _freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Give it back at the end: libraries that count their objects would report them as leaked."""
+    gc.unfreeze()
+
+
 def _freeze() -> None:
     gc.collect()
     gc.freeze()
