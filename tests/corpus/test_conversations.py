@@ -12,7 +12,7 @@ from softshard.corpus.conversations import conversation_sequences
 from softshard.corpus.read import iter_sequences
 from softshard.corpus.render import load_chat_template
 from softshard.corpus.screen import ScreenedDocument
-from softshard.errors import ChatTemplateInvalid, LabelsNotStorable, SourceUnreadable, TooMuchLeftOut
+from softshard.errors import ChatTemplateInvalid, SourceUnreadable, TooMuchLeftOut
 from softshard.models import wrap_tokenizer
 from softshard.storage import LocalStore
 from softshard.telemetry import SilentReporter
@@ -182,12 +182,6 @@ def test_a_corpus_of_conversations_has_their_sequences_and_counts(tmp_path, toke
     # QQ 5 and RR 5; SS 5, TTTT 7, UU 5, V 4: labels are an answer's letters and its end.
     assert (statistics.num_documents, statistics.num_tokens, statistics.num_labels) == (2, 31, 3 + 2)
     assert (statistics.num_sequences, statistics.max_tokens) == (2, 21)
-
-
-def test_several_answers_are_refused_where_the_format_cannot_store_them(tmp_path, tokenizer):
-    path = rows(tmp_path / "a.jsonl", said("QQ", "RR", "SS", "TT"))
-    with pytest.raises(LabelsNotStorable):
-        build(path, tmp_path / "out", tokenizer)
 
 
 def test_what_cannot_be_rendered_is_counted_with_its_reason(tmp_path, tokenizer):

@@ -34,6 +34,16 @@ def good(count=20):
     return lines(*({"text": f"{TEXT * 3}{number}."} for number in range(count)))
 
 
+CHAT = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+
+
+def talks(count=20):
+    """Conversations that nothing is wrong with."""
+    words = ({"role": role, "content": f"{TEXT[:30]}{role}"} for role in ("user", "assistant"))
+    question, answer = words
+    return lines(*({"messages": [question, {**answer, "content": f"{TEXT}{n}."}]} for n in range(count)))
+
+
 @jobs("corpus IN/job.yaml", 2)
 def _(place):
     """YAML that would run a command
@@ -188,6 +198,56 @@ def _(place):
     corpus: 20 of 21 documents kept; left out 1 undecodable (first: …/a.jsonl, line 1)
     """
     place.read_file("a.jsonl", b'{"text": "\\ud800"}\n' + good())
+
+
+@documents("corpus IN/job.yaml", 0)
+def _(place):
+    """a conversation with an unknown role
+    counted, left out, named by its line
+    corpus: 20 of 21 documents kept; left out 1 malformed (first: …/a.jsonl, line 21)
+    """
+    tool = {"messages": [{"role": "user", "content": "So?"}, {"role": "tool", "content": "5"}]}
+    place.read_file("a.jsonl", talks() + lines(tool), layout="messages")
+    place.change_job(corpus={"chat_template": CHAT, "context_tokens": 256})
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """a chat template that renders no answer as the model would see it
+    it begins with the number of turns; conversations are counted, and all are left out
+    …: source 's': none of its 20 documents can be used: …line 1: the chat template renders turn 2 in another way …
+    """
+    place.read_file("a.jsonl", talks(), layout="messages")
+    place.change_job(corpus={"chat_template": f"{{{{ messages | length }}}}{CHAT}"})
+
+
+@documents("corpus IN/job.yaml", 3)
+def _(place):
+    """conversations of another layout
+    layout: sharegpt for rows of messages
+    …: source 's': none of its 20 documents can be used: …/a.jsonl, line 1: has no field 'conversations'
+    """
+    place.read_file("a.jsonl", talks(), layout="sharegpt")
+    place.change_job(corpus={"chat_template": CHAT})
+
+
+@documents("corpus IN/job.yaml", 2)
+def _(place):
+    """conversations for a model without a chat template
+    no `corpus.chat_template` either; nothing is read
+    corpus.chat_template: the tokenizer of the model has none; give `chat_template` the text of a Jinja template, or …
+    """
+    place.read_file("a.jsonl", talks(), layout="messages")
+
+
+@documents("corpus IN/job.yaml", 2)
+def _(place):
+    """a chat template that is not Jinja
+    a loop that does not end; nothing is read
+    corpus.chat_template: line 1: Unexpected end of template. …; give `chat_template` the text of a Jinja template, …
+    """
+    place.read_file("a.jsonl", talks(), layout="messages")
+    place.change_job(corpus={"chat_template": CHAT.removesuffix("{% endfor %}")})
 
 
 @documents("corpus IN/job.yaml", 0)
