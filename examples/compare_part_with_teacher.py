@@ -52,15 +52,18 @@ def load_teacher(out: Path, fold: int) -> Any:
 
 def compare(row: dict[str, Any], metadata: dict[str, Any], by_rank: Any, model: Any) -> dict[str, Any]:
     """Differences over one sequence's labels; `by_rank` holds token ids in the order of the part's ranks."""
+    tokens, first_label = np.array(row["token_ids"]), row.get("first_label")
+    runs = row["label_runs"] if first_label is None else [first_label, len(tokens) - first_label]
+    places = np.flatnonzero(np.repeat(np.arange(len(runs)) % 2, runs))
     with torch.no_grad():
-        logits = model(torch.tensor([row["token_ids"]])).logits[0, row["first_label"] - 1 : -1]
+        logits = model(torch.tensor([row["token_ids"]])).logits[0, places - 1]
     exact = torch.log_softmax(logits[:, : metadata["vocab_size"]].double(), -1).numpy()
     heads, tails = np.cumsum([0, *row["head_count"]]), np.cumsum([0, *row["tail_count"]])
     tau, step = metadata["tau"], metadata["step"]
     steps = np.cumsum([0, *(max(count - 1, 0) for count in row["head_count"])])
     names = ("head", "label", "mass", "edge", "count", "squared", "expected")
     result: dict[str, Any] = {"labels": len(exact), **dict.fromkeys(names, 0.0)}
-    labels = row["token_ids"][row["first_label"] :]
+    labels = tokens[places]
     for j, logp in enumerate(exact):
         ids = by_rank[row["head_ranks"][heads[j] : heads[j + 1]]]
         below = step * np.cumsum([0, *row["head_steps"][steps[j] : steps[j + 1]]])[: len(ids)]

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -7,8 +6,7 @@ import pytest
 from softshard.config import CorpusSettings
 from softshard.corpus.build import build_corpus
 from softshard.corpus.read import iter_sequences, read_slice
-from softshard.corpus.slices import encode_slice
-from softshard.errors import LabelsNotStorable, PartCorrupt
+from softshard.errors import PartCorrupt
 from softshard.models import load_tokenizer
 from softshard.records.digest import sha256_hex
 from softshard.storage import LocalStore
@@ -55,13 +53,6 @@ def test_slice_is_read_as_polars_reads_it(corpus):
         assert [s.label_spans for s in sequences] == [((row["first_label"], len(row["token_ids"])),) for row in rows]
         assert [s.token_ids.tolist() for s in sequences] == [row["token_ids"] for row in rows]
         assert {s.token_ids.dtype.name for s in sequences} == {"int32"}
-
-
-def test_a_slice_refuses_labels_that_do_not_run_to_the_end(corpus):
-    store, manifest = corpus
-    tokens = read_slice(store, manifest.slices[0])[0]
-    with pytest.raises(LabelsNotStorable, match=tokens.sequence_id):
-        encode_slice([replace(tokens, label_spans=((1, 2), (3, 5)))], metadata={})
 
 
 def test_sequences_of_a_split_leave_out_the_folds_that_are_excluded(corpus):

@@ -11,6 +11,7 @@ import torch
 
 from softshard.data.sparse_targets import SparseTargets
 from softshard.shard.encode import encode_part
+from softshard.shard.labels import needed_version
 from softshard.shard.manifest import Manifest, Receipt
 from softshard.shard.schema import Fidelity, PartMetadata
 from softshard.sketch.types import SequenceTargets, TokenSequence
@@ -105,6 +106,22 @@ def row(name, length, rng, *, kind="threshold", first_label=1, label_spans=None,
     return tokens, sketch(distributions, tokens.labels, kind=kind, rng=rng, **settings)
 
 
+def random_spans(rng, num_spans):
+    """Runs of labels with context before, between and mostly after them, and a length for their sequence."""
+    bounds = np.cumsum(rng.integers(1, 4, size=2 * num_spans))
+    return tuple((int(start), int(stop)) for start, stop in bounds.reshape(-1, 2)), int(bounds[-1] + rng.integers(3))
+
+
+def conversations(rng, count, *, kind="threshold", **settings):
+    """Rows of one to four answers with context between them; the first row ends with context."""
+    rows = []
+    for number in range(count):
+        spans, length = random_spans(rng, 1 + number % 4)
+        length = max(length, spans[-1][1] + (number == 0))
+        rows.append(row(f"{number:032d}", length, rng, kind=kind, label_spans=spans, **settings))
+    return rows
+
+
 def numbered_parts(rng, sizes, **settings):
     """Parts of so many rows; the first two tokens of each row spell its number through all parts."""
     parts, number = [], 0
@@ -130,9 +147,9 @@ def numbers_in(batch):
     return tuple((rows[:, 0] * VOCAB + rows[:, 1]).tolist())
 
 
-def metadata(kind="threshold", *, tau=1 / 8, draws=1, part_id="0" * 32, vocab=VOCAB, tokenizer="f" * 64):
+def metadata(kind="threshold", *, tau=1 / 8, draws=1, part_id="0" * 32, vocab=VOCAB, tokenizer="f" * 64, version=1):
     return PartMetadata(
-        schema_version=1,
+        schema_version=version,
         part_id=part_id,
         kind=kind,
         tau=tau if kind == "threshold" else None,
@@ -167,9 +184,9 @@ def receipt(part_id, path, content, *, num_sequences, split="train"):
     )
 
 
-def manifest_of(receipts, *, kind="threshold", vocab=VOCAB):
+def manifest_of(receipts, *, kind="threshold", vocab=VOCAB, version=1):
     return Manifest(
-        schema_version=1,
+        schema_version=version,
         job="hand",
         corpus="c" * 64,
         sources=(),
@@ -189,10 +206,12 @@ def manifest_of(receipts, *, kind="threshold", vocab=VOCAB):
 def write_targets(root: Path, parts, *, kind="threshold", vocab=VOCAB, tokenizer="f" * 64):
     """Parts, each a list of rows, as files in a folder, with their manifest."""
     store, receipts = LocalStore(root), []
+    version = needed_version(tokens for rows in parts for tokens, _ in rows)
     for number, rows in enumerate(parts):
         part_id = f"{number:032x}"
-        content = encode_part(rows, fold=0, metadata=metadata(kind, part_id=part_id, vocab=vocab, tokenizer=tokenizer))
+        described = metadata(kind, part_id=part_id, vocab=vocab, tokenizer=tokenizer, version=version)
+        content = encode_part(rows, fold=0, metadata=described)
         path = f"data/train/part-{number:05d}-{part_id}.parquet"
         store.put_once(path, content)
         receipts.append(receipt(part_id, path, content, num_sequences=len(rows)))
-    return store, manifest_of(receipts, kind=kind, vocab=vocab)
+    return store, manifest_of(receipts, kind=kind, vocab=vocab, version=version)

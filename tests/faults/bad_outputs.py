@@ -156,8 +156,17 @@ def _(place):
 @parts("verify OUT", 3)
 def _(place):
     """a part of a later version
-    schema_version 2 in its metadata; receipt and manifest updated to match
-    OUT/targets/data/train/part-00000-….parquet: has schema version 2, this softshard reads 1; …
+    schema_version 3 in its metadata; receipt and manifest updated to match
+    OUT/targets/data/train/part-00000-….parquet: has schema version 3, this softshard reads 1 and 2; …
+    """
+    vouched(place, with_row(lambda row, metadata: metadata.update(schema_version=3)))
+
+
+@parts("verify OUT", 3)
+def _(place):
+    """a part that says another version than it has
+    schema_version 2 in the metadata of a part of version 1; receipt and manifest updated to match
+    OUT/targets/data/train/part-00000-….parquet: its columns are not those of schema version 2; …
     """
     vouched(place, with_row(lambda row, metadata: metadata.update(schema_version=2)))
 
@@ -314,10 +323,10 @@ def _(place):
 @records("verify OUT", 3)
 def _(place):
     """a manifest of a later version
-    schema_version 2, under its own digest
-    OUT/targets/manifests/….json: has schema version 2, this softshard reads 1; …
+    schema_version 3, under its own digest
+    OUT/targets/manifests/….json: has schema version 3, this softshard reads 1 and 2; …
     """
-    rewritten(place, schema_version=2)
+    rewritten(place, schema_version=3)
 
 
 @records("verify OUT", 3)

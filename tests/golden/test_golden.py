@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from softshard.shard.decode import decode_part
+from softshard.shard.schema import PART_SCHEMAS
 from softshard.sketch.entries import entries_of
 
 PARTS = sorted((Path(__file__).parent).glob("v*/*.parquet"))
 
 
-def test_there_are_golden_parts_of_every_kind():
-    names = {path.stem for path in PARTS if path.parent.name == "v1"}
+@pytest.mark.parametrize("version", PART_SCHEMAS)
+def test_there_are_golden_parts_of_every_kind(version):
+    names = {path.stem for path in PARTS if path.parent.name == f"v{version}"}
     assert names == {"threshold", "threshold-draws", "topk", "nucleus", "full"}
 
 
@@ -22,6 +24,7 @@ def test_golden_part_is_read_as_it_was_written(path):
     rows, metadata = decode_part(path.read_bytes(), uri=str(path))
     said = json.loads(path.with_suffix(".json").read_text())
     assert len(said) == metadata.draws
+    assert path.parent.name == f"v{metadata.schema_version}"
     for draw, labels in enumerate(said):
         label = iter(labels)
         for sequence, targets in rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from dataclasses import replace
 
 import duckdb
 import numpy as np
@@ -15,19 +14,10 @@ import pytest
 
 from fakes.parts import KINDS, a_plan, committed, some_rows
 from softshard.config import ThresholdSketch, parse_sketch
-from softshard.errors import LabelsNotStorable, PartCorrupt
+from softshard.errors import PartCorrupt
 from softshard.shard.commit import build_part
 from softshard.shard.decode import decode_part, open_part
 from softshard.storage import LocalStore
-
-
-@pytest.mark.parametrize("spans", [((1, 20),), ((1, 4), (9, 30)), ((2, 3), (5, 6))])
-def test_labels_that_do_not_run_to_the_end_are_refused_by_version_1(spans):
-    rows, fidelity = some_rows(KINDS["threshold"])
-    tokens, targets = rows[4]
-    rows[4] = replace(tokens, label_spans=spans), targets
-    with pytest.raises(LabelsNotStorable, match=rf"sequence {tokens.sequence_id}: .* of 30, and format version 1"):
-        build_part(a_plan(KINDS["threshold"]), rows, fidelity)
 
 
 @pytest.mark.parametrize("kind", KINDS)

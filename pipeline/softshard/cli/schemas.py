@@ -1,4 +1,5 @@
-"""The published contracts as text: JSON Schema of job, manifest and report, and the Arrow schema of a part.
+"""The published contracts as text: JSON Schema of job, manifest and report, and the Arrow schema of each
+version of a part.
 
 They are generated from the models that the code itself uses, committed under `schemas/`, and never read at run time.
 Two pages of `docs/` are generated with them: the reference of the job file, from the same models, and that of the
@@ -19,7 +20,7 @@ from softshard.cli.job_reference import job_reference
 from softshard.config import Job
 from softshard.evaluate.report import Report
 from softshard.shard.manifest import Manifest
-from softshard.shard.schema import schema_text
+from softshard.shard.schema import RUNS_VERSION, SCHEMA_VERSION, schema_text
 
 __all__ = ["check_schemas", "schema_texts", "write_schemas"]
 
@@ -28,6 +29,7 @@ _FILES = {
     "manifest": "manifest.schema.json",
     "report": "report.schema.json",
     "part": "part.schema.txt",
+    "part-v2": "part-v2.schema.txt",
     "reference": "../docs/job.md",
     "commands": "../docs/commands.md",
 }
@@ -37,7 +39,8 @@ def schema_texts() -> dict[str, str]:
     """The text of each schema and page, by name."""
     models: dict[str, type[BaseModel]] = {"job": Job, "manifest": Manifest, "report": Report}
     texts = {name: _json_schema(model) for name, model in models.items()}
-    return {**texts, "part": schema_text(), "reference": job_reference(), "commands": command_reference()}
+    parts = {"part": schema_text(SCHEMA_VERSION), "part-v2": schema_text(RUNS_VERSION)}
+    return {**texts, **parts, "reference": job_reference(), "commands": command_reference()}
 
 
 def _json_schema(model: type[BaseModel]) -> str:

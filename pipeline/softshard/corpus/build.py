@@ -124,7 +124,6 @@ def build_corpus(
         return existing
     screen, counter = Screen(settings, folds=folds, seed=seed), CorpusCounter(settings)
     windows: dict[str, str | int] = {
-        "schema_version": CORPUS_VERSION,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "context_tokens": settings.context_tokens,
@@ -137,16 +136,17 @@ def build_corpus(
         documents.add(found.document, num_tokens=found.num_tokens, count=count)
         slices.add(found.document, found.sequences())
     counter.finish(screen, folds=folds)
-    files = documents.finish()
+    files, written = documents.finish(), slices.finish()
     manifest = CorpusManifest(
         **windows,
+        schema_version=slices.version,
         key=key,
         folds=folds,
         seed=seed,
         sources=_list_rights(settings),
         counts=screen.counts,
         train_digests=documents.train_digests(folds=folds),
-        slices=slices.finish(),
+        slices=written,
         documents=files,
         statistics=corpus_statistics(store, files),
     )

@@ -16,10 +16,13 @@ from softshard.records.json_stream import read_json_items
 from softshard.records.record import Record, SpooledRecord
 from softshard.records.spool import Spool
 from softshard.shard.manifest import SourceRights
+from softshard.shard.schema import RUNS_VERSION, SCHEMA_VERSION, check_version
 from softshard.storage import Store
 
 __all__ = [
     "CORPUS_VERSION",
+    "CORPUS_VERSION_WITH_RUNS",
+    "PART_VERSIONS",
     "CorpusManifest",
     "CorpusSlice",
     "CorpusStatistics",
@@ -29,6 +32,11 @@ __all__ = [
 ]
 
 CORPUS_VERSION = 2
+"""Of a corpus in which the labels of every sequence run to its end, as in plain text."""
+CORPUS_VERSION_WITH_RUNS = 3
+"""Of a corpus with a sequence whose labels do not."""
+PART_VERSIONS = {CORPUS_VERSION: SCHEMA_VERSION, CORPUS_VERSION_WITH_RUNS: RUNS_VERSION}
+"""The schema version of the parts that are made from a corpus, by its own version."""
 _PATH = "manifest.json"
 
 
@@ -87,6 +95,7 @@ class CorpusManifest(SpooledRecord):
     left_out_of_digest = frozenset({"key", "documents"})
 
     schema_version: int
+    """Of all slices."""
     key: str
     """Digest of everything that the corpus is made from: settings, tokenizer, folds, seed, version, input files."""
     tokenizer_fingerprint: str
@@ -105,6 +114,11 @@ class CorpusManifest(SpooledRecord):
     """The train split by fold, then the test split; within a fold in the order in which the documents came."""
     documents: tuple[DocumentsFile, ...]
     statistics: tuple[CorpusStatistics, ...]
+
+    @property
+    def part_version(self) -> int:
+        """The schema version of the parts that are made from the slices."""
+        return PART_VERSIONS[self.schema_version]
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -134,11 +148,9 @@ def read_corpus_manifest(store: Store) -> CorpusManifest | None:
         slices = Spool(CorpusSlice)
         with store.open(_PATH) as file:
             values = read_json_items(file, name="slices", on_item=lambda item: slices.append(CorpusSlice(**item)))
-        version = values["schema_version"]
-        if version == CORPUS_VERSION:
-            return CorpusManifest.model_validate({**values, "slices": slices})
+        check_version(values["schema_version"], known=PART_VERSIONS, uri=uri)
+        return CorpusManifest.model_validate({**values, "slices": slices})
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartCorrupt(uri=uri, problem=f"is not the manifest of a corpus: {error}") from error
-    raise PartCorrupt(uri=uri, problem=f"has schema version {version}, this softshard reads {CORPUS_VERSION}")

@@ -14,13 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softshard.corpus.documents import DOCUMENTS_SCHEMA
-from softshard.corpus.manifest import CorpusManifest, CorpusSlice, DocumentsFile, read_corpus_manifest
+from softshard.corpus.manifest import PART_VERSIONS, CorpusManifest, CorpusSlice, DocumentsFile, read_corpus_manifest
 from softshard.corpus.read import read_listed
-from softshard.corpus.slices import SLICE_SCHEMA, decode_slice
+from softshard.corpus.slices import SLICE_SCHEMAS, decode_slice
 from softshard.errors import PartCorrupt
 from softshard.records.canonical import canonical_json
 from softshard.shard.files import parquet_errors
+from softshard.shard.labels import count_labels
 from softshard.shard.orphans import Orphan
+from softshard.shard.schema import LABEL_COLUMNS
 from softshard.shard.verify import Finding
 from softshard.storage import Store
 
@@ -51,7 +53,7 @@ def verify_corpus(store: Store, *, deep: bool = False) -> CorpusVerification:
     if store.read(_MANIFEST) != canonical_json(manifest):
         lines.append((_MANIFEST, "has the right content, but not the bytes that were written"))
     for part in manifest.slices:
-        problem_in = partial(_problem_in_slice, part=part, deep=deep)
+        problem_in = partial(_problem_in_slice, part=part, version=manifest.schema_version, deep=deep)
         lines += [(part.path, problem) for problem in _check_file(store, part, problem_in)]
     for file in manifest.documents:
         problem_in = partial(_problem_in_documents, file=file)
@@ -83,15 +85,15 @@ def _check_file(
     return [] if problem is None else [problem]
 
 
-def _problem_in_slice(content: bytes, uri: str, *, part: CorpusSlice, deep: bool) -> str | None:
+def _problem_in_slice(content: bytes, uri: str, *, part: CorpusSlice, version: int, deep: bool) -> str | None:
     table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
-    if not table.schema_arrow.remove_metadata().equals(SLICE_SCHEMA):
+    if not table.schema_arrow.remove_metadata().equals(SLICE_SCHEMAS[version]):
         return "its columns are not those of a slice"
-    first_labels = table.read(columns=["first_label"]).column(0).to_numpy()
     num_tokens = sum(_num_values(table, group, "token_ids.list.element") for group in range(table.num_row_groups))
     if deep:
         decode_slice(content, uri=uri)
-    found = (table.metadata.num_rows, num_tokens, num_tokens - int(first_labels.sum()))
+    labels = table.read(columns=[LABEL_COLUMNS[PART_VERSIONS[version]]])
+    found = (table.metadata.num_rows, num_tokens, count_labels(labels, num_tokens=num_tokens))
     named = (part.num_sequences, part.num_tokens, part.num_labels)
     return None if found == named else f"has {found} sequences, tokens and labels, the manifest says {named}"
 

@@ -13,14 +13,16 @@ import numpy as np
 import pyarrow as pa
 
 from softshard.errors import BlendInvalid, CorpusEmpty, JobInvalid
-from softshard.shard.manifest import Manifest, read_manifest
-from softshard.shard.read import read_columns
+from softshard.shard.labels import num_tokens
+from softshard.shard.manifest import Manifest, Receipt, read_manifest
+from softshard.shard.read import open_committed
+from softshard.shard.schema import LABEL_COLUMNS
 from softshard.storage import Store, open_store
 
 __all__ = ["BlendSummary", "SetShare", "summarize_blend"]
 
 _GHOSTS = "`truncated: renormalise`, or alpha 1: the ghost tokens of two teachers cannot be combined"
-_COLUMNS = ["sequence_id", "style", "first_label", "mean_entropy", "mean_label_logprob", "entropy"]
+_COLUMNS = ["sequence_id", "style", "mean_entropy", "mean_label_logprob"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,13 +138,18 @@ def _train_rows(store: Store, manifest: Manifest) -> pa.Table:
     receipts = manifest.of_split("train")
     if not receipts:
         raise CorpusEmpty(counts={"sequences": 0}, split="train")
-    tables = [read_columns(store, receipt, _COLUMNS) for receipt in receipts]
+    tables = [_part_rows(store, receipt) for receipt in receipts]
     if not any(table.num_rows for table in tables):
         raise CorpusEmpty(counts={"sequences": 0}, split="train")
-    table = pa.concat_tables(tables).combine_chunks()
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _part_rows(store: Store, receipt: Receipt) -> pa.Table:
+    with open_committed(store, receipt) as (file, metadata):
+        table = file.read(columns=[*_COLUMNS, "entropy", LABEL_COLUMNS[metadata.schema_version]])
     labels = table["entropy"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    table = table.append_column("labels", pa.array(labels))
-    return table.append_column("tokens", pa.array(labels + table["first_label"].to_numpy()))
+    counted = table.select(_COLUMNS).append_column("labels", pa.array(labels))
+    return counted.append_column("tokens", pa.array(num_tokens(table)))
 
 
 def _mean(table: pa.Table, column: str) -> float:

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 
 from softshard.data.filters import GroupWeights, RowFilter
 from softshard.errors import PartCorrupt
+from softshard.shard.labels import num_tokens
 from softshard.shard.manifest import Receipt
 from softshard.shard.read import open_committed
-from softshard.shard.schema import PartMetadata
+from softshard.shard.schema import LABEL_COLUMNS, PartMetadata
 from softshard.storage import Store
 
 __all__ = ["RowIndex", "index_rows"]
 
-_SETTINGS = ("kind", "tau", "draws", "k", "nucleus_mass", "step", "temperature", "tokenizer_fingerprint", "vocab_size")
+_SKETCH = ("kind", "tau", "draws", "k", "nucleus_mass", "step", "temperature")
+_SETTINGS = ("schema_version", *_SKETCH, "tokenizer_fingerprint", "vocab_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ class RowIndex:
     factors: NDArray[np.float32] | None
     """[R] factors for the weights of each row's labels; None: all are 1."""
     metadata: PartMetadata
-    """Of the first part; the others have the same sketch settings."""
+    """Of the first part; the others have the same version and sketch settings."""
 
 
 def index_rows(
@@ -57,7 +59,7 @@ def index_rows(
 
     Raises:
         PartCorrupt: a part is missing or unreadable, differs from its receipt in size or number of sequences, or has
-            other sketch settings than the first part.
+            another version or other sketch settings than the first part.
         BalanceImpossible: a row has a group without a weight.
     """
     where = where or RowFilter()
@@ -113,13 +115,12 @@ def _indexed(
     names = np.zeros(stops[-1], dtype="S32") if with_names else None
     factors = None if weights is None else np.ones(stops[-1], dtype=np.float32)
     extra = [*(["sequence_id"] if with_names else []), *([] if weights is None else [weights.column])]
-    columns = list(dict.fromkeys(["first_label", "entropy", *where.conditions, *extra]))
+    columns = list(dict.fromkeys([LABEL_COLUMNS[metadata.schema_version], "entropy", *where.conditions, *extra]))
     groups = [group for group, footer in enumerate(footers) if with_names or where.may_pass(footer)]
     if groups:
         table = file.read_row_groups(groups, columns=columns)
         rows = np.concatenate([np.arange(stops[group], stops[group + 1]) for group in groups])
-        labels = table["entropy"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-        lengths[rows] = labels.astype(np.int64) + table["first_label"].to_numpy()
+        lengths[rows] = num_tokens(table)
         passing[rows] = where.passes(table)
         if factors is not None and weights is not None:
             factors[rows[passing[rows]]] = weights.of(table.filter(pa.array(passing[rows])), uri=uri)

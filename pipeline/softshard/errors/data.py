@@ -17,7 +17,6 @@ __all__ = [
     "EngineDiffers",
     "FilterMatchesNothing",
     "HoldoutEmpty",
-    "LabelsNotStorable",
     "LogitsInvalid",
     "MergeDiffers",
     "ModelInvalid",
@@ -42,18 +41,6 @@ class EngineDiffers(DataInvalid):
         super().__init__(
             f"this worker's {what} is {actual}, the job's is {expected}, so its parts would not match their ids;"
             " give all workers the same environment and set `teacher.device`"
-        )
-
-
-class LabelsNotStorable(DataInvalid):
-    """A sequence whose labels the format of a part cannot describe."""
-
-    def __init__(self, *, sequence_id: str, label_spans: tuple[tuple[int, int], ...], num_tokens: int) -> None:
-        self.sequence_id, self.label_spans, self.num_tokens = sequence_id, label_spans, num_tokens
-        spans = ", ".join(f"{start}:{stop}" for start, stop in label_spans)
-        super().__init__(
-            f"sequence {sequence_id}: its labels are tokens {spans} of {num_tokens}, and format version 1 stores only"
-            " labels that run to the end of the sequence; cut the sequence after each run of labels"
         )
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from softshard.data.batch import collate_mixed
 from softshard.data.mixing import LabelWeights, MixedRow, Mixing
 from softshard.data.target_set import RowGroupRows, SetReader, TargetSet
+from softshard.shard.schema import SCHEMA_VERSION
 
 __all__ = ["SoftLabelCollator", "mixed_in_order", "target_rows"]
 
@@ -31,9 +32,10 @@ def target_rows(
 ) -> Iterator[dict[str, Any]]:
     """Sequences with their targets, in the order of the parts.
 
-    Columns: `input_ids` [L]; `first_label`; for P labels `entry_counts` [P] and their `entry_ids`, `entry_weights` [E],
-    the label's own token first where `own_token`; `tail_mass` [P] where there is a ghost token; `position_weights` [P]
-    where they are not all 1, and `counted` [P] where groups have weights.
+    Columns: `input_ids` [L]; `first_label`, or of parts of version 2 `label_runs`, which say as in a part which tokens
+    are labels; for P labels `entry_counts` [P] and their `entry_ids`, `entry_weights` [E], the label's own token first
+    where `own_token`; `tail_mass` [P] where there is a ghost token; `position_weights` [P] where they are not all 1,
+    and `counted` [P] where groups have weights.
 
     Args:
         targets: one split of a run's targets.
@@ -45,10 +47,13 @@ def target_rows(
         CorpusEmpty, FilterMatchesNothing, PartCorrupt: as `SoftLabelDataset`.
     """
     mixing = Mixing(alpha=alpha, truncated=truncated, temperature=temperature, weights=weights or LabelWeights())
-    for row in mixed_in_order(SetReader(targets, mixing), draw=draw):
+    reader = SetReader(targets, mixing)
+    to_the_end = reader.metadata.schema_version == SCHEMA_VERSION
+    for row in mixed_in_order(reader, draw=draw):
         columns = {
             "input_ids": row.token_ids,
-            "first_label": int(row.positions[0]) + 1,
+            "first_label": int(row.positions[0]) + 1 if to_the_end else None,
+            "label_runs": None if to_the_end else _runs(row),
             "own_token": alpha > 0,
             "entry_counts": row.counts,
             "entry_ids": row.entry_ids,
@@ -90,7 +95,7 @@ class SoftLabelCollator:
         """
         mixed = [
             MixedRow(
-                np.arange(int(row["first_label"]) - 1, len(row["input_ids"]) - 1),
+                _positions(row),
                 np.asarray(row["input_ids"], dtype=np.int32),
                 np.asarray(row["entry_counts"], dtype=np.int64),
                 np.asarray(row["entry_ids"], dtype=np.int32),
@@ -103,6 +108,20 @@ class SoftLabelCollator:
         ]
         own_token = [bool(row["own_token"]) for row in features]
         return collate_mixed(mixed, packing=self._packing, own_token=own_token).features()
+
+
+def _runs(row: MixedRow) -> NDArray[np.int32]:
+    """Lengths of the runs of context and labels, by turns; they end with the sequence."""
+    is_label = np.zeros(len(row.token_ids), dtype=np.int8)
+    is_label[row.positions + 1] = 1
+    return np.diff(np.flatnonzero(np.diff(is_label, prepend=1, append=2))).astype(np.int32)
+
+
+def _positions(row: Mapping[str, Any]) -> NDArray[np.int64]:
+    if row.get("label_runs") is None:
+        return np.arange(int(row["first_label"]) - 1, len(row["input_ids"]) - 1)
+    runs = np.asarray(row["label_runs"])
+    return np.flatnonzero(np.repeat(np.arange(len(runs)) % 2, runs)) - 1
 
 
 def _floats(row: Mapping[str, Any], name: str) -> NDArray[np.float32] | None:

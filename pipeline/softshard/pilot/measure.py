@@ -16,6 +16,7 @@ from softshard.config import SKETCH_KINDS, SketchSettings, ThresholdSketch
 from softshard.errors import JobInvalid
 from softshard.pilot.search import ThresholdSearch
 from softshard.shard.commit import PartSpec, build_part, part_fidelity
+from softshard.shard.labels import needed_version
 from softshard.sketch.fidelity import FidelitySums
 from softshard.sketch.types import SequenceTargets, TokenSequence
 from softshard.teacher.protocol import Teacher
@@ -158,7 +159,8 @@ def measure(
         extent: the parts of the run.
         reporter: where progress goes.
     """
-    tallies = [_Tally(replace(spec, sketch=sketch)) for sketch in sketches]
+    version = max(spec.schema_version, needed_version(sequences))
+    tallies = [_Tally(replace(spec, sketch=sketch, schema_version=version)) for sketch in sketches]
     num_pieces = -(-len(sequences) // _SEQUENCES_AT_A_TIME)
     with reporter.progress("pilot", total=len(sequences), unit="sequences") as progress:
         done = 0

@@ -43,13 +43,14 @@ class PartSpec:
     teacher: dict[str, str | int | float | list[str]]
     sketch: SketchSettings
     seed: int
+    schema_version: int = SCHEMA_VERSION
 
     @property
     def part_id(self) -> str:
         """First 128 bits, in hex, of a SHA-256 of everything but the index."""
         return canonical_digest(
             {
-                "schema_version": SCHEMA_VERSION,
+                "schema_version": self.schema_version,
                 "pyarrow": pa.__version__,
                 "slice": self.slice,
                 "split": self.split,
@@ -113,11 +114,11 @@ def part_fidelity(sums: FidelitySums, *, covers_all: bool) -> Fidelity:
 def build_part(
     spec: PartSpec, rows: Sequence[tuple[TokenSequence, SequenceTargets]], fidelity: FidelitySums
 ) -> tuple[bytes, Receipt]:
-    """Encode a part; its bytes and its receipt."""
+    """Encode a part; its bytes and its receipt. Raises ValueError for labels that the spec's version cannot hold."""
     labels = fidelity.num_labels
     measured = part_fidelity(fidelity, covers_all=spec.sketch.covers_vocabulary)
     metadata = PartMetadata(
-        schema_version=SCHEMA_VERSION,
+        schema_version=spec.schema_version,
         part_id=spec.part_id,
         kind=spec.sketch.kind,
         tau=spec.sketch.tail_weight,

@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 
 from softshard.errors import PartCorrupt
 from softshard.shard.files import parquet_errors
-from softshard.shard.schema import PART_SCHEMA, PartMetadata, read_metadata
+from softshard.shard.labels import LabelRuns
+from softshard.shard.schema import LABEL_COLUMNS, SCHEMA_VERSION, PartMetadata, read_metadata
 from softshard.sketch.codec import counts_to_offsets, decode_head, decode_tail, ids_by_rank
 from softshard.sketch.entries import ranges_from
 from softshard.sketch.types import SequenceTargets, TokenSequence
 
 __all__ = ["Block", "Decoder", "decode_part", "open_part"]
 
-_LISTS = tuple(PART_SCHEMA.names[10:])
 _PER_LABEL = ("label_logprob", "entropy", "tail_mass", "head_count")
+_LISTS = ("token_ids", *_PER_LABEL, "tail_count", "head_ranks", "head_steps", "tail_gaps")
 _SEQUENCE = ("sequence_id", "document_id", "source", "style", "group", "start")
 
 
@@ -58,10 +59,10 @@ class Decoder:
         self._by_rank = ids_by_rank(frequent, vocab_size=metadata.vocab_size)
 
     @staticmethod
-    def columns(*, with_scores: bool) -> list[str]:
+    def columns(*, with_scores: bool, version: int = SCHEMA_VERSION) -> list[str]:
         """Columns to read for `block`; `with_scores` adds log-probabilities of labels and entropies."""
         scores = () if with_scores else ("label_logprob", "entropy")
-        return ["first_label", *(name for name in _LISTS if name not in scores)]
+        return [LABEL_COLUMNS[version], *(name for name in _LISTS if name not in scores)]
 
     def block(self, batch: pa.RecordBatch, *, draw: int = 0) -> Block:
         """Decode all rows of a record batch that has `columns`, with draw `draw` modulo the number of draws.
@@ -82,13 +83,11 @@ class Decoder:
             head_logprobs=self._logprobs(lists),
             tail_ids=self._ids(decode_tail(gaps, counts)),
         )
-        lengths = lists.lengths["token_ids"].astype(np.int64)
-        firsts = lists.first_labels.astype(np.int64)
         return Block(
             token_ids=lists.flat["token_ids"],
-            lengths=lengths,
-            label_indices=ranges_from(counts_to_offsets(lengths)[:-1] + firsts, lengths - firsts),
-            label_counts=lengths - firsts,
+            lengths=lists.lengths["token_ids"].astype(np.int64),
+            label_indices=lists.runs.label_indices,
+            label_counts=lists.runs.num_labels,
             targets=targets,
         )
 
@@ -104,14 +103,13 @@ class Decoder:
         stored = {"head_ids": "head_ranks", "head_logprobs": "head_ranks", "tail_ids": "tail_gaps"}
         bounds = {name: counts_to_offsets(lists.lengths[stored.get(name, name)]).tolist() for name in decoded}
         plain = {name: batch.column(name).to_pylist() for name in _SEQUENCE}
-        firsts = lists.first_labels.tolist()
+        spans = lists.runs.spans
         rows = []
         for index in range(batch.num_rows):
             row = {name: values[bounds[name][index] : bounds[name][index + 1]] for name, values in decoded.items()}
             own: dict[str, Any] = {name: plain[name][index] for name in _SEQUENCE}
-            token_ids = row.pop("token_ids")
-            spans = ((firsts[index], len(token_ids)),)
-            rows.append((TokenSequence(**own, token_ids=token_ids, label_spans=spans), SequenceTargets(**row)))
+            sequence = TokenSequence(**own, token_ids=row.pop("token_ids"), label_spans=spans[index])
+            rows.append((sequence, SequenceTargets(**row)))
         return rows
 
     def _lists(self, batch: pa.RecordBatch) -> _Lists:
@@ -170,18 +168,18 @@ class _Lists:
     flat: dict[str, NDArray[Any]]
     lengths: dict[str, NDArray[np.int32]]
     """[R] by name."""
-    first_labels: NDArray[np.int32]
-    """[R]"""
+    runs: LabelRuns
     draws: int
 
     @classmethod
     def read(cls, batch: pa.RecordBatch, *, draws: int, uri: str) -> _Lists:
         names = [name for name in _LISTS if name in batch.schema.names]
         columns = {name: batch.column(name) for name in names}
+        lengths = {name: column.value_lengths().to_numpy(zero_copy_only=False) for name, column in columns.items()}
         lists = cls(
             flat={name: column.flatten().to_numpy(zero_copy_only=False) for name, column in columns.items()},
-            lengths={name: column.value_lengths().to_numpy(zero_copy_only=False) for name, column in columns.items()},
-            first_labels=batch.column("first_label").to_numpy(zero_copy_only=False),
+            lengths=lengths,
+            runs=LabelRuns.read(batch, lengths=lengths["token_ids"].astype(np.int64)),
             draws=draws,
         )
         if (problem := lists._problem()) is not None:
@@ -191,12 +189,13 @@ class _Lists:
     def _problem(self) -> tuple[int | None, str] | None:
         """The first row with inconsistent lists, and what is wrong; the row is None when no single row is wrong."""
         flat, lengths = self.flat, self.lengths
-        labels = lengths["token_ids"] - self.first_labels
+        if (bad := self.runs.misfits(lengths=lengths["token_ids"].astype(np.int64))).any():
+            return int(np.argmax(bad)), "its runs of labels do not match its tokens"
+        labels = self.runs.num_labels
         for name in (*_PER_LABEL, "tail_count"):
             if name in lengths:
                 wanted = labels * self.draws if name == "tail_count" else labels
-                bad = (lengths[name] != wanted) | (labels < 1) | (self.first_labels < 1)
-                if bad.any():
+                if (bad := lengths[name] != wanted).any():
                     return int(np.argmax(bad)), f"{name} does not match its tokens"
         heads, tails = flat["head_count"], flat["tail_count"]
         entries = {

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from softshard.shard.schema import METADATA_KEY, PART_SCHEMA, PartMetadata, stored_first_label
+from softshard.shard.labels import encode_labels
+from softshard.shard.schema import LABEL_COLUMNS, METADATA_KEY, PART_SCHEMAS, PartMetadata
 from softshard.sketch.codec import (
     counts_to_offsets,
     encode_head,
@@ -35,7 +36,8 @@ from softshard.sketch.types import SequenceTargets, TokenSequence
 __all__ = ["encode_part"]
 
 _INTEGERS = tuple(
-    f"{name}.list.element" for name in ("token_ids", "tail_count", "head_ranks", "head_steps", "tail_gaps")
+    f"{name}.list.element"
+    for name in ("token_ids", "label_runs", "tail_count", "head_ranks", "head_steps", "tail_gaps")
 )
 _DICTIONARY = (
     "source",
@@ -47,8 +49,6 @@ _DICTIONARY = (
     "tail_mass.list.element",
     "head_count.list.element",
 )
-_PLAIN = tuple(PART_SCHEMA.names[:10])
-_LISTS = tuple(PART_SCHEMA.names[10:])
 _PER_LABEL = ("label_logprob", "entropy", "tail_mass", "head_count")
 _ROWS_PER_GROUP = 128
 _ENCODINGS = {"compact": "BYTE_STREAM_SPLIT", "portable": "PLAIN"}
@@ -72,7 +72,7 @@ def encode_part(
     The part's frequent ids are chosen here; those of `metadata` are ignored. Both encodings hold the same values.
 
     Raises:
-        LabelsNotStorable: the labels of a sequence do not run to its end, which version 1 cannot describe.
+        ValueError: `metadata` says version 1, and the labels of a sequence do not run to its end.
     """
     table, frequent = _table(rows, fold, metadata)
     complete = metadata.model_copy(update={"frequent_ids": tuple(frequent.tolist())})
@@ -86,7 +86,7 @@ def encode_part(
         compression_level=_LEVEL,
         use_dictionary=dictionary,
         column_encoding={name: _ENCODINGS[encoding] for name in _INTEGERS if name not in dictionary},
-        write_statistics=list(_PLAIN),
+        write_statistics=[field.name for field in table.schema if not pa.types.is_list(field.type)],
         write_page_checksum=True,
         store_schema=False,
     ) as writer:
@@ -104,11 +104,12 @@ def _table(
     flat = {name: _joined(targets, name) for name in (field.name for field in fields(SequenceTargets))}
     frequent = frequent_ids(np.concatenate([flat["head_ids"], flat["tail_ids"]]), vocab_size=metadata.vocab_size)
     ranks = token_ranks(ids_by_rank(frequent, vocab_size=metadata.vocab_size))
+    schema = PART_SCHEMAS[metadata.schema_version]
     columns: dict[str, pa.Array] = {
-        name: pa.array([getattr(sequence, name) for sequence in sequences], PART_SCHEMA.field(name).type)
+        name: pa.array([getattr(sequence, name) for sequence in sequences], schema.field(name).type)
         for name in ("sequence_id", "document_id", "source", "style", "group", "start")
     }
-    columns["first_label"] = pa.array([stored_first_label(sequence) for sequence in sequences], pa.int32())
+    columns[LABEL_COLUMNS[metadata.schema_version]] = encode_labels(sequences, version=metadata.schema_version)
     columns["fold"] = pa.array([fold] * len(rows), pa.int16())
     columns["mean_entropy"] = pa.array([_mean(t.entropy) for t in targets], pa.float32())
     columns["mean_label_logprob"] = pa.array([_mean(t.label_logprob) for t in targets], pa.float32())
@@ -131,8 +132,8 @@ def _table(
         "head_steps": [len(target.head_ids) - int(np.count_nonzero(target.head_count)) for target in targets],
         "tail_gaps": [len(target.tail_ids) for target in targets],
     }
-    columns.update({name: _lists(name, lists[name], lengths[name]) for name in _LISTS})
-    return pa.Table.from_arrays([columns[name] for name in PART_SCHEMA.names], schema=PART_SCHEMA), frequent
+    columns.update({name: _lists(flat, lengths[name], schema.field(name).type) for name, flat in lists.items()})
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema), frequent
 
 
 def _joined(targets: Sequence[SequenceTargets], name: str) -> NDArray[Any]:
@@ -143,7 +144,6 @@ def _mean(values: NDArray[np.float32]) -> float:
     return float(np.mean(values, dtype=np.float64)) if len(values) else 0.0
 
 
-def _lists(name: str, flat: NDArray[Any], lengths: Sequence[int]) -> pa.ListArray:
-    kind = PART_SCHEMA.field(name).type
+def _lists(flat: NDArray[Any], lengths: Sequence[int], kind: pa.DataType) -> pa.ListArray:
     offsets = counts_to_offsets(np.array(lengths, dtype=np.int32)).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type), type=kind)

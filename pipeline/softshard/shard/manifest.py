@@ -23,7 +23,7 @@ from softshard.records.canonical import write_canonical_json
 from softshard.records.json_stream import read_json_items
 from softshard.records.record import Record, SpooledRecord
 from softshard.records.spool import Spool, temporary_disk
-from softshard.shard.schema import SCHEMA_VERSION, Fidelity
+from softshard.shard.schema import PART_SCHEMAS, Fidelity, check_version
 from softshard.storage import Store, open_store
 
 __all__ = [
@@ -91,6 +91,7 @@ class Manifest(SpooledRecord):
     """The record of a whole run of the targets stage."""
 
     schema_version: int
+    """Of all parts."""
     job: str
     """Name of the job."""
     corpus: str
@@ -239,9 +240,7 @@ def _read_verified(store: Store, digest: str) -> Manifest:
         raise PartCorrupt(uri=uri, problem="is missing, and manifest.json points at it") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PartCorrupt(uri=uri, problem=f"is not a manifest: {error}") from error
-    if manifest.schema_version != SCHEMA_VERSION:
-        problem = f"has schema version {manifest.schema_version}, this softshard reads {SCHEMA_VERSION}"
-        raise PartCorrupt(uri=uri, problem=problem)
+    check_version(manifest.schema_version, known=PART_SCHEMAS, uri=uri)
     if (actual := manifest.digest) != digest:
         raise PartCorrupt(uri=uri, problem=f"has the digest {actual[:16]}, and not that of its name")
     try:

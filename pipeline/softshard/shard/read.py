@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from softshard.shard.decode import Block, Decoder, open_part
 from softshard.shard.files import check_size, parquet_errors, read_checked
 from softshard.shard.manifest import Receipt
-from softshard.shard.schema import PART_SCHEMA, PartMetadata
+from softshard.shard.schema import PART_SCHEMAS, PartMetadata
 from softshard.sketch.types import SequenceTargets, TokenSequence
 from softshard.storage import Store
 
@@ -68,7 +68,7 @@ class PartReader:
 
     def blocks(self, group: int, *, draw: int = 0, with_scores: bool = False) -> Iterator[Block]:
         """Decode the rows of one row group, in order, block by block; arguments as in `Decoder`. Raises PartCorrupt."""
-        columns = Decoder.columns(with_scores=with_scores)
+        columns = Decoder.columns(with_scores=with_scores, version=self.metadata.schema_version)
         with parquet_errors(self._uri, place=f"row group {group}"):
             rows_at_once = self._rows_at_once(group)
             for batch in self._file.iter_batches(batch_size=rows_at_once, row_groups=[group], columns=columns):
@@ -83,7 +83,7 @@ class PartReader:
     def _rows_at_once(self, group: int) -> int:
         """Number of rows that have about `_TOKENS_AT_ONCE` tokens together, by the counts in the footer."""
         footer = self._file.metadata.row_group(group)
-        tokens = footer.column(PART_SCHEMA.names.index("token_ids")).num_values
+        tokens = footer.column(PART_SCHEMAS[self.metadata.schema_version].names.index("token_ids")).num_values
         return max(1, int(footer.num_rows) * _TOKENS_AT_ONCE // max(int(tokens), 1))
 
 

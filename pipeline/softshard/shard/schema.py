@@ -1,33 +1,42 @@
-"""The columns and the metadata of a part, version 1.
+"""The columns and the metadata of a part, versions 1 and 2.
 
 One row per sequence. Per-label values are single-level, non-nullable lists over the whole sequence. The metadata has
-everything that decoding needs, so a part can be read without any other file.
+everything that decoding needs, so a part can be read without any other file. The versions differ in the column that
+says which tokens are labels. Version 1 holds labels that run to the end of their sequence, version 2 any labels; parts
+are written as version 2 only where version 1 cannot hold them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softshard.config import SketchClass, sketch_class
-from softshard.errors import LabelsNotStorable, PartCorrupt
-from softshard.sketch.types import TokenSequence
+from softshard.errors import PartCorrupt
 
 __all__ = [
+    "LABEL_COLUMNS",
     "METADATA_KEY",
-    "PART_SCHEMA",
+    "PART_SCHEMAS",
+    "RUNS_VERSION",
     "SCHEMA_VERSION",
     "Fidelity",
     "PartMetadata",
+    "check_version",
     "read_metadata",
     "schema_text",
-    "stored_first_label",
 ]
 
 SCHEMA_VERSION = 1
+"""Of parts in which the labels of every sequence run to its end, as in plain text."""
+RUNS_VERSION = 2
+"""Of parts in which context may follow labels, as in conversations."""
+LABEL_COLUMNS = {SCHEMA_VERSION: "first_label", RUNS_VERSION: "label_runs"}
+"""The column that says which tokens are labels, by version."""
 METADATA_KEY = b"softshard"
 
 
@@ -35,29 +44,37 @@ def _list(of: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", of, nullable=False))
 
 
-PART_SCHEMA = pa.schema(
-    [
-        pa.field("sequence_id", pa.string(), nullable=False),
-        pa.field("document_id", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("style", pa.string(), nullable=False),
-        pa.field("group", pa.string(), nullable=False),
-        pa.field("fold", pa.int16(), nullable=False),
-        pa.field("start", pa.int32(), nullable=False),
-        pa.field("first_label", pa.int32(), nullable=False),
-        pa.field("mean_entropy", pa.float32(), nullable=False),
-        pa.field("mean_label_logprob", pa.float32(), nullable=False),
-        pa.field("token_ids", _list(pa.int32()), nullable=False),
-        pa.field("label_logprob", _list(pa.float32()), nullable=False),
-        pa.field("entropy", _list(pa.float32()), nullable=False),
-        pa.field("tail_mass", _list(pa.float32()), nullable=False),
-        pa.field("head_count", _list(pa.int32()), nullable=False),
-        pa.field("tail_count", _list(pa.int32()), nullable=False),
-        pa.field("head_ranks", _list(pa.int32()), nullable=False),
-        pa.field("head_steps", _list(pa.int16()), nullable=False),
-        pa.field("tail_gaps", _list(pa.int32()), nullable=False),
-    ]
-)
+def _schema(version: int) -> pa.Schema:
+    is_list = version == RUNS_VERSION
+    labels = pa.field(LABEL_COLUMNS[version], _list(pa.int32()) if is_list else pa.int32(), nullable=False)
+    return pa.schema(
+        [
+            pa.field("sequence_id", pa.string(), nullable=False),
+            pa.field("document_id", pa.string(), nullable=False),
+            pa.field("source", pa.string(), nullable=False),
+            pa.field("style", pa.string(), nullable=False),
+            pa.field("group", pa.string(), nullable=False),
+            pa.field("fold", pa.int16(), nullable=False),
+            pa.field("start", pa.int32(), nullable=False),
+            *(() if is_list else (labels,)),
+            pa.field("mean_entropy", pa.float32(), nullable=False),
+            pa.field("mean_label_logprob", pa.float32(), nullable=False),
+            pa.field("token_ids", _list(pa.int32()), nullable=False),
+            *((labels,) if is_list else ()),
+            pa.field("label_logprob", _list(pa.float32()), nullable=False),
+            pa.field("entropy", _list(pa.float32()), nullable=False),
+            pa.field("tail_mass", _list(pa.float32()), nullable=False),
+            pa.field("head_count", _list(pa.int32()), nullable=False),
+            pa.field("tail_count", _list(pa.int32()), nullable=False),
+            pa.field("head_ranks", _list(pa.int32()), nullable=False),
+            pa.field("head_steps", _list(pa.int16()), nullable=False),
+            pa.field("tail_gaps", _list(pa.int32()), nullable=False),
+        ]
+    )
+
+
+PART_SCHEMAS = {version: _schema(version) for version in LABEL_COLUMNS}
+"""By version: plain columns first, then lists."""
 
 
 class Fidelity(BaseModel):
@@ -128,7 +145,7 @@ def read_metadata(schema: pa.Schema, *, uri: str) -> PartMetadata:
     """Read the metadata of a part from its Arrow schema.
 
     Raises:
-        PartCorrupt: there is none, it has another version, or the columns are not those of version 1.
+        PartCorrupt: there is none, it has an unknown version, or the columns are not those of its version.
     """
     from pydantic import ValidationError
 
@@ -137,31 +154,23 @@ def read_metadata(schema: pa.Schema, *, uri: str) -> PartMetadata:
         raise PartCorrupt(uri=uri, problem="is Parquet, but has no softshard metadata")
     try:
         values: dict[str, Any] = json.loads(raw)
-        if values.get("schema_version") != SCHEMA_VERSION:
-            problem = f"has schema version {values.get('schema_version')}, this softshard reads {SCHEMA_VERSION}"
-            raise PartCorrupt(uri=uri, problem=problem)
+        check_version(values.get("schema_version"), known=PART_SCHEMAS, uri=uri)
         metadata = PartMetadata.model_validate(values)
     except (ValueError, ValidationError) as error:
         raise PartCorrupt(uri=uri, problem=f"has unreadable metadata: {error}") from error
-    if not schema.remove_metadata().equals(PART_SCHEMA):
-        raise PartCorrupt(uri=uri, problem="its columns are not those of schema version 1")
+    if not schema.remove_metadata().equals(PART_SCHEMAS[metadata.schema_version]):
+        problem = f"its columns are not those of schema version {metadata.schema_version}"
+        raise PartCorrupt(uri=uri, problem=problem)
     return metadata
 
 
-def stored_first_label(sequence: TokenSequence) -> int:
-    """The column `first_label` of a sequence: version 1 knows only labels that run to the end of the sequence.
-
-    Raises:
-        LabelsNotStorable: its labels are not such a run.
-    """
-    first = sequence.label_spans[0][0]
-    if sequence.label_spans != ((first, len(sequence.token_ids)),):
-        raise LabelsNotStorable(
-            sequence_id=sequence.sequence_id, label_spans=sequence.label_spans, num_tokens=len(sequence.token_ids)
-        )
-    return first
+def check_version(version: Any, *, known: Iterable[int], uri: str) -> None:
+    """Raise PartCorrupt for a version that is not known."""
+    if version not in set(known) or isinstance(version, bool):
+        names = " and ".join(map(str, known))
+        raise PartCorrupt(uri=uri, problem=f"has schema version {version}, this softshard reads {names}")
 
 
-def schema_text() -> str:
-    """The Arrow schema of a part as text, one line per column."""
-    return "\n".join(str(field) for field in PART_SCHEMA) + "\n"
+def schema_text(version: int) -> str:
+    """The Arrow schema of a version as text, one line per column."""
+    return "\n".join(str(field) for field in PART_SCHEMAS[version]) + "\n"

@@ -201,7 +201,7 @@ def _check_footer(file: pq.ParquetFile, metadata: PartMetadata, receipt: Receipt
 
 def _check_metadata(metadata: PartMetadata, manifest: Manifest) -> list[str]:
     problems = []
-    for name in ("tokenizer_fingerprint", "vocab_size", "seed"):
+    for name in ("schema_version", "tokenizer_fingerprint", "vocab_size", "seed"):
         if getattr(metadata, name) != getattr(manifest, name):
             problems.append(f"its {name.replace('_', ' ')} is not the manifest's")
     for name in ("kind", "tau", "draws", "k", "step", "temperature"):

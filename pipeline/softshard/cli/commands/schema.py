@@ -13,7 +13,9 @@ __all__ = ["COMMAND"]
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", nargs="?", help="job, manifest, report, part, reference or commands; without it, their names are listed"
+        "name",
+        nargs="?",
+        help="job, manifest, report, part, part-v2, reference or commands; without it, their names are listed",
     )
     parser.add_argument(
         "--write",

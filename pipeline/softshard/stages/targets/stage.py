@@ -15,7 +15,6 @@ from softshard.output.workspace import Workspace
 from softshard.records.spool import Spool
 from softshard.shard.card import write_card
 from softshard.shard.manifest import Manifest, Receipt, bytes_per_position, mean_fidelity, write_manifest
-from softshard.shard.schema import SCHEMA_VERSION
 from softshard.stages.targets.parts import committed, find_missing, score_parts
 from softshard.stages.targets.tasks import FoldTeacher, ScoringSpec
 from softshard.stages.targets.threshold import ensure_tau
@@ -54,6 +53,7 @@ def make_scoring_spec(workspace: Workspace, corpus: CorpusManifest, teacher: Sty
         teachers=teachers,
         sketch=job.target,
         seed=job.seed,
+        schema_version=corpus.part_version,
     )
 
 
@@ -100,7 +100,7 @@ def _make_manifest(
     spec: ScoringSpec, corpus: CorpusManifest, receipts: Spool[Receipt], *, job: str, teacher: TeacherIdentity
 ) -> Manifest:
     return Manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=spec.schema_version,
         job=job,
         corpus=corpus.digest,
         sources=corpus.sources,

@@ -19,6 +19,7 @@ from softshard.models import device_failed, out_of_memory
 from softshard.records.digest import canonical_digest
 from softshard.shard.commit import PartSpec, build_part, commit_part, find_receipt
 from softshard.shard.manifest import Receipt
+from softshard.shard.schema import SCHEMA_VERSION
 from softshard.storage import open_store
 from softshard.teacher.protocol import Teacher, TeacherIdentity
 from softshard.teacher.record import AdapterReceipt
@@ -53,6 +54,7 @@ class ScoringSpec:
     """By fold; -1 is the hold-out."""
     sketch: SketchSettings
     seed: int
+    schema_version: int = SCHEMA_VERSION
 
     def part_spec(self, index: int, part: CorpusSlice) -> PartSpec:
         """The part that a slice becomes; `index` is the slice's place in the corpus."""
@@ -66,6 +68,7 @@ class ScoringSpec:
             teacher=self.teachers[part.fold].identity,
             sketch=self.sketch,
             seed=self.seed,
+            schema_version=self.schema_version,
         )
 
 
