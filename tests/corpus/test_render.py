@@ -132,11 +132,42 @@ def test_a_conversation_that_a_template_does_not_render_faithfully_is_refused(na
         load(name).render(given)
 
 
+def test_a_template_that_opens_long_conversations_otherwise_is_refused(load, tokenizer):
+    template = load_chat_template(tokenizer, chosen="{% if messages | length > 3 %}!{% endif %}" + load("phi").text)
+    assert spelled(template.render(turns(*WORDS[:2])), tokenizer) == ["Out. The sea.<|fin|>"]
+    with pytest.raises(ConversationRefused, match="renders turn 2 in another way once more turns follow"):
+        template.render(turns(*WORDS))
+
+
 def test_a_template_that_rewrites_earlier_turns_renders_the_last_answer(load, tokenizer):
     found = load("qwen3").render(turns(*WORDS, last=True))
     assert spelled(found, tokenizer) == ["<think>\n\n</think>\n\nHome, by four.<|im_end|>"]
     found = load("qwen3").render(turns("So?", "<think>\nwell\n</think>\n\nYes."))
     assert spelled(found, tokenizer) == ["<think>\nwell\n</think>\n\nYes.<|im_end|>"]
+
+
+def test_an_answer_that_begins_otherwise_than_the_model_is_asked_is_refused(load, tokenizer):
+    text = load("phi").text.replace('"<|assistant|>\\n" -}}', '"<|assistant|>\\n<think>" -}}')
+    assert text != load("phi").text
+    with pytest.raises(
+        ConversationRefused, match="turn 2 with another beginning than it gives the model to answer from"
+    ):
+        load_chat_template(tokenizer, chosen=text).render(turns("So?", "Yes."))
+
+
+@pytest.mark.parametrize("answer", ["  two spaces", "\n\nlines\n", " é 漢字🙂 ", "🙂"])
+def test_places_without_the_spaces_of_tokens_give_the_same_labels(answer, load, tokenizer):
+    from tokenizers import processors
+
+    core = tokenizer.backend.backend_tokenizer
+    given, template = turns("So?", answer, "And? ", " " + answer), load("chatml")
+    found = template.render(given)
+    own = core.post_processor
+    core.post_processor = processors.ByteLevel(trim_offsets=True)
+    try:
+        assert template.render(given).label_spans == found.label_spans
+    finally:
+        core.post_processor = own
 
 
 def test_marks_that_do_not_match_the_answers_are_refused(tokenizer):

@@ -215,7 +215,7 @@ def _(place):
 def _(place):
     """a chat template that renders no answer as the model would see it
     it begins with the number of turns; conversations are counted, and all are left out
-    …: source 's': none of its 20 documents can be used: …line 1: the chat template renders turn 2 in another way …
+    …: source 's': none of its 20 documents can be used: …line 1: … renders turn 2 with another beginning than …
     """
     place.read_file("a.jsonl", talks(), layout="messages")
     place.change_job(corpus={"chat_template": f"{{{{ messages | length }}}}{CHAT}"})

@@ -2,8 +2,8 @@
 
 The ids are those of transformers' `apply_chat_template`. Labels are the tokens of the answers, each with the token
 that ends it. Where the template marks answers with `{% generation %}`, the marks say where they are. Else an answer is
-what the rendering of the turns up to it adds to that of the turns before it with the beginning of an answer; both must
-be beginnings of the whole rendering, or the conversation is refused.
+what the rendering of the turns up to it adds to that of the turns before it with the beginning of an answer; the whole
+rendering must begin with both, up to the end of the answer, or the conversation is refused.
 
 What a person writes is text: where it spells a special token, it is tokenised as its letters.
 """
@@ -86,11 +86,14 @@ class ChatTemplate:
             if not turn.answer:
                 continue
             before, after = self._around(turns, index)
-            length = None
-            if text.startswith(before) and after.startswith(before):
-                # A template may close the last turn in another way, as with an end-of-text token.
-                common = after[: _common_length(text, after)]
-                length = self._answer_length(common[len(before) :], turn.text.strip(), is_whole=common == after)
+            if not after.startswith(before):
+                raise ConversationRefused(
+                    f"the chat template renders turn {index + 1} with another beginning than it gives the model to"
+                    " answer from (add_generation_prompt); set another `corpus.chat_template`"
+                )
+            # A template may close the last turn in another way, as with an end-of-text token.
+            common = after[: _common_length(text, after)]
+            length = self._answer_length(common[len(before) :], turn.text.strip(), is_whole=common == after)
             if length is None and turn.text.strip() not in after[len(before) :]:
                 raise ConversationRefused(f"the chat template changes the text of turn {index + 1}")
             if length is None:
@@ -163,8 +166,7 @@ class ChatTemplate:
                 raise ConversationRefused(problem)
             ids, offsets = self._piecewise(text, spellings)
         ends = np.maximum.accumulate(np.array([stop for _, stop in offsets], np.int64))
-        # A tokenizer may leave spaces out of the place of a token that begins with them.
-        begins = np.minimum(np.array([start for start, _ in offsets], np.int64), np.concatenate([[0], ends[:-1]]))
+        begins = np.array([start for start, _ in offsets], np.int64)
         return np.array(ids, np.int32), begins, ends
 
     def _piecewise(self, text: str, spellings: dict[str, str]) -> tuple[list[int], list[tuple[int, int]]]:
