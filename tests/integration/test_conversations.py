@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import polars as pl
 import pytest
 
 from fakes.chat import TEMPLATES, chat_backend
@@ -63,3 +64,35 @@ def test_a_run_on_conversations_stores_and_learns_the_answers_alone(tiny_job, tm
         assert stop == len(sequence.token_ids)
     report = json.loads((tmp_path / "out/report/metrics.json").read_text())
     assert report["holdout"]["labels"] == sum(sequence.num_labels for sequence in test)
+
+
+def test_every_answer_of_a_conversation_is_stored_and_the_questions_between_are_context(
+    tiny_job, tmp_path, model, conversations, capsys
+):
+    said = {"name": "talk", "uri": str(conversations), "style": "chat", "license": "CC0-1.0", "layout": "sharegpt"}
+    (tmp_path / "tales.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    tales = {"name": "tales", "uri": str(tmp_path / "tales.jsonl"), "style": "plain", "license": "CC0-1.0"}
+    sources = [{**source, "rights_basis": "owned"} for source in (tales, said)]
+    corpus = {"sources": sources, "context_tokens": 400, "holdout_fraction": 0.3}
+    job = tiny_job(tmp_path, corpus=corpus, teacher={"model": str(model), "folds": 0})
+    assert [main([stage, str(job)]) for stage in ("corpus", "teacher", "targets")] == [0, 0, 0], capsys.readouterr().err
+    store, tokenizer = LocalStore(tmp_path / "out/targets"), load_tokenizer(model)
+    manifest = read_manifest(store)
+    assert manifest.schema_version == 2
+    expected = []
+    for line in conversations.read_text().splitlines():
+        answers = [turn["value"] for turn in json.loads(line)["conversations"] if turn["from"] == "gpt"]
+        expected.append([answer + "<|im_end|>" for answer in answers])
+    found, plain = [], 0
+    for part in manifest.parts:
+        for row in pl.read_parquet(store.local_path(part.path)).iter_rows(named=True):
+            pieces = np.split(row["token_ids"], np.cumsum(row["label_runs"])[:-1])
+            if row["source"] == "talk":
+                found.append([tokenizer.decode(ids.tolist()) for ids in pieces[1::2]])
+            else:
+                plain += 1
+                assert len(pieces) == 2
+    assert sorted(found) == sorted(expected)
+    assert {len(answers) for answers in found} > {1}
+    assert plain >= len(TEXTS)
+    assert main(["verify", str(tmp_path / "out"), "--deep", "--quiet"]) == 0
