@@ -4,6 +4,7 @@ import os
 import polars as pl
 import pytest
 
+from fakes.events import Listener
 from softshard.config import CorpusSettings
 from softshard.corpus.build import build_corpus, corpus_key, count_corpus, current_corpus, first_sequences
 from softshard.corpus.manifest import read_corpus_manifest
@@ -16,14 +17,6 @@ from softshard.telemetry import SilentReporter
 
 PER_SLICE = 5
 CONTEXT, OVERLAP = 24, 6
-
-
-class Listening(SilentReporter):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, message):
-        self.lines.append(message)
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +289,7 @@ def test_what_is_left_out_is_counted_in_the_manifest_and_said_on_one_line(tmp_pa
     (letters / "bad.txt").write_bytes(b"caf\xe9")
     (letters / "twin.md").write_bytes((letters / "essay.md").read_bytes())
     (letters / "empty.txt").write_text(" \n")
-    reporter = Listening()
+    reporter = Listener()
     manifest = build(letters, tmp_path / "out", tokenizer, reporter=reporter)
     assert manifest.counts == {
         "kept": 49,
@@ -306,7 +299,7 @@ def test_what_is_left_out_is_counted_in_the_manifest_and_said_on_one_line(tmp_pa
         "malformed": 0,
         "duplicate": 1,
     }
-    (line,) = reporter.lines
+    (line,) = reporter.said
     assert "49 of 52 documents kept" in line
     for shown in ("bad.txt", "twin.md", "empty.txt"):
         assert shown in line

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fakes.chat import TEMPLATES, chat_backend, turns
+from fakes.events import Listener
 from softshard.config import CorpusSettings
 from softshard.corpus.build import build_corpus, corpus_key, count_corpus, first_sequences
 from softshard.corpus.conversations import conversation_sequences
@@ -157,14 +158,6 @@ def settings(path, *, chat_template=TEMPLATE, context=41, **changes):
     )
 
 
-class Listening(SilentReporter):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, message):
-        self.lines.append(message)
-
-
 def build(path, out, tokenizer, *, reporter=None, **changes):
     asked = {"settings": settings(path, **changes), "tokenizer": tokenizer, "folds": 0, "seed": 1}
     reporter = reporter or SilentReporter()
@@ -207,13 +200,13 @@ def test_what_cannot_be_rendered_is_counted_with_its_reason(tmp_path, tokenizer)
 
 
 def test_answers_that_are_too_long_are_named(tmp_path, tokenizer):
-    reporter = Listening()
+    reporter = Listener()
     path = rows(tmp_path / "a.jsonl", said("QQ", "RR"), said("QQ", "T" * 60, "UU", "V"))
     asked = {"settings": settings(path), "tokenizer": tokenizer, "seed": 1}
     sequences = first_sequences(**asked, num_tokens=99)
     assert [show(tokenizer, sequence) for sequence in sequences] == ["uQQ;a[RR;]", "uUU;a[V;]"]
     count_corpus(**asked, folds=0, reporter=reporter)
-    assert reporter.lines[0] == (
+    assert reporter.said[0] == (
         "source 'talk': 1 answer left out, too long for `corpus.context_tokens` with the question"
         f" (first: file://{path}, line 2)"
     )

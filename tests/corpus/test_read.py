@@ -3,14 +3,10 @@ import json
 import polars as pl
 import pytest
 
-from softshard.config import CorpusSettings
-from softshard.corpus.build import build_corpus
+from fakes.corpora import build_small_corpus
 from softshard.corpus.read import iter_sequences, read_slice
 from softshard.errors import PartCorrupt
-from softshard.models import load_tokenizer
 from softshard.records.digest import sha256_hex
-from softshard.storage import LocalStore
-from softshard.telemetry import SilentReporter
 
 FIELDS = ("sequence_id", "document_id", "source", "style", "group", "start")
 
@@ -20,26 +16,7 @@ def corpus(tmp_path, tiny_model, texts):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(4) for text in texts)
     )
-    source = {"name": "letters", "uri": str(tmp_path / "rows.jsonl"), "style": "plain", "license": "CC0-1.0"}
-    settings = CorpusSettings.model_validate(
-        {
-            "sources": [{**source, "rights_basis": "owned"}],
-            "holdout_fraction": 0.25,
-            "context_tokens": 24,
-            "overlap_tokens": 6,
-            "sequences_per_part": 70,
-        }
-    )
-    store = LocalStore(tmp_path / "out")
-    manifest = build_corpus(
-        settings=settings,
-        tokenizer=load_tokenizer(tiny_model),
-        folds=3,
-        seed=1,
-        store=store,
-        reporter=SilentReporter(),
-    )
-    return store, manifest
+    return build_small_corpus(tmp_path / "out", tmp_path / "rows.jsonl", tiny_model, folds=3, sequences_per_part=70)
 
 
 def test_slice_is_read_as_polars_reads_it(corpus):

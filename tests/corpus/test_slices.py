@@ -11,20 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fakes.corpora import build_small_corpus
 from fakes.targets import conversations, sequence
-from softshard.config import CorpusSettings
 from softshard.corpus import reading
-from softshard.corpus.build import build_corpus
 from softshard.corpus.manifest import read_corpus_manifest, write_corpus_manifest
 from softshard.corpus.read import iter_sequences
 from softshard.corpus.slices import decode_slice, encode_slice
 from softshard.corpus.verify import find_corpus_orphans, verify_corpus
 from softshard.errors import PartCorrupt
-from softshard.models import load_tokenizer
 from softshard.records.digest import sha256_hex
 from softshard.records.spool import Spool
-from softshard.storage import LocalStore
-from softshard.telemetry import SilentReporter
 
 MASKED = "masked "
 """Documents that begin so get context between their labels."""
@@ -49,26 +45,9 @@ def make(tmp_path, tiny_model, texts, monkeypatch):
                 for number in range(40)
             )
         )
-        source = {"name": "letters", "uri": str(tmp_path / "rows.jsonl"), "style": "plain", "license": "CC0-1.0"}
-        settings = CorpusSettings.model_validate(
-            {
-                "sources": [{**source, "rights_basis": "owned"}],
-                "holdout_fraction": 0.25,
-                "context_tokens": 24,
-                "overlap_tokens": 6,
-                "sequences_per_part": 24,
-            }
+        return build_small_corpus(
+            tmp_path / folder, tmp_path / "rows.jsonl", tiny_model, folds=2, sequences_per_part=24
         )
-        store = LocalStore(tmp_path / folder)
-        manifest = build_corpus(
-            settings=settings,
-            tokenizer=load_tokenizer(tiny_model),
-            folds=2,
-            seed=1,
-            store=store,
-            reporter=SilentReporter(),
-        )
-        return store, manifest
 
     return made
 

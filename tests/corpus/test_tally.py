@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fakes.events import Listener
 from softshard.config import CorpusSettings
 from softshard.corpus.build import build_corpus, count_corpus
 from softshard.errors import CorpusEmpty, SourceUnreadable, TooMuchLeftOut
@@ -13,17 +14,6 @@ from softshard.models import load_tokenizer
 from softshard.storage import LocalStore
 from softshard.telemetry import SilentReporter
 from softshard.telemetry.metrics import RunMetrics
-
-
-class Listening(SilentReporter):
-    def __init__(self):
-        self.lines, self.events = [], []
-
-    def say(self, message):
-        self.lines.append(message)
-
-    def event(self, name, /, **values):
-        self.events.append((name, values))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +43,7 @@ def letters(number, field="text"):
 
 def test_a_renamed_field_is_refused_and_named_with_its_first_line(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", *letters(30), *letters(270, field="body"))
-    reporter = Listening()
+    reporter = Listener()
     with pytest.raises(TooMuchLeftOut) as caught:
         count(tokenizer, path, reporter)
     assert caught.value.exit_code == 3
@@ -127,11 +117,11 @@ def test_nothing_is_written_of_a_corpus_that_lost_too_much(tmp_path, tokenizer):
 def test_files_that_are_not_read_are_said_logged_and_counted(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", *letters(3))
     (tmp_path / "b.csv").write_text("text\n")
-    reporter = Listening()
+    reporter = Listener()
     (entry,) = count(tokenizer, tmp_path, reporter).not_read
     text = f"1 file not read: 1 .csv (first: file://{tmp_path}/b.csv)"
     assert (entry.source, entry.num_files, entry.kinds, entry.text) == ("letters", 1, {".csv": 1}, text)
-    assert f"source 'letters': {text}" in reporter.lines
+    assert f"source 'letters': {text}" in reporter.said
     event = {"source": "letters", "files": 1, "kinds": "1 .csv", "level": "warning"}
     assert ("files_not_read", event) in reporter.events
 
@@ -139,7 +129,7 @@ def test_files_that_are_not_read_are_said_logged_and_counted(tmp_path, tokenizer
 def test_files_that_nobody_expects_to_be_read_are_no_warning(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", *letters(3))
     (tmp_path / "_SUCCESS").touch()
-    reporter = Listening()
+    reporter = Listener()
     count(tokenizer, tmp_path, reporter)
     assert [values["level"] for name, values in reporter.events if name == "files_not_read"] == ["info"]
 
@@ -151,11 +141,11 @@ def test_a_source_without_a_document_is_a_warning(tmp_path, tokenizer):
         {"name": name, "uri": str(tmp_path / f"{name}.jsonl"), "style": "s", "license": "MIT", "rights_basis": "owned"}
         for name in "ab"
     ]
-    reporter = Listening()
+    reporter = Listener()
     count(tokenizer, tmp_path, reporter, sources=sources)
     levels = {values["source"]: values["level"] for name, values in reporter.events if name == "source_read"}
     assert levels == {"a": "info", "b": "warning"}
-    assert f"source 'b': 1 file not read: 1 empty (first: file://{tmp_path}/b.jsonl)" in reporter.lines
+    assert f"source 'b': 1 file not read: 1 empty (first: file://{tmp_path}/b.jsonl)" in reporter.said
 
 
 def test_metrics_have_the_share_of_every_source():

@@ -14,13 +14,16 @@ RUN = "11111111-2222-4333-8444-555555555555"
 
 
 class Listener(SilentReporter):
-    """Keeps the lines for people, in `said`."""
+    """Keeps the lines for people in `said`, and the events with their values in `events`."""
 
     def __init__(self):
-        self.said = []
+        self.said, self.events = [], []
 
     def say(self, message):
         self.said.append(message)
+
+    def event(self, name, /, **values):
+        self.events.append((name, values))
 
 
 def lines(path):

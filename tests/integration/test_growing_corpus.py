@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from fakes.events import Listener
 from softshard.cli import main
 from softshard.config.job_file import load_job
 from softshard.corpus.manifest import read_corpus_manifest
@@ -30,14 +31,6 @@ NEW = range(91, 95)
 """One for the hold-out, one for fold 1, two for fold 0."""
 SLICES_TO_FALL_INTO_STEP = 6
 """What `test_corpus_cut` bounds by 16 for the worst of 180 changes; the mean is less than 3."""
-
-
-class Listening(SilentReporter):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, message):
-        self.lines.append(message)
 
 
 class Growing:
@@ -70,9 +63,9 @@ class Growing:
 
     def run(self, **changes):
         """Run the job; what was said of the teacher."""
-        reporter = Listening()
+        reporter = Listener()
         run_job(load_job(self.job(**changes)), reporter, stages=STAGES)
-        return [line for line in reporter.lines if line.startswith("teacher: ")]
+        return [line for line in reporter.said if line.startswith("teacher: ")]
 
     def copy(self, here):
         shutil.copytree(self.here, here)

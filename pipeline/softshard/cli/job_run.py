@@ -18,7 +18,6 @@ from softshard.config import Job
 from softshard.errors import exit_code_for
 from softshard.telemetry import FanOut
 from softshard.telemetry.lineage import LineageReporter, dataset_name, is_configured
-from softshard.telemetry.log import STDERR
 from softshard.telemetry.redaction import without_credentials
 from softshard.telemetry.sinks import Sinks, add_metrics, open_reporter, warn
 
@@ -59,7 +58,7 @@ def _run(job: Job, reporter: FanOut, stages: Collection[str], *, sinks: Sinks, r
     if is_configured():
         reporter.add(_lineage(job, reporter, run=run))
     reporter.event("run_started", run=run, job=job.name, stages=",".join(stages))
-    if not sinks.quiet and sinks.log != STDERR:
+    if sinks.shows_lines:
         _announce(job)
     keep_freed_memory()
     # The imports take seconds.

@@ -20,7 +20,7 @@ from softshard.errors import ModelInvalid, VocabularyMismatch
 from softshard.finetune.hidden_states import last_states
 from softshard.finetune.objective import CROSS_ENTROPY, Objective
 from softshard.models.decoder import Decoder, LogitTransform, evaluating
-from softshard.models.output_layer import model_name, output_parts
+from softshard.models.output_layer import model_name, output_parts, without_wrapper
 
 __all__ = ["accept_targets", "mean_weights", "weight_of_step"]
 
@@ -46,7 +46,7 @@ def accept_targets(
         VocabularyMismatch: the model has logits for fewer tokens.
         ValueError: the model accepts targets already, with other settings.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_wrapper(model)
     name = model_name(inner)
     settings = objective, vocab_size, chunk_positions
     if isinstance(accepted := inner.forward, _Forward):

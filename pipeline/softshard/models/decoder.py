@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softshard.errors import ModelInvalid
-from softshard.models.output_layer import LowRank, lora_term, model_name, output_parts, perturbed
+from softshard.models.output_layer import LowRank, lora_term, model_name, output_parts, perturbed, without_wrapper
 from softshard.sketch.types import TokenSequence
 
 __all__ = ["PLAIN_LOGITS", "Decoder", "LogitTransform", "LowRank", "batches_by_length", "evaluating"]
@@ -75,7 +75,7 @@ class Decoder:
             ModelInvalid: its logits are not the output layer's product with the body's last hidden state, scaled and
                 capped as its config says.
         """
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = without_wrapper(model)
         name = model_name(inner)
         layer = inner.get_output_embeddings()
         transforms, named = _possible_transforms(inner.config.get_text_config())

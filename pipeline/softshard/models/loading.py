@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +40,12 @@ def load_empty_model(folder: Path) -> Any:
     return model
 
 
-@lru_cache(maxsize=8)
-def expert_share(folder: Path) -> float:
+def expert_share(model: Any) -> float:
     """Share of a model's weights that are experts in tensors of all experts of a layer, which no linear layer holds.
 
-    Raises:
-        ModelInvalid: as `load_empty_model`.
+    The model may be without its weights, but has no adapter yet.
     """
-    weights = dict(load_empty_model(folder).named_parameters())
+    weights = dict(model.named_parameters())
     experts = (weight.numel() for name, weight in weights.items() if ".experts." in name and weight.ndim == 3)
     return float(sum(experts) / sum(weight.numel() for weight in weights.values()))
 

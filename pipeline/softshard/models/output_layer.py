@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from softshard.errors import ModelInvalid
 
-__all__ = ["LowRank", "OutputParts", "lora_term", "model_name", "output_parts", "perturbed"]
+__all__ = ["LowRank", "OutputParts", "lora_term", "model_name", "output_parts", "perturbed", "without_wrapper"]
 
 _NOISE = 0.1
 """Standard deviation of what is added to an adapter's weights before a comparison with the model's own logits."""
@@ -39,6 +39,11 @@ class OutputParts(NamedTuple):
     """[V]"""
     adapter: nn.Module | None
     """The LoRA layer or `OutputAdapter` around the linear layer; None without one."""
+
+
+def without_wrapper(model: Any) -> Any:
+    """The model of transformers inside a `PeftModel` or another adapted model; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def model_name(model: Any) -> str:

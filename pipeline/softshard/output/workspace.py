@@ -11,7 +11,14 @@ import yaml
 from softshard.config import Job
 from softshard.config.job_file import parse_job, parse_values
 from softshard.errors import JobInvalid, OutputForeign, OutputUnusable
-from softshard.models import Tokenizer, load_tokenizer, resolve_model, weights_digest
+from softshard.models import (
+    Tokenizer,
+    expert_share,
+    load_empty_model,
+    load_tokenizer,
+    resolve_model,
+    weights_digest,
+)
 from softshard.storage import Store, open_store
 
 __all__ = ["Model", "Workspace", "claim", "open_workspace", "read_owner", "saved_job"]
@@ -47,6 +54,11 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer."""
         return load_tokenizer(self.folder)
+
+    @cached_property
+    def expert_share(self) -> float:
+        """Share of its weights that are experts."""
+        return expert_share(load_empty_model(self.folder))
 
     @cached_property
     def weights(self) -> str:

@@ -24,10 +24,15 @@ class Sinks:
     metrics_file: str | None = None
     push_gateway: str | None = None
 
+    @property
+    def shows_lines(self) -> bool:
+        """Whether lines for people go to stderr."""
+        return not self.quiet and self.log != STDERR
+
 
 def open_reporter(sinks: Sinks, *, run: str) -> FanOut:
     """A reporter for the console and the log. Raises JobInvalid if the log cannot be opened."""
-    console: Reporter = SilentReporter() if sinks.quiet or sinks.log == STDERR else ConsoleReporter()
+    console: Reporter = ConsoleReporter() if sinks.shows_lines else SilentReporter()
     reporter = FanOut(console)
     if sinks.log is not None:
         reporter.add(JsonLog(sinks.log, run=run, on_failure=console.say))

@@ -11,7 +11,6 @@ from softshard.data.authors import Credit
 from softshard.data.groups import Tally
 from softshard.finetune.card import AdapterCard, CardBalance, CardGroup
 from softshard.finetune.record import TrainingReceipt
-from softshard.models import expert_share
 from softshard.output.workspace import Model
 from softshard.shard.manifest import SourceRights
 from softshard.stages.train.data import TrainingData, source_credits
@@ -50,7 +49,7 @@ def make_card(
         job=job,
         base_model=base_model.title,
         base_model_on_hub=base_model.hub_name is not None,
-        expert_share=expert_share(base_model.folder),
+        expert_share=base_model.expert_share,
         manifests=receipt.manifests,
         sources=data.sources,
         retention_sources=retention_sources,

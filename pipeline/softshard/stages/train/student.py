@@ -91,7 +91,7 @@ def check_adapter(model: Model, kind: AdapterKind, shape: LoraSettings) -> list[
         ModelInvalid: it is no causal language model, or cannot have such an adapter.
     """
     empty = load_empty_model(model.folder)
+    share = expert_share(empty)
     output_parts(empty.get_output_embeddings(), model=model.name)
     attach_adapter(empty, kind, shape, seed=0)
-    share = expert_share(model.folder)
     return [f"{model.name}: {share:.0%} of its weights are experts, which no adapter changes"] if share else []
